@@ -1,0 +1,268 @@
+"""The `hf` runtime: open a model, answer prompts, capture hidden states."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from steerbridge.data import Example
+from steerbridge.errors import DataError, Problem, UnsupportedFeature
+from steerbridge.fingerprint import ModelFacts
+from steerbridge.package import SteeringPackage
+from steerbridge.runtime import Generation, Outcome, OutputHead, Progress
+from steerbridge.spec import HeadInput, LayerOutput, PromptEnd, PromptMean, Reading
+from steerbridge.tensors import Float32
+from steerbridge_hf.adapter import quantisation, steer
+from steerbridge_hf.sites import RUNTIME, facts, locate
+
+TOKENS_PER_BATCH = 2048
+ROWS_PER_BATCH = 32
+
+
+def open_model(
+    model: str | Path, *, dtype: str = "float32", device: str = "cpu", **options: Any
+) -> HfModel:
+    """Open a model from a directory, a hub id, or a GGUF file of a text model.
+
+    Args:
+        dtype: a torch dtype by name; GGUF weights are dequantised to it.
+        options: passed on to `from_pretrained` of the model.
+
+    Raises:
+        FileNotFoundError: a path to a GGUF file that does not exist.
+    """
+    path = Path(model)
+    where: dict[str, Any] = {"pretrained_model_name_or_path": str(model)}
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise FileNotFoundError(path)
+        where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    tokenizer = AutoTokenizer.from_pretrained(**where)
+    loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=getattr(torch, dtype), **options)
+    return HfModel(loaded.to(device).eval(), tokenizer)
+
+
+class HfModel:
+    """A transformers model and its tokenizer as a runtime (see `steerbridge.runtime`)."""
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+
+    @property
+    def facts(self) -> ModelFacts:
+        return facts(self.model, self.tokenizer)
+
+    @property
+    def quantisation(self) -> str:
+        return quantisation(self.model)
+
+    # -------------------------------------------------------- prompts
+
+    def render(self, prompt: Example) -> list[int]:
+        """Token ids of a prompt: the chat template with its generation prompt, if there is one."""
+        if prompt.images:
+            raise UnsupportedFeature(RUNTIME, "prompts with images")
+        if self.tokenizer.chat_template is None:
+            ids: list[int] = self.tokenizer(prompt.text)["input_ids"]
+            return ids
+        text = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt.text}], tokenize=False, add_generation_prompt=True
+        )
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _batches(
+        self, rows: Sequence[list[int]], start: int = 0, *, by_length: bool = True
+    ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+        """Left-padded batches (indices, tensors) of bounded size."""
+        order = list(range(start, len(rows)))
+        if by_length:
+            order.sort(key=lambda i: len(rows[i]))
+        at = 0
+        while at < len(order):
+            size = 1
+            while (
+                at + size < len(order)
+                and size < ROWS_PER_BATCH
+                and max(len(rows[i]) for i in order[at : at + size + 1]) * (size + 1)
+                <= TOKENS_PER_BATCH
+            ):
+                size += 1
+            index = order[at : at + size]
+            yield index, self._pad([rows[i] for i in index])
+            at += size
+
+    def _pad(self, rows: Sequence[list[int]]) -> dict[str, Tensor]:
+        width = max(map(len, rows))
+        ids = torch.full((len(rows), width), self.tokenizer.pad_token_id)
+        mask = torch.zeros((len(rows), width), dtype=torch.long)
+        for i, row in enumerate(rows):
+            ids[i, width - len(row) :] = torch.tensor(row)
+            mask[i, width - len(row) :] = 1
+        device = self.model.device
+        return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+
+    # -------------------------------------------------------- answers
+
+    def generate(
+        self,
+        prompts: Sequence[Example],
+        package: SteeringPackage | None,
+        *,
+        max_new_tokens: int,
+        ignore: Sequence[str] = (),
+        progress: Progress | None = None,
+    ) -> list[Generation]:
+        """Greedy answers, in the order of the prompts."""
+        rows = [self.render(p) for p in prompts]
+        answers: dict[int, Generation] = {}
+        attached = (
+            nullcontext()
+            if package is None
+            else steer(self.model, package, tokenizer=self.tokenizer, ignore=ignore)
+        )
+        with attached as session, torch.inference_mode():
+            for index, batch in self._batches(rows):
+                output = self.model.generate(
+                    **batch,
+                    max_new_tokens=max_new_tokens,
+                    do_sample=False,
+                    pad_token_id=self.tokenizer.pad_token_id,
+                )
+                outcomes = [None] * len(index) if session is None else session.outcomes
+                new = output[:, batch["input_ids"].shape[1] :].tolist()
+                for i, tokens, outcome in zip(index, new, outcomes, strict=True):
+                    answers[i] = self._generation(tokens, outcome)
+                if progress:
+                    progress(len(answers), len(rows))
+        return [answers[i] for i in range(len(rows))]
+
+    def _generation(self, tokens: list[int], outcome: Outcome | None) -> Generation:
+        stops = self._stop_tokens()
+        end = next((i for i, t in enumerate(tokens) if t in stops), None)
+        kept = tokens if end is None else tokens[:end]
+        text = self.tokenizer.decode(kept, skip_special_tokens=True)
+        whole = tokens if end is None else tokens[: end + 1]
+        return Generation(text, tuple(whole), "length" if end is None else "stop", outcome)
+
+    def _stop_tokens(self) -> set[int]:
+        eos = self.model.generation_config.eos_token_id
+        eos = self.tokenizer.eos_token_id if eos is None else eos
+        return set(eos) if isinstance(eos, list | tuple) else {eos}
+
+    # -------------------------------------------------------- capture
+
+    def capture(
+        self,
+        prompts: Sequence[Example],
+        readings: Sequence[Reading],
+        out: NDArray[np.float32],
+        *,
+        start: int = 0,
+        progress: Progress | None = None,
+    ) -> None:
+        """Fill out[i, k] with reading k of prompt i; batches keep the order of the prompts."""
+        rows = [self.render(p) for p in prompts]
+        for index, batch in self._batches(rows, start, by_length=False):
+            with self._states(batch, readings, keep=1) as states:
+                for k, reading in enumerate(readings):
+                    out[index, k] = _take(reading, states, batch["attention_mask"]).cpu().numpy()
+            if progress:
+                progress(index[-1] + 1, len(rows))
+
+    @contextmanager
+    def _states(
+        self, batch: dict[str, Tensor], readings: Sequence[Reading], keep: int
+    ) -> Iterator[dict[int, Tensor]]:
+        """Hidden states by depth of one forward pass ([B, Q, D]; the head's [B, keep, D])."""
+        sites = locate(self.model)
+        states: dict[int, Tensor] = {}
+        depths = {_depth(r, len(sites.blocks)) for r in readings}
+        with ExitStack() as hooks:
+            for depth in depths:
+                handle = sites.at_depth(depth).register_forward_pre_hook(
+                    _keeper(states, depth), with_kwargs=True
+                )
+                hooks.callback(handle.remove)
+            with torch.inference_mode():
+                self.model(**batch, use_cache=False, logits_to_keep=keep)
+        yield states
+
+    def answer_states(
+        self, prompts: Sequence[Example], answer: str, progress: Progress | None = None
+    ) -> tuple[Float32, NDArray[np.int64]]:
+        """`head_input` [N, T, D] that predicts each token of `answer` and the end of the turn.
+
+        Raises:
+            DataError: the answer has no tokens.
+        """
+        target = self.tokenizer(answer, add_special_tokens=False)["input_ids"]
+        if not target:
+            raise DataError(Problem("refusal", "a text with tokens", repr(answer)))
+        target = [*target, min(self._stop_tokens())]
+        rows = [self.render(p) + target[:-1] for p in prompts]
+        reading = _reading_of_head()
+        states = np.empty(
+            (len(rows), len(target), locate(self.model).config.hidden_size), np.float32
+        )
+        done = 0
+        for index, batch in self._batches(rows):
+            with self._states(batch, [reading], keep=len(target)) as found:
+                (h,) = found.values()
+                states[index] = h.float().cpu().numpy()
+            done += len(index)
+            if progress:
+                progress(done, len(rows))
+        return states, np.asarray(target)
+
+    def output_head(self) -> OutputHead:
+        """Weight and bias of the output embedding and the model's soft cap."""
+        head = locate(self.model).head
+        bias = getattr(head, "bias", None)
+        config = self.model.config.get_text_config()
+        return OutputHead(
+            head.weight.detach().float().cpu().numpy(),  # type: ignore[union-attr, operator]
+            None if bias is None else bias.detach().float().cpu().numpy(),
+            getattr(config, "final_logit_softcapping", None),
+        )
+
+
+def _reading_of_head() -> Reading:
+    return Reading(site=HeadInput(stream="head_input"), position=PromptEnd(type="prompt_end"))
+
+
+def _depth(reading: Reading, blocks: int) -> int:
+    if isinstance(reading.site, HeadInput):
+        return blocks + 1
+    return reading.site.layer + isinstance(reading.site, LayerOutput)
+
+
+def _keeper(states: dict[int, Tensor], depth: int) -> Any:
+    def keep(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        states[depth] = args[0] if args else kwargs["hidden_states"]
+
+    return keep
+
+
+def _take(reading: Reading, states: dict[int, Tensor], mask: Tensor) -> Tensor:
+    """One reading [B, D] of a left-padded batch."""
+    # The head is the deepest site there is, whatever the number of blocks.
+    h = states[max(states) if isinstance(reading.site, HeadInput) else _depth(reading, 0)]
+    match reading.position:
+        case PromptEnd(offset=offset):
+            if int(mask.sum(dim=1).min()) + offset < 1:
+                raise DataError(Problem("prompt", f"{1 - offset} tokens or more", "a shorter one"))
+            return h[:, -1 + offset].float()
+        case PromptMean():
+            return (h.double() * mask[..., None]).sum(1).div(mask.sum(1)[:, None]).float()
+    raise UnsupportedFeature(RUNTIME, f"capture of {reading.position}")

@@ -1,0 +1,125 @@
+"""Prompts with labels: what training and evaluation read.
+
+A JSON Lines file holds one object a line, in one of two shapes:
+  {"prompt": "...", "harmful": true, "kind": "general", "images": ["a.png"]}
+  {"harmful": "...", "harmless": "...", "image": "a.png"}        an aligned pair
+`harmful` of the first shape defaults to false, `kind` to "general", paths are relative to
+the file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from steerbridge import _json
+from steerbridge.errors import BrokenPackage, DataError, Problem
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One prompt with its label. `pair` joins the two sides of an aligned pair or twin."""
+
+    text: str
+    harmful: bool
+    kind: str = "general"
+    pair: str | None = None
+    images: tuple[Path, ...] = field(default=())
+
+
+def read_jsonl(path: Path, kind: str | None = None) -> list[Example]:
+    """Read examples from a JSON Lines file; `kind` replaces the kind of every one.
+
+    Raises:
+        DataError: names the line and field that cannot be used.
+        FileNotFoundError: there is no such file.
+    """
+    examples: list[Example] = []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            record = _json.loads(line, f"line {number}")
+        except BrokenPackage as error:
+            raise DataError(error.problem, path) from error
+        examples.extend(_examples(record, path, number, kind))
+    if not examples:
+        raise DataError(Problem("file", "at least one example", "none"), path)
+    return examples
+
+
+def _examples(record: Any, path: Path, number: int, kind: str | None) -> Iterator[Example]:
+    where = f"line {number}"
+    if not isinstance(record, dict):
+        raise DataError(Problem(where, "a JSON object", type(record).__name__), path)
+    if "harmless" in record:
+        images = _images(record, path, where)
+        for side in ("harmful", "harmless"):
+            text = _text(record, side, path, where)
+            yield Example(text, side == "harmful", kind or "pair", f"{path.name}:{number}", images)
+        return
+    harmful = record.get("harmful", False)
+    if not isinstance(harmful, bool):
+        raise DataError(Problem(f"{where}.harmful", "true or false", repr(harmful)), path)
+    text = _text(record, "prompt", path, where)
+    found = kind or record.get("kind", "general")
+    yield Example(text, harmful, found, record.get("pair"), _images(record, path, where))
+
+
+def _text(record: dict[str, Any], key: str, path: Path, where: str) -> str:
+    value = record.get(key)
+    if not isinstance(value, str) or not value.strip():
+        raise DataError(Problem(f"{where}.{key}", "a text that is not empty", repr(value)), path)
+    return value
+
+
+def _images(record: dict[str, Any], path: Path, where: str) -> tuple[Path, ...]:
+    value = record.get("images", record.get("image", []))
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+        raise DataError(Problem(f"{where}.images", "paths", repr(value)), path)
+    images = tuple(path.parent / name for name in names)
+    for image in images:
+        if not image.is_file():
+            raise DataError(Problem(f"{where}.images", "an image file", str(image)), path)
+    return images
+
+
+def from_corpus(split: str) -> list[Example]:
+    """The prompts shipped with Steerbridge, of one split (train, validation or test)."""
+    from steerbridge import corpus
+
+    return [
+        Example(
+            p.text,
+            p.harmful,
+            "borderline" if p.kind == "twin" and not p.harmful else p.kind,
+            None if p.partner is None else f"corpus:{p.kind}:{p.partner}",
+        )
+        for p in corpus.prompts(split=split)
+    ]
+
+
+def sha256(examples: Iterable[Example]) -> str:
+    """Hash of texts, labels, pairs and image bytes, in order."""
+    digest = hashlib.sha256()
+    for e in examples:
+        digest.update(f"{e.text}\0{e.harmful}\0{e.kind}\0{e.pair}\0".encode())
+        for image in e.images:
+            digest.update(hashlib.sha256(image.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def folds(examples: Sequence[Example], count: int, seed: int) -> list[int]:
+    """A fold 0..count-1 for each example; both sides of a pair share one.
+
+    The fold hangs on the text (or the pair), not on the order, so adding data moves nothing.
+    """
+    keys = (e.pair or e.text for e in examples)
+    return [
+        int.from_bytes(hashlib.sha256(f"{seed}\0{key}".encode()).digest()[:8], "little") % count
+        for key in keys
+    ]

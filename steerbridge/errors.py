@@ -1,0 +1,130 @@
+"""Every error Steerbridge raises on purpose, as one tree.
+
+SteerbridgeError
+├── PackageError               a steering package cannot be used
+│   ├── BrokenPackage          malformed, truncated or hostile file: export it again
+│   ├── UnsupportedVersion     written to a newer contract: upgrade steerbridge
+│   └── InvalidSpec            the spec or a tensor breaks a rule of the format
+├── ModelMismatch              the package was made for another model
+├── UnsupportedFeature         this runtime or mode cannot do what the package asks
+├── RuntimeMissing             an extra is not installed
+├── SteeringFailed             steering could not be guaranteed, so generation stopped
+│   ├── RowMappingLost         a row of the batch cannot be tied to a request
+│   ├── HookLost               a hook did not run when it had to
+│   └── SteeredCache           a KV cache holds steered states of another request
+└── DataError                  prompts, datasets or captured arrays are unusable
+
+Errors carry data; the message is built from it. Branch on attributes, read the text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+
+class SteerbridgeError(Exception):
+    """Root of the tree; the CLI turns it into one line and an exit code."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One broken rule: where, what was expected, what was found."""
+
+    field: str
+    want: str
+    got: str
+
+    def __str__(self) -> str:
+        return f"{self.field}: expected {self.want}, found {self.got}"
+
+
+class PackageError(SteerbridgeError):
+    """A steering package cannot be used. `path` is None for a package in memory."""
+
+    def __init__(self, message: str, path: Path | None = None) -> None:
+        super().__init__(f"{path}: {message}" if path else message)
+        self.path = path
+
+
+class BrokenPackage(PackageError):
+    """The bytes are not a well-formed package. `problem` names the broken part."""
+
+    def __init__(self, problem: Problem, path: Path | None = None) -> None:
+        super().__init__(str(problem), path)
+        self.problem = problem
+
+
+class UnsupportedVersion(PackageError):
+    """The package follows a contract this version does not know."""
+
+    def __init__(self, got: str, supported: str, path: Path | None = None) -> None:
+        super().__init__(
+            f"spec_version {got} is not supported (this steerbridge reads {supported}); "
+            "upgrade steerbridge",
+            path,
+        )
+        self.got = got
+        self.supported = supported
+
+
+class InvalidSpec(PackageError):
+    """The spec or its tensors break rules of the format; `problems` lists every one."""
+
+    def __init__(self, problems: Sequence[Problem], path: Path | None = None) -> None:
+        super().__init__("; ".join(map(str, problems)), path)
+        self.problems = tuple(problems)
+
+
+class ModelMismatch(SteerbridgeError):
+    """The model in hand is not the one the package was made for."""
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        super().__init__("the package does not fit this model: " + "; ".join(map(str, problems)))
+        self.problems = tuple(problems)
+
+
+class UnsupportedFeature(SteerbridgeError):
+    """A runtime, model or mode cannot do what was asked; refused before the first token."""
+
+    def __init__(self, runtime: str, what: str, instead: str = "") -> None:
+        super().__init__(f"{runtime}: {what}" + (f"; {instead}" if instead else ""))
+        self.runtime = runtime
+        self.what = what
+        self.instead = instead
+
+
+class RuntimeMissing(SteerbridgeError):
+    """A runtime's extra is not installed. `command` installs it."""
+
+    def __init__(self, name: str, extra: str) -> None:
+        self.command = f"pip install 'steerbridge[{extra}]'"
+        super().__init__(f"{name} is not installed; run: {self.command}")
+        self.name = name
+        self.extra = extra
+
+
+class SteeringFailed(SteerbridgeError):
+    """Steering could not be guaranteed for a request; no further token was produced."""
+
+
+class RowMappingLost(SteeringFailed):
+    """A row of the batch cannot be tied to a request and position with certainty."""
+
+
+class HookLost(SteeringFailed):
+    """A probe or head hook did not run although the request needed it."""
+
+
+class SteeredCache(SteeringFailed):
+    """A KV cache that holds steered hidden states was given to another request."""
+
+
+class DataError(SteerbridgeError):
+    """Prompts, datasets or captured arrays cannot be used. `path` names the file, if any."""
+
+    def __init__(self, problem: Problem, path: Path | None = None) -> None:
+        super().__init__(f"{path}: {problem}" if path else str(problem))
+        self.problem = problem
+        self.path = path

@@ -1,0 +1,96 @@
+"""Fingerprints of a base model, and the check of a package against the model in hand."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import Final
+
+from steerbridge.errors import ModelMismatch, Problem
+from steerbridge.spec import BaseModelInfo
+
+CHECKED: Final = (
+    "model_type",
+    "hidden_size",
+    "num_layers",
+    "vocab_size",
+    "tokenizer_sha256",
+    "chat_template_sha256",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What a runtime knows about its language model; None where it cannot tell."""
+
+    model_type: str | None
+    hidden_size: int
+    num_layers: int
+    vocab_size: int | None
+    name: str = ""
+    architecture: str | None = None
+    tokenizer_sha256: str | None = None
+    chat_template_sha256: str | None = None
+
+    def info(self) -> BaseModelInfo:
+        """The facts as the `base_model` of a spec."""
+        if self.model_type is None or self.vocab_size is None:
+            raise ValueError("a package needs the model type and the vocabulary size")
+        known = {
+            key: value
+            for key in ("architecture", "tokenizer_sha256", "chat_template_sha256")
+            if (value := getattr(self, key)) is not None
+        }
+        return BaseModelInfo(
+            name=self.name,
+            model_type=self.model_type,
+            hidden_size=self.hidden_size,
+            num_layers=self.num_layers,
+            vocab_size=self.vocab_size,
+            **known,
+        )
+
+
+def tokenizer_sha256(tokens: Iterable[str]) -> str:
+    """Hash of the vocabulary in id order, each token preceded by its length in UTF-8 bytes.
+
+    The same for a Hugging Face tokenizer and for `tokenizer.ggml.tokens` of a GGUF file.
+    """
+    digest = hashlib.sha256()
+    for token in tokens:
+        raw = token.encode("utf-8", "surrogatepass")
+        digest.update(len(raw).to_bytes(4, "little") + raw)
+    return digest.hexdigest()
+
+
+def text_sha256(text: str) -> str:
+    """Hash of a chat template, byte for byte."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def check(want: BaseModelInfo, got: ModelFacts, ignore: Collection[str] = ()) -> tuple[str, ...]:
+    """Compare a package's base model with the model in hand.
+
+    Fields that one side does not know cannot disagree; their names are returned so that the
+    caller can say what was not checked. `ignore` names fields to leave out on purpose.
+
+    Raises:
+        ModelMismatch: lists every field that differs.
+        ValueError: `ignore` names an unknown field.
+    """
+    if unknown := set(ignore) - set(CHECKED):
+        raise ValueError(f"cannot ignore {sorted(unknown)}; fields are {CHECKED}")
+    unchecked: list[str] = []
+    problems: list[Problem] = []
+    for field in CHECKED:
+        if field in ignore:
+            continue
+        expected, found = getattr(want, field), getattr(got, field)
+        if expected is None or found is None:
+            unchecked.append(field)
+        elif expected != found:
+            problems.append(Problem(field, repr(expected), repr(found)))
+    if problems:
+        raise ModelMismatch(problems)
+    return tuple(unchecked)

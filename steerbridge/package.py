@@ -1,0 +1,232 @@
+"""A steering package in memory: load it, check it, save it.
+
+Everything else (adapters, converters, training, the CLI) leans on this module.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from pydantic import ValidationError
+
+from steerbridge import _json, encodings, fingerprint
+from steerbridge import spec as spec_module
+from steerbridge.errors import (
+    BrokenPackage,
+    InvalidSpec,
+    PackageError,
+    Problem,
+    RuntimeMissing,
+    UnsupportedVersion,
+)
+from steerbridge.fingerprint import ModelFacts
+from steerbridge.spec import SUPPORTED_MAJOR, SteeringSpec
+from steerbridge.tensors import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class SteeringPackage:
+    """A spec and the tensors it names, checked against each other on construction.
+
+    Raises:
+        InvalidSpec: lists every rule that spec and tensors break.
+    """
+
+    spec: SteeringSpec
+    tensors: Mapping[str, Tensor]
+    path: Path | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        if found := [*spec_module.problems(self.spec), *_tensor_problems(self)]:
+            raise InvalidSpec(found, self.path)
+        object.__setattr__(self, "tensors", MappingProxyType(dict(self.tensors)))
+
+    def check(self, facts: ModelFacts, ignore: Collection[str] = ()) -> tuple[str, ...]:
+        """Compare with a model; see `fingerprint.check`."""
+        return fingerprint.check(self.spec.base_model, facts, ignore)
+
+    def calibrated(self, runtime: str, quantisation: str) -> SteeringPackage:
+        """The package with thresholds fitted for this runtime and quantisation, if it has any."""
+        spec = self.spec.calibrated(runtime, quantisation)
+        return SteeringPackage(spec, self.tensors, self.path)
+
+    def save(self, path: str | Path) -> Path:
+        """Write a directory, or one GGUF file if the path ends in `.gguf`; return the path.
+
+        The content is written beside the target, read back, compared and renamed into place.
+        Other files of an existing package directory (a model card) are carried over.
+
+        Raises:
+            PackageError: the target exists and is something else, or did not read back equal.
+        """
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.suffix == ".gguf":
+            _save_gguf(self, target)
+        else:
+            _save_directory(self, target)
+        return target
+
+
+def load(source: str | Path, *, revision: str | None = None) -> SteeringPackage:
+    """Load a package from a directory, a GGUF file, or a Hugging Face hub id.
+
+    Raises:
+        BrokenPackage, UnsupportedVersion, InvalidSpec: see `steerbridge.errors`.
+        RuntimeMissing: a hub id was given and huggingface-hub is not installed.
+        FileNotFoundError: the path does not exist and is not a hub id.
+    """
+    path = Path(source)
+    if not path.exists():
+        path = _download(str(source), revision)
+    if path.is_dir():
+        raw, tensors = encodings.read_directory(path)
+    else:
+        raw, tensors = encodings.read_gguf(path)
+    return SteeringPackage(parse(raw, path), tensors, path)
+
+
+def parse(raw: Any, path: Path | None = None) -> SteeringSpec:
+    """Turn plain JSON values into a spec.
+
+    Raises:
+        UnsupportedVersion: another major version.
+        InvalidSpec: names each wrong field, what was expected and what was found.
+    """
+    version = raw.get("spec_version") if isinstance(raw, dict) else None
+    if isinstance(version, str) and version.partition(".")[0].isdecimal():
+        if int(version.partition(".")[0]) != SUPPORTED_MAJOR:
+            raise UnsupportedVersion(version, f"{SUPPORTED_MAJOR}.x", path)
+    try:
+        return SteeringSpec.model_validate_json(_json.dumps(raw))
+    except ValidationError as error:
+        raise InvalidSpec([_problem(e) for e in error.errors()], path) from error
+
+
+def _problem(error: Any) -> Problem:
+    """One pydantic error as field path, expectation and finding."""
+    where = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in error["loc"]).strip(".")
+    if error["type"] == "missing":
+        return Problem(where or "spec", "this field", "nothing")
+    want = error["msg"].removeprefix("Input should be ")
+    got = repr(error["input"])
+    return Problem(where or "spec", want, got if len(got) <= 80 else got[:77] + "...")
+
+
+def _tensor_problems(package: SteeringPackage) -> list[Problem]:
+    problems: list[Problem] = []
+    sizes: dict[str, int] = {}
+    for where, name, want in spec_module.tensor_shapes(package.spec):
+        tensor = package.tensors.get(name)
+        if tensor is None:
+            problems.append(Problem(where, f"tensor {name!r} in the package", "none"))
+            continue
+        free_to_size = [sizes.get(n, n) if isinstance(n, str) else n for n in want]
+        if len(tensor.shape) != len(want) or any(
+            isinstance(n, int) and n != size
+            for n, size in zip(free_to_size, tensor.shape, strict=False)
+        ):
+            shape = f"[{', '.join(str(n) if isinstance(n, int) else 'any' for n in free_to_size)}]"
+            problems.append(Problem(f"{where} ({name!r})", f"shape {shape}", str(tensor.shape)))
+            continue
+        sizes.update({n: s for n, s in zip(want, tensor.shape, strict=True) if isinstance(n, str)})
+        if 0 in tensor.shape:
+            problems.append(Problem(f"{where} ({name!r})", "sizes of 1 or more", str(tensor.shape)))
+    for name, tensor in package.tensors.items():
+        if not spec_module.is_tensor_name(name):
+            problems.append(Problem("tensor name", "1 to 63 of A-Z a-z 0-9 _ . -", repr(name)))
+        if not tensor.finite():
+            problems.append(Problem(f"tensor {name!r}", "finite values", "NaN or infinity"))
+    problems.extend(_scale_problems(package))
+    return problems
+
+
+def _scale_problems(package: SteeringPackage) -> list[Problem]:
+    """A scale divides the probe's input, so it must be positive."""
+    problems = []
+    for i, probe in enumerate(package.spec.probes):
+        tensor = package.tensors.get(probe.input_scale or "")
+        if tensor is not None and not (tensor.float32() > 0).all():
+            problems.append(
+                Problem(f"probes[{i}].input_scale", "positive values", "zero or negative ones")
+            )
+    return problems
+
+
+# ---------------------------------------------------------------- saving
+
+
+def _save_gguf(package: SteeringPackage, target: Path) -> None:
+    if target.is_dir():
+        raise PackageError("a directory is in the way of the GGUF file", target)
+    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        encodings.write_gguf(temporary, encodings.plain(package.spec), package.tensors)
+        _compare(package, *encodings.read_gguf(temporary), target)
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _save_directory(package: SteeringPackage, target: Path) -> None:
+    if target.exists() and not (target / encodings.CONFIG_NAME).is_file():
+        if not target.is_dir() or any(target.iterdir()):
+            raise PackageError("exists and is not a steering package", target)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    backup = temporary.with_name(temporary.name + ".old")
+    try:
+        encodings.write_directory(temporary, encodings.plain(package.spec), package.tensors)
+        _compare(package, *encodings.read_directory(temporary), target)
+        temporary.chmod(0o777 & ~_umask())
+        if target.exists():
+            _carry_over(target, temporary)
+            target.rename(backup)
+        temporary.rename(target)
+    finally:
+        if backup.exists() and not target.exists():
+            backup.rename(target)
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(backup, ignore_errors=True)
+
+
+def _carry_over(old: Path, new: Path) -> None:
+    for item in old.iterdir():
+        if item.name in (encodings.CONFIG_NAME, encodings.TENSORS_NAME):
+            continue
+        if item.is_dir() and not item.is_symlink():
+            shutil.copytree(item, new / item.name, symlinks=True)
+        else:
+            shutil.copy2(item, new / item.name, follow_symlinks=False)
+
+
+def _compare(package: SteeringPackage, raw: Any, tensors: dict[str, Tensor], path: Path) -> None:
+    if raw != encodings.plain(package.spec) or tensors != dict(package.tensors):
+        raise BrokenPackage(Problem("written file", "what was saved", "something else"), path)
+
+
+def _umask() -> int:
+    """The process umask; reading it means setting it for a moment."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+def _download(source: str, revision: str | None) -> Path:
+    if source.endswith(".gguf") or source.count("/") != 1 or source.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"no steering package at {source}")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise RuntimeMissing("huggingface-hub", extra="hf") from error
+    names = [encodings.CONFIG_NAME, encodings.TENSORS_NAME]
+    return Path(snapshot_download(source, revision=revision, allow_patterns=names))

@@ -1,0 +1,111 @@
+"""What happens where: a spec laid out along the order of computation.
+
+Every Python runtime walks the same stops: at each depth it reads, scores the probes whose
+last reading this was, decides the rules whose last probe this was, then acts. Pure data;
+no runtime and no arrays.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+from steerbridge.spec import HeadMatrix, ImageMean, PromptMean, ScoreStrength, SteeringSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Act:
+    """One write: target `target` (None for a head matrix) of an intervention of a rule."""
+
+    rule: int
+    intervention: int
+    target: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Everything to do at one depth (see `SteeringSpec.depth`), in this order."""
+
+    depth: int
+    readings: tuple[tuple[int, int], ...]  # (probe, reading) indices
+    probes: tuple[int, ...]  # complete with these readings
+    rules: tuple[int, ...]  # decided by these probes
+    acts: tuple[Act, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The stops of a spec by depth, and facts that decide what a runtime must support."""
+
+    stops: tuple[Stop, ...]
+    unconditional: tuple[int, ...]  # rules that hold before anything is read
+    reads_means: bool
+    reads_images: bool
+    head_depth: int
+    acts_on_layers: bool
+
+    def stop(self, depth: int) -> Stop | None:
+        """The stop at this depth, if there is one."""
+        return next((s for s in self.stops if s.depth == depth), None)
+
+
+def plan(spec: SteeringSpec) -> Plan:
+    """Lay out a sound spec (`spec.problems` is empty)."""
+    readings: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    probes: dict[int, list[int]] = defaultdict(list)
+    for i, probe in enumerate(spec.probes):
+        for j, reading in enumerate(probe.readings):
+            readings[spec.depth(reading.site)].append((i, j))
+        probes[_probe_depth(spec, i)].append(i)
+    rules = _rules_by_depth(spec)
+    acts = _acts_by_depth(spec)
+    depths = sorted({*readings, *acts, *(d for d in rules if d >= 0)})
+    stops = tuple(
+        Stop(d, *(tuple(part.get(d, ())) for part in (readings, probes, rules, acts)))  # type: ignore[arg-type]
+        for d in depths
+    )
+    positions = [r.position for p in spec.probes for r in p.readings]
+    head = spec.base_model.num_layers + 1
+    return Plan(
+        stops=stops,
+        unconditional=tuple(rules.get(-1, ())),
+        reads_means=any(isinstance(p, PromptMean | ImageMean) for p in positions),
+        reads_images=any(isinstance(p, ImageMean) for p in positions),
+        head_depth=head,
+        acts_on_layers=any(depth != head for depth in acts),
+    )
+
+
+def _probe_depth(spec: SteeringSpec, index: int) -> int:
+    return max(spec.depth(r.site) for r in spec.probes[index].readings)
+
+
+def rule_probes(spec: SteeringSpec, index: int) -> tuple[int, ...]:
+    """Indices of the probes a rule needs, for its condition and its strength."""
+    rule = spec.rules[index]
+    ids = set(rule.condition.probes) if rule.condition else set()
+    if isinstance(rule.strength, ScoreStrength):
+        ids.add(rule.strength.probe)
+    return tuple(i for i, probe in enumerate(spec.probes) if probe.id in ids)
+
+
+def _rules_by_depth(spec: SteeringSpec) -> dict[int, list[int]]:
+    """Rules by the depth at which their last probe is known; -1 for those that need none."""
+    found: dict[int, list[int]] = defaultdict(list)
+    for i in range(len(spec.rules)):
+        found[max((_probe_depth(spec, p) for p in rule_probes(spec, i)), default=-1)].append(i)
+    return found
+
+
+def _acts_by_depth(spec: SteeringSpec) -> dict[int, list[Act]]:
+    index = {x.id: i for i, x in enumerate(spec.interventions)}
+    found: dict[int, list[Act]] = defaultdict(list)
+    for r, rule in enumerate(spec.rules):
+        for id in rule.interventions:
+            x = spec.interventions[index[id]]
+            if isinstance(x, HeadMatrix):
+                found[spec.base_model.num_layers + 1].append(Act(r, index[id], None))
+                continue
+            for t, target in enumerate(x.targets):
+                found[spec.depth(target.site)].append(Act(r, index[id], t))
+    return found

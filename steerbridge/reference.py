@@ -1,0 +1,307 @@
+"""The numpy oracle: what every runtime must compute, as pure functions over arrays.
+
+Arithmetic is float64 on the stored float32 values, so a float32 runtime differs from it by
+its own rounding only.
+
+Shapes: N requests, T tokens of one request, D hidden size, K readings, R rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from steerbridge.package import SteeringPackage
+from steerbridge.spec import (
+    AddVector,
+    ConstantStrength,
+    CosineProbe,
+    DenseMatrix,
+    HeadInput,
+    HeadMatrix,
+    Intervention,
+    LayerInput,
+    LayerOutput,
+    LinearProbe,
+    MlpProbe,
+    Probe,
+    ProjectOut,
+    PromptEnd,
+    PromptMean,
+    Reading,
+    Rule,
+    Softmax,
+    SteeringSpec,
+    sites,
+)
+from steerbridge.tensors import Tensor
+
+Float64 = NDArray[np.float64]
+Tensors = Mapping[str, Tensor]
+AnySite = LayerInput | LayerOutput | HeadInput
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What one probe said about one request."""
+
+    probe: str
+    score: float
+    threshold: float
+    comparator: str
+    fired: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Action:
+    """An intervention that a rule switched on, and how strongly it acts."""
+
+    rule: str
+    intervention: HeadMatrix | AddVector | ProjectOut
+    strength: float
+
+
+# ---------------------------------------------------------------- probes
+
+
+def read(
+    reading: Reading,
+    hidden_TD: NDArray[np.floating],
+    image_rows_T: NDArray[np.bool_] | None = None,
+) -> Float64:
+    """The vector [D] a reading takes from the hidden states of one prompt (no padding rows).
+
+    `image_mean` of a prompt without image rows is NaN here and becomes the probe's input mean
+    (zero after standardisation) in `standardise`.
+
+    Raises:
+        IndexError: the prompt is shorter than the reading's offset asks for.
+    """
+    hidden = np.asarray(hidden_TD, np.float64)
+    match reading.position:
+        case PromptEnd(offset=offset):
+            if len(hidden) + offset < 1:
+                raise IndexError(f"a prompt of {len(hidden)} tokens has no {reading}")
+            return hidden[len(hidden) - 1 + offset]
+        case PromptMean():
+            return hidden.mean(axis=0)
+    if image_rows_T is None or not image_rows_T.any():
+        return np.full(hidden.shape[1], np.nan)
+    return hidden[image_rows_T].mean(axis=0)
+
+
+def probe_input(
+    probe: Probe,
+    hidden_at: Callable[[AnySite], NDArray[np.floating]],
+    image_rows_T: NDArray[np.bool_] | None = None,
+) -> Float64:
+    """The concatenated readings [K*D] of a probe; `hidden_at(site)` gives [T, D]."""
+    return np.concatenate([read(r, hidden_at(r.site), image_rows_T) for r in probe.readings])
+
+
+def standardise(probe: Probe, tensors: Tensors, x_NI: ArrayLike) -> Float64:
+    """(x - mean) / scale; a missing image reading (see `read`) becomes exactly 0.
+
+    Only whole reading segments that are NaN in every element count as missing, and only for
+    `image_mean`; any other NaN stays and makes the probe fire.
+    """
+    x = np.array(x_NI, np.float64, ndmin=2)
+    width = x.shape[1] // len(probe.readings)
+    missing = np.zeros(x.shape, bool)
+    for k, reading in enumerate(probe.readings):
+        part = slice(k * width, (k + 1) * width)
+        if not isinstance(reading.position, PromptEnd | PromptMean):
+            missing[:, part] = np.isnan(x[:, part]).all(axis=1, keepdims=True)
+    if probe.input_mean is not None:
+        x -= tensors[probe.input_mean].float32()
+    if probe.input_scale is not None:
+        x /= tensors[probe.input_scale].float32()
+    x[missing] = 0.0
+    return x
+
+
+def score(probe: Probe, tensors: Tensors, x_NI: ArrayLike) -> Float64:
+    """Scores [N] of probe inputs [N, I] (or [I]), I = K * D, before standardisation."""
+    x = standardise(probe, tensors, x_NI)
+    with np.errstate(all="ignore"):  # NaN and infinity are results here: they fire
+        match probe:
+            case LinearProbe():
+                y = x @ tensors[probe.weight].float32().astype(np.float64) + probe.bias
+                return y if probe.link == "identity" else _sigmoid(y)
+            case CosineProbe():
+                return _cosine(probe, tensors, x)
+            case MlpProbe():
+                return _mlp(probe, tensors, x)
+
+
+def _cosine(probe: CosineProbe, tensors: Tensors, x: Float64) -> Float64:
+    """CAST (arXiv 2409.05907, eq. 4): cos(x, tanh(P x)), P = c c^T / (c . c); 0 for zeros."""
+    c = tensors[probe.direction].float32().astype(np.float64)
+    projected = np.outer(x @ c / (c @ c), c)
+    if probe.squash == "tanh":
+        projected = np.tanh(projected)
+    norms = np.linalg.norm(x, axis=1) * np.linalg.norm(projected, axis=1)
+    dots = np.einsum("ni,ni->n", x, projected)
+    return np.divide(dots, norms, out=np.where(norms == 0, 0.0, norms + dots), where=norms > 0)
+
+
+_ACTIVATIONS: Mapping[str, Callable[[Float64], Float64]] = {
+    "relu": lambda y: np.where(y > 0, y, y * 0),  # keeps NaN
+    "tanh": np.tanh,
+    "gelu": lambda y: 0.5 * y * (1 + _erf(y / math.sqrt(2))),
+}
+
+
+def _mlp(probe: MlpProbe, tensors: Tensors, x: Float64) -> Float64:
+    for i, layer in enumerate(probe.layers):
+        if i:
+            x = _ACTIVATIONS[probe.activation](x)
+        weight = tensors[layer.weight].float32().astype(np.float64)
+        x = x @ weight.T + tensors[layer.bias].float32()
+    if isinstance(probe.output, Softmax):
+        exp = np.exp(x - x.max(axis=1, keepdims=True))
+        chosen: Float64 = exp[:, probe.output.classes.index(probe.output.harmful)]
+        return chosen / exp.sum(axis=1)
+    high = _sigmoid(x[:, 0])
+    return high if probe.output.harmful_when == "high" else 1 - high
+
+
+def _sigmoid(y: Float64) -> Float64:
+    return 0.5 * (1 + np.tanh(0.5 * y))
+
+
+_erf = np.vectorize(math.erf, otypes=[np.float64])
+
+
+def fires(probe: Probe, scores: ArrayLike) -> NDArray[np.bool_]:
+    """Whether each score fires; a non-finite score always does (fail closed)."""
+    values = np.asarray(scores, np.float64)
+    compare = {
+        ">": np.greater,
+        ">=": np.greater_equal,
+        "<": np.less,
+        "<=": np.less_equal,
+    }[probe.comparator]
+    result: NDArray[np.bool_] = ~np.isfinite(values) | compare(values, probe.threshold)
+    return result
+
+
+def verdict(probe: Probe, value: float) -> Verdict:
+    """Compare one score with the probe's threshold."""
+    fired = bool(fires(probe, value))
+    return Verdict(probe.id, float(value), probe.threshold, probe.comparator, fired)
+
+
+def verdicts(package: SteeringPackage, inputs: Mapping[str, ArrayLike]) -> tuple[Verdict, ...]:
+    """Verdicts of all probes of a package on one request's inputs (probe id -> [I])."""
+    return tuple(
+        verdict(probe, score(probe, package.tensors, inputs[probe.id])[0])
+        for probe in package.spec.probes
+    )
+
+
+# ---------------------------------------------------------------- rules
+
+
+def actions(spec: SteeringSpec, found: Sequence[Verdict]) -> tuple[Action, ...]:
+    """What the rules switch on, in the order in which it applies at equal sites."""
+    by_id = {v.probe: v for v in found}
+    return tuple(
+        Action(rule.id, spec.intervention(id), strength(rule, by_id))
+        for rule in spec.rules
+        if holds(rule, by_id)
+        for id in rule.interventions
+    )
+
+
+def holds(rule: Rule, found: Mapping[str, Verdict]) -> bool:
+    """Whether a rule's condition holds; a rule without one always does."""
+    if rule.condition is None:
+        return True
+    combine = any if rule.condition.type == "any" else all
+    return combine(found[id].fired for id in rule.condition.probes)
+
+
+def strength(rule: Rule, found: Mapping[str, Verdict]) -> float:
+    """The factor on every intervention of a rule that holds."""
+    if isinstance(rule.strength, ConstantStrength):
+        return rule.strength.value
+    value = found[rule.strength.probe].score
+    return rule.strength.scale * (value if math.isfinite(value) else 1.0)
+
+
+# ---------------------------------------------------------------- interventions
+
+
+def apply(
+    intervention: Intervention,
+    tensors: Tensors,
+    site: AnySite,
+    h_TD: ArrayLike,
+    strength: float = 1.0,
+) -> Float64:
+    """Hidden states [T, D] (or [D]) after the intervention acted at `site`."""
+    h = np.asarray(h_TD, np.float64)
+    if isinstance(intervention, HeadMatrix):
+        if not isinstance(site, HeadInput):
+            return h
+        return h + strength * intervention.eps * _head_product(intervention, tensors, h)
+    for target in intervention.targets:
+        if depth_equal(target.site, site):
+            v = tensors[target.vector].float32().astype(np.float64)
+            along = 1.0 if isinstance(intervention, AddVector) else -(h @ v)[..., None]
+            h = h + strength * intervention.alpha * along * v
+    return h
+
+
+def _head_product(head: HeadMatrix, tensors: Tensors, h: Float64) -> Float64:
+    """W h for each row."""
+    if isinstance(head.weight, DenseMatrix):
+        return h @ tensors[head.weight.matrix].float32().astype(np.float64).T
+    u = tensors[head.weight.u].float32().astype(np.float64)
+    v = tensors[head.weight.v].float32().astype(np.float64)
+    return (h @ v.T) @ u.T
+
+
+def depth_equal(a: AnySite, b: AnySite) -> bool:
+    """True if two names mean one place (`layer_output[k]` is `layer_input[k + 1]`)."""
+
+    def canonical(site: AnySite) -> int:
+        return -1 if isinstance(site, HeadInput) else site.layer + isinstance(site, LayerOutput)
+
+    return canonical(a) == canonical(b)
+
+
+def steer(acting: Sequence[Action], tensors: Tensors, site: AnySite, h_TD: ArrayLike) -> Float64:
+    """Hidden states at `site` after every action that acts there, in order."""
+    h = np.asarray(h_TD, np.float64)
+    for action in acting:
+        if any(depth_equal(site, s) for s in sites(action.intervention)):
+            h = apply(action.intervention, tensors, site, h, action.strength)
+    return h
+
+
+# ---------------------------------------------------------------- awareness
+
+
+def sas(harmful_ND: ArrayLike, harmless_ND: ArrayLike) -> float:
+    """Safety Awareness Score (arXiv 2507.13255, section 3.2) of paired states [N, D].
+
+    The mean cosine similarity over all pairs i < j of the differences harmless - harmful.
+    With unit vectors u_i it is (|sum u_i|^2 - N) / (N (N - 1)), which needs no N x N matrix.
+
+    Raises:
+        ValueError: fewer than two pairs, or shapes that differ.
+    """
+    harmful, harmless = np.asarray(harmful_ND, np.float64), np.asarray(harmless_ND, np.float64)
+    if harmful.shape != harmless.shape or len(harmful) < 2:
+        raise ValueError(f"two or more pairs of equal shape: {harmful.shape}, {harmless.shape}")
+    unit = harmless - harmful
+    norms = np.linalg.norm(unit, axis=1, keepdims=True)
+    unit = np.divide(unit, norms, out=np.zeros_like(unit), where=norms > 0)
+    n = len(unit)
+    return float((np.sum(unit.sum(axis=0) ** 2) - np.sum(unit * unit)) / (n * (n - 1)))

@@ -1,0 +1,137 @@
+"""The seam between the core and a runtime, and how runtimes are found.
+
+An adapter registers an opener under the entry-point group `steerbridge.runtimes`; its name
+is the name of the runtime on the command line. The core never imports an adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from steerbridge.data import Example
+from steerbridge.errors import SteerbridgeError
+from steerbridge.fingerprint import ModelFacts
+from steerbridge.package import SteeringPackage
+from steerbridge.reference import Verdict
+from steerbridge.spec import Reading
+from steerbridge.tensors import Float32
+
+Progress = Callable[[int, int], None]  # (done, total)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What the guard decided for one request: a verdict per probe and the rules that fired."""
+
+    verdicts: tuple[Verdict, ...]
+    rules: tuple[str, ...]
+
+    @property
+    def fired(self) -> bool:
+        """True if any probe fired."""
+        return any(v.fired for v in self.verdicts)
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """One answer: token ids without the prompt, their text, and why generation ended."""
+
+    text: str
+    tokens: tuple[int, ...]
+    finish: str  # "stop" (end of sequence) or "length"
+    outcome: Outcome | None  # None when nothing was steering
+
+
+@dataclass(frozen=True, slots=True)
+class OutputHead:
+    """What turns `head_input` into logits: softcap(weight h + bias)."""
+
+    weight: NDArray[Any]  # [V, D]
+    bias: Float32 | None  # [V]
+    softcap: float | None
+
+
+class LoadedModel(Protocol):
+    """A model opened by a runtime for generation and capture."""
+
+    @property
+    def facts(self) -> ModelFacts: ...
+
+    @property
+    def quantisation(self) -> str:
+        """Name of the weights' storage, as in `calibrations` (F32, BF16, Q4_1, ...)."""
+        ...
+
+    def generate(
+        self,
+        prompts: Sequence[Example],
+        package: SteeringPackage | None,
+        *,
+        max_new_tokens: int,
+        ignore: Sequence[str] = (),
+        progress: Progress | None = None,
+    ) -> list[Generation]:
+        """Answer each prompt greedily; steered where `package` is given."""
+        ...
+
+    def capture(
+        self,
+        prompts: Sequence[Example],
+        readings: Sequence[Reading],
+        out: NDArray[np.float32],
+        *,
+        start: int = 0,
+        progress: Progress | None = None,
+    ) -> None:
+        """Fill out[i, k] = reading k of prompt i ([N, K, D]) for i >= start, in order of i."""
+        ...
+
+
+class TrainableModel(LoadedModel, Protocol):
+    """A model whose head can be trained: its states under a forced answer can be captured."""
+
+    def answer_states(
+        self,
+        prompts: Sequence[Example],
+        answer: str,
+        progress: Progress | None = None,
+    ) -> tuple[Float32, NDArray[np.int64]]:
+        """`head_input` [N, T, D] that predicts each token of `answer`, and the tokens [T].
+
+        The last token is the end of the turn, so a head trained on them also learns to stop.
+        """
+        ...
+
+    def output_head(self) -> OutputHead: ...
+
+
+class Opener(Protocol):
+    """What an entry point of the group `steerbridge.runtimes` names."""
+
+    def __call__(self, model: str | Path, **options: Any) -> LoadedModel: ...
+
+
+def names() -> tuple[str, ...]:
+    """Names of the installed runtimes."""
+    return tuple(sorted({e.name for e in entry_points(group="steerbridge.runtimes")}))
+
+
+def open_model(runtime: str, model: str | Path, **options: Any) -> LoadedModel:
+    """Open a model in a runtime by name.
+
+    Raises:
+        SteerbridgeError: no such runtime.
+        RuntimeMissing: the runtime's extra is not installed (raised by the adapter).
+    """
+    for entry in entry_points(group="steerbridge.runtimes"):
+        if entry.name == runtime:
+            opener: Opener = entry.load()
+            return opener(model, **options)
+    raise SteerbridgeError(f"unknown runtime {runtime!r}; installed: {', '.join(names())}")

@@ -1,0 +1,547 @@
+"""The spec: the JSON half of a steering package, as pydantic models.
+
+The models say what one field may hold; `problems()` says how fields must agree. Fields
+that decide whether a request is steered have no default: leaving one out is an error,
+never a quiet choice. Unknown fields are kept, so that a newer minor version survives a
+load and a save.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+
+from steerbridge.errors import Problem
+
+SPEC_VERSION = "1.0"
+SUPPORTED_MAJOR = 1
+
+Identifier = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,63}$")]
+TensorName = Annotated[
+    str, Field(pattern=r"^[A-Za-z0-9_.-]{1,63}$", description="name of a tensor of the package")
+]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Size = Annotated[int, Field(ge=1, le=1 << 24)]
+Layer = Annotated[int, Field(ge=0, le=1 << 16)]
+Comparator = Literal[">", ">=", "<", "<="]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True, allow_inf_nan=False)
+
+
+# ---------------------------------------------------------------- sites and readings
+
+
+class LayerInput(_Model):
+    """The residual stream entering decoder block `layer`, before its norm.
+
+    `layer` = number of blocks means the stream entering the final norm.
+    """
+
+    stream: Literal["layer_input"]
+    layer: Layer
+
+    def __str__(self) -> str:
+        return f"layer_input[{self.layer}]"
+
+
+class LayerOutput(_Model):
+    """The residual stream leaving decoder block `layer` (= `layer_input[layer + 1]`)."""
+
+    stream: Literal["layer_output"]
+    layer: Layer
+
+    def __str__(self) -> str:
+        return f"layer_output[{self.layer}]"
+
+
+class HeadInput(_Model):
+    """The vector that the output embedding multiplies, after the final norm."""
+
+    stream: Literal["head_input"]
+
+    def __str__(self) -> str:
+        return "head_input"
+
+
+LayerSite: TypeAlias = Annotated[LayerInput | LayerOutput, Field(discriminator="stream")]
+Site: TypeAlias = Annotated[LayerInput | LayerOutput | HeadInput, Field(discriminator="stream")]
+
+
+class PromptEnd(_Model):
+    """The last token of the rendered prompt, or the one `-offset` tokens before it."""
+
+    type: Literal["prompt_end"]
+    offset: Annotated[int, Field(le=0, ge=-(1 << 20))] = 0
+
+    def __str__(self) -> str:
+        return f"prompt_end{self.offset or ''}"
+
+
+class PromptMean(_Model):
+    """The mean over all tokens of the prompt, image tokens included, padding not."""
+
+    type: Literal["prompt_mean"]
+
+    def __str__(self) -> str:
+        return self.type
+
+
+class ImageMean(_Model):
+    """The mean over the image tokens of the request."""
+
+    type: Literal["image_mean"]
+
+    def __str__(self) -> str:
+        return self.type
+
+
+Position: TypeAlias = Annotated[PromptEnd | PromptMean | ImageMean, Field(discriminator="type")]
+
+
+class Reading(_Model):
+    """One vector that a probe reads: a place in the network and a place in the prompt."""
+
+    site: Site
+    position: Position
+
+    def __str__(self) -> str:
+        return f"{self.site} @ {self.position}"
+
+
+# ---------------------------------------------------------------- probes
+
+
+class _Probe(_Model):
+    id: Identifier
+    readings: Annotated[tuple[Reading, ...], Field(min_length=1, max_length=64)]
+    input_mean: TensorName | None = None
+    input_scale: TensorName | None = None
+    comparator: Comparator
+    threshold: float
+
+
+class DenseLayer(_Model):
+    """y = weight x + bias, weight [out, in], bias [out]."""
+
+    weight: TensorName
+    bias: TensorName
+
+
+class Softmax(_Model):
+    """The score is the probability of the class named `harmful`."""
+
+    type: Literal["softmax"]
+    classes: Annotated[tuple[str, ...], Field(min_length=2, max_length=1024)]
+    harmful: str
+
+
+class Sigmoid(_Model):
+    """The score is sigmoid(y) when a high y means harm, 1 - sigmoid(y) when a low y does."""
+
+    type: Literal["sigmoid"]
+    harmful_when: Literal["high", "low"]
+
+
+class MlpProbe(_Probe):
+    """Dense layers with an activation between them and softmax or sigmoid at the end."""
+
+    type: Literal["mlp"]
+    layers: Annotated[tuple[DenseLayer, ...], Field(min_length=1, max_length=16)]
+    activation: Literal["relu", "tanh", "gelu"]
+    output: Annotated[Softmax | Sigmoid, Field(discriminator="type")]
+
+
+class LinearProbe(_Probe):
+    """weight . x + bias, as it is (`identity`) or through a sigmoid."""
+
+    type: Literal["linear"]
+    weight: TensorName
+    bias: float
+    link: Literal["identity", "sigmoid"]
+
+
+class CosineProbe(_Probe):
+    """CAST: cosine of x with its projection on `direction` (through tanh or not)."""
+
+    type: Literal["cosine"]
+    direction: TensorName
+    squash: Literal["tanh", "none"]
+
+
+Probe: TypeAlias = Annotated[MlpProbe | LinearProbe | CosineProbe, Field(discriminator="type")]
+
+
+# ---------------------------------------------------------------- interventions and rules
+
+
+class _Intervention(_Model):
+    id: Identifier
+    position: Literal["from_prompt_end", "all_positions"]
+
+
+class DenseMatrix(_Model):
+    """W as one tensor [d, d]."""
+
+    form: Literal["dense"]
+    matrix: TensorName
+
+
+class LowRankMatrix(_Model):
+    """W = u v with u [d, r] and v [r, d]."""
+
+    form: Literal["low_rank"]
+    u: TensorName
+    v: TensorName
+
+
+class HeadMatrix(_Intervention):
+    """h <- h + eps W h at `head_input`."""
+
+    type: Literal["head_matrix"]
+    eps: float
+    weight: Annotated[DenseMatrix | LowRankMatrix, Field(discriminator="form")]
+
+
+class Target(_Model):
+    """A vector [d] and the layer site where it acts."""
+
+    site: LayerSite
+    vector: TensorName
+
+
+class AddVector(_Intervention):
+    """h <- h + alpha v at each target."""
+
+    type: Literal["add_vector"]
+    alpha: float
+    targets: Annotated[tuple[Target, ...], Field(min_length=1, max_length=1 << 16)]
+
+
+class ProjectOut(_Intervention):
+    """h <- h - alpha (v . h) v at each target; a full projection for unit v and alpha 1."""
+
+    type: Literal["project_out"]
+    alpha: float
+    targets: Annotated[tuple[Target, ...], Field(min_length=1, max_length=1 << 16)]
+
+
+Intervention: TypeAlias = Annotated[
+    HeadMatrix | AddVector | ProjectOut, Field(discriminator="type")
+]
+
+
+class Condition(_Model):
+    """Holds when any, or all, of the named probes fired."""
+
+    type: Literal["any", "all"]
+    probes: Annotated[tuple[Identifier, ...], Field(min_length=1)]
+
+
+class ConstantStrength(_Model):
+    """The interventions act `value` times as strongly as they say."""
+
+    type: Literal["constant"]
+    value: float
+
+
+class ScoreStrength(_Model):
+    """The interventions act `scale` times the probe's score; a non-finite score counts as 1."""
+
+    type: Literal["score"]
+    probe: Identifier
+    scale: float
+
+
+Strength: TypeAlias = Annotated[ConstantStrength | ScoreStrength, Field(discriminator="type")]
+
+
+class Rule(_Model):
+    """If the condition holds (null: always), apply the interventions in order."""
+
+    id: Identifier
+    condition: Condition | None
+    interventions: Annotated[tuple[Identifier, ...], Field(min_length=1)]
+    strength: Strength
+
+
+# ---------------------------------------------------------------- the whole
+
+
+class BaseModelInfo(_Model):
+    """Fingerprint of the (language) model that the package was made for."""
+
+    name: str
+    model_type: str
+    architecture: str | None = None
+    hidden_size: Size
+    num_layers: Size
+    vocab_size: Size
+    tokenizer_sha256: Sha256 | None = None
+    chat_template_sha256: Sha256 | None = None
+
+
+class Calibration(_Model):
+    """Thresholds re-fitted on the hidden states of a named runtime and quantisation."""
+
+    runtime: str
+    quantisation: str
+    thresholds: dict[Identifier, float]
+    evidence: dict[str, JsonValue] | None = None
+
+
+class Evidence(_Model):
+    """What was measured when the package was made; every part is optional."""
+
+    sas: JsonValue = None
+    probes: JsonValue = None
+    interventions: JsonValue = None
+    safety: JsonValue = None
+    data: JsonValue = None
+    settings: JsonValue = None
+    tools: JsonValue = None
+
+
+class SteeringSpec(_Model):
+    """The spec of a steering package: who reads what, when it fires, what then changes."""
+
+    spec_version: Annotated[str, Field(pattern=r"^[0-9]{1,4}\.[0-9]{1,4}$")]
+    name: str
+    description: str | None = None
+    license: str | None = None
+    created: str | None = None
+    base_model: BaseModelInfo
+    probes: tuple[Probe, ...]
+    interventions: tuple[Intervention, ...]
+    rules: tuple[Rule, ...]
+    evidence: Evidence | None = None
+    calibrations: tuple[Calibration, ...] = ()
+
+    def probe(self, id: str) -> MlpProbe | LinearProbe | CosineProbe:
+        """Return the probe named `id` (KeyError if there is none)."""
+        return next(_named(self.probes, id))
+
+    def intervention(self, id: str) -> HeadMatrix | AddVector | ProjectOut:
+        """Return the intervention named `id` (KeyError if there is none)."""
+        return next(_named(self.interventions, id))
+
+    def depth(self, site: LayerInput | LayerOutput | HeadInput) -> int:
+        """Place of a site in the order of computation: layer_input[L] is L, the head is last."""
+        match site:
+            case LayerInput():
+                return site.layer
+            case LayerOutput():
+                return site.layer + 1
+            case HeadInput():
+                return self.base_model.num_layers + 1
+
+    def calibrated(self, runtime: str, quantisation: str) -> SteeringSpec:
+        """The spec with the thresholds calibrated for this runtime and quantisation, if any.
+
+        The last matching entry of `calibrations` wins; without one the spec is unchanged.
+        """
+        match = [
+            c for c in self.calibrations if c.runtime == runtime and c.quantisation == quantisation
+        ]
+        if not match:
+            return self
+        fitted = match[-1].thresholds
+        probes = tuple(
+            p.model_copy(update={"threshold": fitted.get(p.id, p.threshold)}) for p in self.probes
+        )
+        return self.model_copy(update={"probes": probes})
+
+
+def _named(items: tuple[Any, ...], id: str) -> Iterator[Any]:
+    found = [item for item in items if item.id == id]
+    if not found:
+        raise KeyError(id)
+    return iter(found)
+
+
+def sites(intervention: HeadMatrix | AddVector | ProjectOut) -> tuple[Any, ...]:
+    """The sites where an intervention acts."""
+    if isinstance(intervention, HeadMatrix):
+        return (HeadInput(stream="head_input"),)
+    return tuple(target.site for target in intervention.targets)
+
+
+# ---------------------------------------------------------------- rules across fields
+
+
+def problems(spec: SteeringSpec) -> list[Problem]:
+    """Every rule across fields that the spec breaks; empty for a sound spec."""
+    return [
+        *_duplicate_ids(spec),
+        *_probe_problems(spec),
+        *_intervention_problems(spec),
+        *_rule_problems(spec),
+        *_calibration_problems(spec),
+    ]
+
+
+def _duplicate_ids(spec: SteeringSpec) -> Iterator[Problem]:
+    for field in ("probes", "interventions", "rules"):
+        seen: set[str] = set()
+        for i, item in enumerate(getattr(spec, field)):
+            if item.id in seen:
+                yield Problem(f"{field}[{i}].id", "a unique id", repr(item.id))
+            seen.add(item.id)
+
+
+def _site_problem(spec: SteeringSpec, site: Any, field: str) -> Iterator[Problem]:
+    n = spec.base_model.num_layers
+    last = n if isinstance(site, LayerInput) else n - 1
+    if not isinstance(site, HeadInput) and site.layer > last:
+        yield Problem(field, f"a {site.stream} layer in 0..{last}", str(site.layer))
+
+
+def _probe_problems(spec: SteeringSpec) -> Iterator[Problem]:
+    for i, probe in enumerate(spec.probes):
+        for j, reading in enumerate(probe.readings):
+            field = f"probes[{i}].readings[{j}]"
+            yield from _site_problem(spec, reading.site, f"{field}.site")
+            at_end = isinstance(reading.position, PromptEnd) and reading.position.offset == 0
+            if isinstance(reading.site, HeadInput) and not at_end:
+                # Runtimes compute head_input for output rows only, so no other row exists.
+                yield Problem(f"{field}.position", "prompt_end at head_input", str(reading))
+        if isinstance(probe, MlpProbe) and isinstance(probe.output, Softmax):
+            classes = probe.output.classes
+            if len(set(classes)) != len(classes):
+                yield Problem(f"probes[{i}].output.classes", "distinct names", str(classes))
+            if probe.output.harmful not in classes:
+                yield Problem(
+                    f"probes[{i}].output.harmful", f"one of {classes}", repr(probe.output.harmful)
+                )
+
+
+def _intervention_problems(spec: SteeringSpec) -> Iterator[Problem]:
+    for i, intervention in enumerate(spec.interventions):
+        for j, site in enumerate(sites(intervention)):
+            yield from _site_problem(spec, site, f"interventions[{i}].targets[{j}].site")
+
+
+def _rule_problems(spec: SteeringSpec) -> Iterator[Problem]:
+    probes = {p.id: p for p in spec.probes}
+    interventions = {x.id: x for x in spec.interventions}
+    for i, rule in enumerate(spec.rules):
+        field = f"rules[{i}]"
+        read = list(rule.condition.probes) if rule.condition else []
+        if isinstance(rule.strength, ScoreStrength):
+            read.append(rule.strength.probe)
+        unknown = [("condition", "probe", id) for id in read if id not in probes] + [
+            ("interventions", "intervention", id)
+            for id in rule.interventions
+            if id not in interventions
+        ]
+        for part, kind, id in unknown:
+            yield Problem(f"{field}.{part}", f"the id of a {kind} of this spec", repr(id))
+        if not unknown:
+            acting = [interventions[id] for id in rule.interventions]
+            yield from _order_problems(spec, field, [probes[id] for id in read], acting)
+
+
+def _order_problems(
+    spec: SteeringSpec, field: str, read: list[Any], acting: list[Any]
+) -> Iterator[Problem]:
+    """A decision must be known before it acts: later sites only, from the prompt end on."""
+    if not read:
+        return
+    deepest = max((r.site for probe in read for r in probe.readings), key=spec.depth)
+    for intervention in acting:
+        if intervention.position != "from_prompt_end":
+            yield Problem(
+                f"{field}.interventions",
+                "position from_prompt_end under a rule that reads a probe",
+                f"{intervention.id!r} at {intervention.position}",
+            )
+        for site in sites(intervention):
+            if spec.depth(site) < spec.depth(deepest):
+                yield Problem(
+                    f"{field}.interventions",
+                    f"sites at or after {deepest}, which the rule reads",
+                    f"{intervention.id!r} at {site}",
+                )
+
+
+def _calibration_problems(spec: SteeringSpec) -> Iterator[Problem]:
+    known = {p.id for p in spec.probes}
+    for i, calibration in enumerate(spec.calibrations):
+        for id in calibration.thresholds:
+            if id not in known:
+                yield Problem(
+                    f"calibrations[{i}].thresholds", "the id of a probe of this spec", repr(id)
+                )
+
+
+# ---------------------------------------------------------------- tensors the spec names
+
+
+def tensor_shapes(spec: SteeringSpec) -> Iterator[tuple[str, str, tuple[int | str, ...]]]:
+    """Yield (field, tensor name, shape) for every reference; a str in a shape is a free size.
+
+    Equal free names within one owner must have equal sizes (the rank of u and v, the hidden
+    width of an mlp).
+    """
+    d = spec.base_model.hidden_size
+    for i, probe in enumerate(spec.probes):
+        yield from _probe_shapes(f"probes[{i}]", probe, d * len(probe.readings))
+    for i, x in enumerate(spec.interventions):
+        field = f"interventions[{i}]"
+        if not isinstance(x, HeadMatrix):
+            for j, target in enumerate(x.targets):
+                yield f"{field}.targets[{j}].vector", target.vector, (d,)
+        elif isinstance(x.weight, DenseMatrix):
+            yield f"{field}.weight.matrix", x.weight.matrix, (d, d)
+        else:
+            yield f"{field}.weight.u", x.weight.u, (d, f"{field}.rank")
+            yield f"{field}.weight.v", x.weight.v, (f"{field}.rank", d)
+
+
+def _probe_shapes(
+    field: str, probe: MlpProbe | LinearProbe | CosineProbe, width: int
+) -> Iterator[tuple[str, str, tuple[int | str, ...]]]:
+    for part in ("input_mean", "input_scale"):
+        if (name := getattr(probe, part)) is not None:
+            yield f"{field}.{part}", name, (width,)
+    match probe:
+        case LinearProbe():
+            yield f"{field}.weight", probe.weight, (width,)
+        case CosineProbe():
+            yield f"{field}.direction", probe.direction, (width,)
+        case MlpProbe():
+            outputs = len(probe.output.classes) if isinstance(probe.output, Softmax) else 1
+            size: int | str = width
+            for j, layer in enumerate(probe.layers):
+                last = j == len(probe.layers) - 1
+                out: int | str = outputs if last else f"{field}.layers[{j}].size"
+                yield f"{field}.layers[{j}].weight", layer.weight, (out, size)
+                yield f"{field}.layers[{j}].bias", layer.bias, (out,)
+                size = out
+
+
+_TENSOR_NAME = re.compile(r"[A-Za-z0-9_.-]{1,63}")
+
+
+def is_tensor_name(name: str) -> bool:
+    """True if the name fits ggml (63 bytes) and is safe in every encoding."""
+    return _TENSOR_NAME.fullmatch(name) is not None
+
+
+_SITE = re.compile(r"^(layer_input|layer_output)\[(\d{1,5})\]$")
+
+
+def parse_site(text: str) -> LayerInput | LayerOutput | HeadInput:
+    """Read 'layer_input[22]', 'layer_output[21]' or 'head_input'; ValueError otherwise."""
+    if text == "head_input":
+        return HeadInput(stream="head_input")
+    if found := _SITE.match(text):
+        layer = int(found[2])
+        if found[1] == "layer_input":
+            return LayerInput(stream="layer_input", layer=layer)
+        return LayerOutput(stream="layer_output", layer=layer)
+    raise ValueError(f"expected layer_input[N], layer_output[N] or head_input, found {text!r}")
