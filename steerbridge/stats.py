@@ -1,0 +1,15 @@
+"""Statistics that training and evaluation share."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def auroc(harmful: NDArray[np.float64], harmless: NDArray[np.float64]) -> float:
+    """Area under the ROC curve: the share of (harmful, harmless) pairs in the right order."""
+    both = np.concatenate([harmful, harmless])
+    _, inverse, counts = np.unique(both, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(counts) - (counts - 1) / 2)[inverse]  # ties share their mean rank
+    n, m = len(harmful), len(harmless)
+    return float((ranks[:n].sum() - n * (n + 1) / 2) / (n * m))

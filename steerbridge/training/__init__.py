@@ -1,0 +1,1 @@
+"""Training: pure maths on captured arrays, and the recipe that strings it together."""

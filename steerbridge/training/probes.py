@@ -1,0 +1,182 @@
+"""Fit probes on captured readings, choose among readings, calibrate the threshold.
+
+Everything that is chosen is chosen on out-of-fold scores: each example is scored by a probe
+that never saw it, nor its pair partner. The threshold comes from the same scores, kind by
+kind of harmless prompt, so that no kind of ordinary prompt pays for another.
+
+Shapes: N examples, I = K * D inputs of a probe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from steerbridge.spec import (
+    DenseLayer,
+    LinearProbe,
+    MlpProbe,
+    Reading,
+    Softmax,
+)
+from steerbridge.tensors import Float32, Tensor
+
+Shape = Literal["linear", "mlp"]
+HIDDEN = 64  # width of the paper's probe
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """A trained probe on standardised inputs: a stack of (weight [out, in], bias [out])."""
+
+    mean: Float32
+    scale: Float32
+    layers: tuple[tuple[Float32, Float32], ...]
+
+    def scores(self, x_NI: Float32) -> NDArray[np.float64]:
+        """Log-odds of harm [N]."""
+        y: Any = (x_NI - self.mean) / self.scale
+        for i, (weight, bias) in enumerate(self.layers):
+            y = (np.maximum(y, 0) if i else y) @ weight.T + bias
+        odds = y[:, 0] - y[:, 1] if y.shape[1] == 2 else y[:, 0]
+        return np.asarray(odds, np.float64)
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What is fitted: where it reads, its shape and how strongly it is regularised."""
+
+    readings: tuple[Reading, ...]
+    shape: Shape
+    decay: float
+
+    def __str__(self) -> str:
+        return f"{self.shape} on {', '.join(map(str, self.readings))}, decay {self.decay:g}"
+
+
+def fit(x_NI: Float32, harmful_N: NDArray[np.bool_], recipe: Recipe, seed: int) -> Fitted:
+    """Minimise the class-balanced cross-entropy plus decay * |weights|^2 by L-BFGS."""
+    mean = x_NI.mean(axis=0, dtype=np.float64).astype(np.float32)
+    scale = np.maximum(x_NI.std(axis=0, dtype=np.float64), 1e-6).astype(np.float32)
+    x = torch.from_numpy((x_NI - mean) / scale)
+    y = torch.from_numpy(harmful_N.astype(np.int64))
+    net = _network(x.shape[1], recipe.shape, seed)
+    weights = [p for p in net.parameters() if p.dim() == 2]
+    balance = torch.tensor([1 / max(1, int((y == c).sum())) for c in (0, 1)])
+    sample = balance[y] / balance[y].sum()
+    optimiser = torch.optim.LBFGS(
+        net.parameters(), max_iter=150, history_size=20, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> torch.Tensor:
+        optimiser.zero_grad()
+        out = net(x)
+        # Class 0 is harm, as in the authors' checkpoints; a linear probe has one output.
+        odds = out[:, 0] - out[:, 1] if out.shape[1] == 2 else out[:, 0]
+        loss = nn.functional.binary_cross_entropy_with_logits(
+            odds, y.float(), weight=sample, reduction="sum"
+        )
+        loss = loss + recipe.decay * torch.stack([(w * w).sum() for w in weights]).sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    optimiser.step(closure)  # type: ignore[no-untyped-call]
+    parts = [m for m in net if isinstance(m, nn.Linear)]
+    return Fitted(
+        mean, scale, tuple((m.weight.detach().numpy(), m.bias.detach().numpy()) for m in parts)
+    )
+
+
+def _network(inputs: int, shape: Shape, seed: int) -> nn.Sequential:
+    torch.manual_seed(seed)
+    if shape == "mlp":
+        return nn.Sequential(nn.Linear(inputs, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, 2))
+    linear = nn.Linear(inputs, 1)
+    nn.init.zeros_(linear.weight)  # convex: start where the seed cannot matter
+    nn.init.zeros_(linear.bias)
+    return nn.Sequential(linear)
+
+
+def out_of_fold(
+    x_NI: Float32,
+    harmful_N: NDArray[np.bool_],
+    fold_N: NDArray[np.int64],
+    recipe: Recipe,
+    seed: int,
+    only: Sequence[int] | None = None,
+) -> NDArray[np.float64]:
+    """Scores [N] by probes that did not see the example's fold; NaN outside the folds `only`."""
+    scores = np.full(len(x_NI), np.nan)
+    for fold in sorted(set(fold_N.tolist())) if only is None else only:
+        held = fold_N == fold
+        scores[held] = fit(x_NI[~held], harmful_N[~held], recipe, seed).scores(x_NI[held])
+    return scores
+
+
+# ---------------------------------------------------------------- choosing
+
+
+def calibrate(
+    harmless: Mapping[str, NDArray[np.float64]], target: Mapping[str, float]
+) -> float:
+    """The lowest threshold (comparator >) that holds every kind's false-positive target.
+
+    For a kind of n prompts at most floor(target * n) may fire.
+    """
+    limits = []
+    for kind, scores in harmless.items():
+        allowed = int(target.get(kind, target["*"]) * len(scores))
+        limits.append(np.sort(scores)[len(scores) - 1 - allowed])
+    return float(max(limits))
+
+
+def by_kind(
+    scores: NDArray[np.float64], kinds: Sequence[str], chosen: NDArray[np.bool_]
+) -> dict[str, NDArray[np.float64]]:
+    """The chosen scores split by kind of prompt."""
+    names = np.asarray(kinds)
+    return {kind: scores[chosen & (names == kind)] for kind in sorted(set(names[chosen]))}
+
+
+# ---------------------------------------------------------------- into the package
+
+
+def to_spec(
+    fitted: Fitted, recipe: Recipe, threshold: float, probe: str
+) -> tuple[LinearProbe | MlpProbe, dict[str, Tensor]]:
+    """The probe as spec and tensors. `threshold` is in log-odds; the spec's in probability."""
+    tensors = {
+        f"{probe}.mean": Tensor.of(fitted.mean),
+        f"{probe}.scale": Tensor.of(fitted.scale),
+    }
+    common: dict[str, Any] = {
+        "id": probe,
+        "readings": recipe.readings,
+        "input_mean": f"{probe}.mean",
+        "input_scale": f"{probe}.scale",
+        "comparator": ">",
+        "threshold": float(1 / (1 + np.exp(-threshold))),
+    }
+    if recipe.shape == "linear":
+        ((weight, bias),) = fitted.layers
+        tensors[f"{probe}.weight"] = Tensor.of(weight[0])
+        made: LinearProbe | MlpProbe = LinearProbe(
+            type="linear", weight=f"{probe}.weight", bias=float(bias[0]), link="sigmoid", **common
+        )
+        return made, tensors
+    layers = []
+    for i, (weight, bias) in enumerate(fitted.layers):
+        layer = DenseLayer(weight=f"{probe}.{i}.weight", bias=f"{probe}.{i}.bias")
+        tensors |= {layer.weight: Tensor.of(weight), layer.bias: Tensor.of(bias)}
+        layers.append(layer)
+    output = Softmax(type="softmax", classes=("harmful", "harmless"), harmful="harmful")
+    made = MlpProbe(
+        type="mlp", layers=tuple(layers), activation="relu", output=output, **common
+    )
+    return made, tensors

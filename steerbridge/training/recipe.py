@@ -1,0 +1,374 @@
+"""From labelled prompts to a steering package: the training journey, step by step.
+
+prompts -> capture -> SAS and search -> probe and threshold -> intervention -> package
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from steerbridge import data
+from steerbridge.data import Example
+from steerbridge.errors import DataError, Problem
+from steerbridge.evaluation.judge import refuses, well_formed
+from steerbridge.package import SteeringPackage
+from steerbridge.runtime import Generation, TrainableModel
+from steerbridge.spec import (
+    SPEC_VERSION,
+    AddVector,
+    Condition,
+    ConstantStrength,
+    DenseMatrix,
+    Evidence,
+    HeadMatrix,
+    LayerInput,
+    LayerOutput,
+    LowRankMatrix,
+    ProjectOut,
+    PromptEnd,
+    Reading,
+    Rule,
+    SteeringSpec,
+    Target,
+)
+from steerbridge.tensors import Tensor
+from steerbridge.training import head as heads
+from steerbridge.training import probes, search
+from steerbridge.training.head import HeadSettings
+from steerbridge.training.probes import Shape
+from steerbridge.training.search import FOLDS, Found
+from steerbridge.training.states import States, all_readings, capture
+
+Kind = Literal["head_matrix", "add_vector", "project_out"]
+Say = Callable[[str, int, int], None]  # (what, done, total)
+
+DEFAULT_REFUSAL = "I'm sorry, but I can't assist with that."
+STRENGTHS = (1.0, 1.5, 2.0)
+VECTOR_STRENGTHS = (0.5, 1.0, 2.0, 4.0)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainSettings:
+    """What a user may choose. `target_fpr` maps kinds of harmless prompts to shares; `*` is all."""
+
+    name: str = "steerbridge-guard"
+    refusal: str = DEFAULT_REFUSAL
+    probe: Shape = "linear"
+    target_fpr: Mapping[str, float] = field(default_factory=lambda: {"*": 0.01})
+    intervention: Kind = "head_matrix"
+    rank: int | None = None
+    head: HeadSettings = HeadSettings()
+    head_prompts: int = 256
+    validation_prompts: int = 32
+    seed: int = 0
+
+
+def train(
+    model: TrainableModel,
+    examples: Sequence[Example],
+    settings: TrainSettings,
+    workdir: Path,
+    say: Say = lambda what, done, total: None,
+) -> SteeringPackage:
+    """Train a package. The same examples, model, settings and seed give the same package.
+
+    Args:
+        examples: harmful and harmless prompts; aligned pairs carry a shared `pair`.
+        workdir: captured states go here and are used again by a later run.
+
+    Raises:
+        DataError: too few prompts of either label, or a capture of something else in `workdir`.
+    """
+    _check(examples)
+    readings = all_readings(model.facts.num_layers)
+    states = capture(
+        model, examples, readings, workdir / "capture", lambda a, b: say("capture", a, b)
+    )
+    found = _search(states, examples, settings, say)
+    probe, tensors = _probe(states, examples, found, settings)
+    spec = SteeringSpec(
+        spec_version=SPEC_VERSION,
+        name=settings.name,
+        created=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        base_model=model.facts.info(),
+        probes=(probe,),
+        interventions=(),
+        rules=(),
+    )
+    package = SteeringPackage(spec, tensors)
+    maker = _head if settings.intervention == "head_matrix" else _vector
+    package, evidence = maker(model, package, states, examples, settings, say)
+    return _with_evidence(package, found, evidence, examples, settings)
+
+
+def _check(examples: Sequence[Example]) -> None:
+    for harmful in (True, False):
+        count = sum(e.harmful == harmful for e in examples)
+        if count < 4 * FOLDS:
+            label = "harmful" if harmful else "harmless"
+            raise DataError(
+                Problem("examples", f"{4 * FOLDS} or more {label} prompts", str(count))
+            )
+
+
+# ---------------------------------------------------------------- probe
+
+
+def _labels(examples: Sequence[Example]) -> NDArray[np.bool_]:
+    return np.array([e.harmful for e in examples])
+
+
+def _search(
+    states: States, examples: Sequence[Example], settings: TrainSettings, say: Say
+) -> Found:
+    problem = search.Problem(
+        states,
+        examples,
+        _labels(examples),
+        np.asarray(data.folds(examples, FOLDS, settings.seed)),
+        settings.target_fpr,
+        settings.seed,
+    )
+    total = len(states.readings) + len(search.DECAYS) * (2 * search.KEPT + search.KEPT**2)
+    counter = iter(range(1, total + 1))
+    return search.search(problem, settings.probe, lambda _: say("search", next(counter), total))
+
+
+def _probe(
+    states: States, examples: Sequence[Example], found: Found, settings: TrainSettings
+) -> tuple[Any, dict[str, Tensor]]:
+    best = found.best
+    fitted = probes.fit(
+        states.of(best.recipe.readings), _labels(examples), best.recipe, settings.seed
+    )
+    return probes.to_spec(fitted, best.recipe, best.threshold, "harm")
+
+
+# ---------------------------------------------------------------- interventions
+
+
+def _split(
+    examples: Sequence[Example], settings: TrainSettings
+) -> tuple[list[Example], list[Example]]:
+    """Harmful prompts to train an intervention on, and others to choose its strength on."""
+    harmful = [e for e in examples if e.harmful]
+    fold = data.folds(harmful, FOLDS, settings.seed + 1)
+    rng = np.random.default_rng(settings.seed)
+    order = rng.permutation(len(harmful))
+    train = [harmful[i] for i in order if fold[i] != 0][: settings.head_prompts]
+    held = [harmful[i] for i in order if fold[i] == 0][: settings.validation_prompts]
+    return train, held
+
+
+def _head(
+    model: TrainableModel,
+    package: SteeringPackage,
+    states: States,  # noqa: ARG001 - every maker has the same signature
+    examples: Sequence[Example],
+    settings: TrainSettings,
+    say: Say,
+) -> tuple[SteeringPackage, dict[str, Any]]:
+    train_on, held = _split(examples, settings)
+    answer_NTD, target_T = model.answer_states(
+        train_on, settings.refusal, lambda a, b: say("refusal states", a, b)
+    )
+    hyper = replace(settings.head, seed=settings.seed)
+    trained = heads.train_head(
+        answer_NTD.reshape(-1, answer_NTD.shape[-1]),
+        np.tile(target_T, len(answer_NTD)),
+        model.output_head(),
+        hyper,
+        lambda step, _: say("head", step, hyper.steps),
+    )
+    evidence: dict[str, Any] = {
+        "loss_before": round(trained.loss_before, 6),
+        "loss_after": round(trained.loss_after, 6),
+        "states": int(answer_NTD.shape[0] * answer_NTD.shape[1]),
+    }
+    weight: DenseMatrix | LowRankMatrix = DenseMatrix(form="dense", matrix="head.matrix")
+    tensors = {"head.matrix": Tensor.of(trained.matrix)}
+    if settings.rank is not None:
+        cut = heads.low_rank(trained.matrix, settings.rank)
+        weight = LowRankMatrix(form="low_rank", u="head.u", v="head.v")
+        tensors = {"head.u": Tensor.of(cut.u), "head.v": Tensor.of(cut.v)}
+        evidence |= {"rank": settings.rank, "truncation_error": round(cut.error, 6)}
+
+    def made(strength: float) -> SteeringPackage:
+        head = HeadMatrix(
+            type="head_matrix",
+            id="refusal",
+            position="from_prompt_end",
+            eps=trained.eps * strength,
+            weight=weight,
+        )
+        return _with_rule(package, head, tensors)
+
+    return _strongest(model, made, STRENGTHS, held, settings, evidence, say)
+
+
+def _vector(
+    model: TrainableModel,
+    package: SteeringPackage,
+    states: States,
+    examples: Sequence[Example],
+    settings: TrainSettings,
+    say: Say,
+) -> tuple[SteeringPackage, dict[str, Any]]:
+    """`add_vector` or `project_out` along the difference of means where the probe reads last."""
+    spec = package.spec
+    layer = max(spec.depth(r.site) for r in spec.probes[0].readings)
+    reading = Reading(
+        site=LayerInput(stream="layer_input", layer=layer), position=PromptEnd(type="prompt_end")
+    )
+    x, harmful = states.of([reading]), _labels(examples)
+    unit = heads.difference_of_means(x[harmful], x[~harmful])
+    gap = float((x[harmful].mean(axis=0) - x[~harmful].mean(axis=0)) @ unit)
+    target = Target(
+        site=LayerOutput(stream="layer_output", layer=layer - 1), vector="direction"
+    )
+    tensors = {"direction": Tensor.of(unit)}
+
+    def made(strength: float) -> SteeringPackage:
+        common: dict[str, Any] = {
+            "id": "direction",
+            "position": "from_prompt_end",
+            "targets": (target,),
+        }
+        act = (
+            AddVector(type="add_vector", alpha=gap * strength, **common)
+            if settings.intervention == "add_vector"
+            else ProjectOut(type="project_out", alpha=strength, **common)
+        )
+        return _with_rule(package, act, tensors)
+
+    train_on, held = _split(examples, settings)
+    evidence = {"gap_of_means": round(gap, 6), "states": len(train_on)}
+    strengths = VECTOR_STRENGTHS if settings.intervention == "add_vector" else (1.0,)
+    return _strongest(model, made, strengths, held, settings, evidence, say)
+
+
+def _with_rule(
+    package: SteeringPackage, act: Any, tensors: Mapping[str, Tensor]
+) -> SteeringPackage:
+    rule = Rule(
+        id="refuse",
+        condition=Condition(type="any", probes=tuple(p.id for p in package.spec.probes)),
+        interventions=(act.id,),
+        strength=ConstantStrength(type="constant", value=1.0),
+    )
+    spec = package.spec.model_copy(update={"interventions": (act,), "rules": (rule,)})
+    return SteeringPackage(spec, {**package.tensors, **tensors})
+
+
+def _strongest(
+    model: TrainableModel,
+    made: Callable[[float], SteeringPackage],
+    strengths: Sequence[float],
+    held: Sequence[Example],
+    settings: TrainSettings,
+    evidence: dict[str, Any],
+    say: Say,
+) -> tuple[SteeringPackage, dict[str, Any]]:
+    """The weakest strength with the best share of well-formed refusals on held-out prompts."""
+    tried: dict[float, dict[str, float]] = {}
+    for i, strength in enumerate(strengths):
+        answers = model.generate(
+            held, _unconditional(made(strength)), max_new_tokens=len(settings.refusal) // 2
+        )
+        tried[strength] = {
+            "refused": _share(answers, lambda a: refuses(a.text)),
+            "wellformed": _share(answers, lambda a: well_formed(a.text, a.finish)),
+        }
+        say("strength", i + 1, len(strengths))
+        if min(tried[strength].values()) == 1.0:
+            break
+    best = max(tried, key=lambda s: (sum(tried[s].values()), -s))
+    evidence |= {"strength": best, "strengths": {str(s): v for s, v in tried.items()}}
+    return made(best), evidence
+
+
+def _share(answers: Sequence[Generation], test: Callable[[Generation], bool]) -> float:
+    return round(sum(map(test, answers)) / len(answers), 4)
+
+
+def _unconditional(package: SteeringPackage) -> SteeringPackage:
+    """The same interventions without probe and condition: what they do when they act."""
+    rules = tuple(r.model_copy(update={"condition": None}) for r in package.spec.rules)
+    spec = package.spec.model_copy(update={"probes": (), "rules": rules})
+    return SteeringPackage(spec, package.tensors)
+
+
+# ---------------------------------------------------------------- evidence
+
+
+def _with_evidence(
+    package: SteeringPackage,
+    found: Found,
+    intervention: dict[str, Any],
+    examples: Sequence[Example],
+    settings: TrainSettings,
+) -> SteeringPackage:
+    best = found.best
+    kinds = [e.kind for e in examples]
+    harmless = probes.by_kind(best.scores, kinds, ~_labels(examples))
+    ranked = sorted(found.second_round, key=lambda c: c.detection, reverse=True)
+    evidence = Evidence(
+        sas={reading: round(value, 6) for reading, value in found.sas.items()},
+        probes={
+            "harm": {
+                **best.report(),
+                "out_of_fold": True,
+                "threshold_log_odds": best.threshold,
+                "fpr": {k: round(float((s > best.threshold).mean()), 5) for k, s in harmless.items()},
+                "auroc_per_reading": {
+                    str(c.recipe.readings[0]): round(c.auroc, 5) for c in found.first_round
+                },
+                "runners_up": [c.report() for c in ranked[:5]],
+            }
+        },
+        interventions={package.spec.interventions[0].id: intervention},
+        data={
+            "sha256": data.sha256(examples),
+            "prompts": {
+                f"{kind} {label}": sum(
+                    e.kind == kind and e.harmful == (label == "harmful") for e in examples
+                )
+                for kind in sorted(set(kinds))
+                for label in ("harmful", "harmless")
+            },
+        },
+        settings=_plain(asdict(settings)),
+        tools=tool_versions(),
+    )
+    spec = package.spec.model_copy(update={"evidence": evidence})
+    # A fresh parse marks exactly what is set, as a load from disk does.
+    return SteeringPackage(
+        SteeringSpec.model_validate_json(spec.model_dump_json(exclude_unset=True)),
+        package.tensors,
+    )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    return value
+
+
+def tool_versions() -> dict[str, str]:
+    """Versions of what made a package, for its evidence."""
+    found = {"python": platform.python_version()}
+    for name in ("steerbridge", "torch", "transformers", "numpy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

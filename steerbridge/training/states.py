@@ -1,0 +1,109 @@
+"""Captured readings on disk: streamed into a memory-mapped array, resumable.
+
+A capture lives in a directory: `states.npy` [N, K, D] float32 and `capture.json`, which says
+what was captured and how far. Running it again with the same prompts, model and readings
+goes on where it stopped; anything else in the way is an error, never mixed in.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from steerbridge import data
+from steerbridge.data import Example
+from steerbridge.errors import DataError, Problem
+from steerbridge.runtime import LoadedModel, Progress
+from steerbridge.spec import LayerInput, PromptEnd, PromptMean, Reading
+from steerbridge.tensors import Float32
+
+CHUNK = 256  # prompts between two notes of progress on disk
+
+
+@dataclass(frozen=True, slots=True)
+class States:
+    """Readings of prompts: `array` [N, K, D], one k per reading."""
+
+    array: Float32
+    readings: tuple[Reading, ...]
+
+    def of(self, readings: Sequence[Reading]) -> Float32:
+        """The inputs [N, len(readings) * D] of a probe with these readings."""
+        index = [self.readings.index(r) for r in readings]
+        return np.concatenate([self.array[:, k] for k in index], axis=1)
+
+
+def all_readings(num_layers: int) -> tuple[Reading, ...]:
+    """`layer_input[1..n-1]` at the prompt end and as a mean over the prompt.
+
+    Layer 0 is the embedding of the template's last token, the same for every prompt; the
+    input of the final norm exists for output rows only in some runtimes.
+    """
+    return tuple(
+        Reading(site=LayerInput(stream="layer_input", layer=layer), position=position)
+        for position in (PromptEnd(type="prompt_end"), PromptMean(type="prompt_mean"))
+        for layer in range(1, num_layers)
+    )
+
+
+def capture(
+    model: LoadedModel,
+    examples: Sequence[Example],
+    readings: Sequence[Reading],
+    directory: Path,
+    progress: Progress | None = None,
+) -> States:
+    """Capture the readings of every example, or finish an earlier capture of the same.
+
+    Raises:
+        DataError: the directory holds a capture of something else.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    note, path = directory / "capture.json", directory / "states.npy"
+    want: dict[str, Any] = {
+        "prompts": data.sha256(examples),
+        "model": model.facts.info().model_dump(exclude={"name"}),
+        "quantisation": model.quantisation,
+        "readings": [str(r) for r in readings],
+    }
+    done = _done(note, want)
+    shape = (len(examples), len(readings), model.facts.hidden_size)
+    array = np.lib.format.open_memmap(
+        path, "r+" if done is not None else "w+", np.dtype("<f4"), None if done else shape
+    )
+    at = done or 0
+    while at < len(examples):
+        end = min(at + CHUNK, len(examples))
+        model.capture(examples[:end], readings, array, start=at, progress=None)
+        array.flush()
+        at = end
+        _write(note, {**want, "done": at})
+        if progress:
+            progress(at, len(examples))
+    return States(array, tuple(readings))
+
+
+def _done(note: Path, want: dict[str, Any]) -> int | None:
+    """How many prompts an earlier run captured; None if there was none."""
+    if not note.is_file():
+        return None
+    found = json.loads(note.read_text())
+    done = int(found.pop("done"))
+    if found != want:
+        differs = sorted(key for key in want if found.get(key) != want[key])
+        raise DataError(
+            Problem("capture", "one of these prompts, model and readings", f"other {differs}"),
+            note,
+        )
+    return done
+
+
+def _write(note: Path, content: dict[str, Any]) -> None:
+    temporary = note.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=2))
+    temporary.replace(note)
