@@ -149,7 +149,7 @@ def write_gguf(path: Path, spec: Any, tensors: Mapping[str, Tensor]) -> None:
         if spec.get("license"):
             writer.add_license(spec["license"])
         writer.add_string(GGUF_SPEC_KEY, _json.dumps(spec).decode())
-        for name, tensor in tensors.items():
+        for name, tensor in sorted(tensors.items()):
             array = np.ascontiguousarray(tensor.array)
             writer.add_tensor(name, array, raw_dtype=_GGML_TYPES[tensor.dtype])
 

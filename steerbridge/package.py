@@ -108,6 +108,8 @@ def parse(raw: Any, path: Path | None = None) -> SteeringSpec:
         return SteeringSpec.model_validate_json(_json.dumps(raw))
     except ValidationError as error:
         raise InvalidSpec([_problem(e) for e in error.errors()], path) from error
+    except ValueError as error:  # NaN and infinity have no JSON
+        raise InvalidSpec([Problem("spec", "JSON values", str(error))], path) from error
 
 
 def _problem(error: Any) -> Problem:

@@ -433,13 +433,13 @@ def _rule_problems(spec: SteeringSpec) -> Iterator[Problem]:
         read = list(rule.condition.probes) if rule.condition else []
         if isinstance(rule.strength, ScoreStrength):
             read.append(rule.strength.probe)
-        unknown = [("condition", "probe", id) for id in read if id not in probes] + [
-            ("interventions", "intervention", id)
+        unknown = [("condition", "a probe", id) for id in read if id not in probes] + [
+            ("interventions", "an intervention", id)
             for id in rule.interventions
             if id not in interventions
         ]
         for part, kind, id in unknown:
-            yield Problem(f"{field}.{part}", f"the id of a {kind} of this spec", repr(id))
+            yield Problem(f"{field}.{part}", f"the id of {kind} of this spec", repr(id))
         if not unknown:
             acting = [interventions[id] for id in rule.interventions]
             yield from _order_problems(spec, field, [probes[id] for id in read], acting)

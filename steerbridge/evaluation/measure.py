@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -100,3 +102,11 @@ def _auroc(rows: Sequence[Row]) -> dict[str, float]:
 def _share(values: Any) -> float | None:
     found = list(values)
     return round(sum(found) / len(found), 5) if found else None
+
+
+def write_rows(path: Path, rows: Sequence[Row]) -> None:
+    """Write one JSON object per prompt, atomically."""
+    temporary = path.with_name(path.name + ".tmp")
+    lines = (json.dumps(row.as_json(), ensure_ascii=False) + "\n" for row in rows)
+    temporary.write_text("".join(lines), encoding="utf-8")
+    temporary.replace(path)

@@ -60,16 +60,21 @@ class Recipe:
         return f"{self.shape} on {', '.join(map(str, self.readings))}, decay {self.decay:g}"
 
 
-def fit(x_NI: Float32, harmful_N: NDArray[np.bool_], recipe: Recipe, seed: int) -> Fitted:
-    """Minimise the class-balanced cross-entropy plus decay * |weights|^2 by L-BFGS."""
+def fit(
+    x_NI: Float32,
+    harmful_N: NDArray[np.bool_],
+    weight_N: NDArray[np.float64],
+    recipe: Recipe,
+    seed: int,
+) -> Fitted:
+    """Minimise the weighted, class-balanced cross-entropy plus decay * |weights|^2 (L-BFGS)."""
     mean = x_NI.mean(axis=0, dtype=np.float64).astype(np.float32)
     scale = np.maximum(x_NI.std(axis=0, dtype=np.float64), 1e-6).astype(np.float32)
     x = torch.from_numpy((x_NI - mean) / scale)
     y = torch.from_numpy(harmful_N.astype(np.int64))
     net = _network(x.shape[1], recipe.shape, seed)
     weights = [p for p in net.parameters() if p.dim() == 2]
-    balance = torch.tensor([1 / max(1, int((y == c).sum())) for c in (0, 1)])
-    sample = balance[y] / balance[y].sum()
+    sample = torch.from_numpy(_balanced(weight_N, harmful_N))
     optimiser = torch.optim.LBFGS(
         net.parameters(), max_iter=150, history_size=20, line_search_fn="strong_wolfe"
     )
@@ -93,6 +98,12 @@ def fit(x_NI: Float32, harmful_N: NDArray[np.bool_], recipe: Recipe, seed: int) 
     )
 
 
+def _balanced(weight_N: NDArray[np.float64], harmful_N: NDArray[np.bool_]) -> Float32:
+    """Weights scaled so that both classes sum to one half."""
+    total = np.where(harmful_N, weight_N[harmful_N].sum(), weight_N[~harmful_N].sum())
+    return (weight_N / total / 2).astype(np.float32)
+
+
 def _network(inputs: int, shape: Shape, seed: int) -> nn.Sequential:
     torch.manual_seed(seed)
     if shape == "mlp":
@@ -106,6 +117,7 @@ def _network(inputs: int, shape: Shape, seed: int) -> nn.Sequential:
 def out_of_fold(
     x_NI: Float32,
     harmful_N: NDArray[np.bool_],
+    weight_N: NDArray[np.float64],
     fold_N: NDArray[np.int64],
     recipe: Recipe,
     seed: int,
@@ -115,16 +127,15 @@ def out_of_fold(
     scores = np.full(len(x_NI), np.nan)
     for fold in sorted(set(fold_N.tolist())) if only is None else only:
         held = fold_N == fold
-        scores[held] = fit(x_NI[~held], harmful_N[~held], recipe, seed).scores(x_NI[held])
+        fitted = fit(x_NI[~held], harmful_N[~held], weight_N[~held], recipe, seed)
+        scores[held] = fitted.scores(x_NI[held])
     return scores
 
 
 # ---------------------------------------------------------------- choosing
 
 
-def calibrate(
-    harmless: Mapping[str, NDArray[np.float64]], target: Mapping[str, float]
-) -> float:
+def calibrate(harmless: Mapping[str, NDArray[np.float64]], target: Mapping[str, float]) -> float:
     """The lowest threshold (comparator >) that holds every kind's false-positive target.
 
     For a kind of n prompts at most floor(target * n) may fire.
@@ -176,7 +187,5 @@ def to_spec(
         tensors |= {layer.weight: Tensor.of(weight), layer.bias: Tensor.of(bias)}
         layers.append(layer)
     output = Softmax(type="softmax", classes=("harmful", "harmless"), harmful="harmful")
-    made = MlpProbe(
-        type="mlp", layers=tuple(layers), activation="relu", output=output, **common
-    )
+    made = MlpProbe(type="mlp", layers=tuple(layers), activation="relu", output=output, **common)
     return made, tensors

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -58,12 +59,17 @@ VECTOR_STRENGTHS = (0.5, 1.0, 2.0, 4.0)
 
 @dataclass(frozen=True, slots=True)
 class TrainSettings:
-    """What a user may choose. `target_fpr` maps kinds of harmless prompts to shares; `*` is all."""
+    """What a user may choose.
+
+    `target_fpr` maps kinds of harmless prompts to the share that may fire, `*` is any other
+    kind; `emphasis` maps kinds to their weight in the probe's loss (1 where not named).
+    """
 
     name: str = "steerbridge-guard"
     refusal: str = DEFAULT_REFUSAL
-    probe: Shape = "linear"
-    target_fpr: Mapping[str, float] = field(default_factory=lambda: {"*": 0.01})
+    probe: Shape = "mlp"
+    target_fpr: Mapping[str, float] = field(default_factory=lambda: {"*": 0.01, "borderline": 0.05})
+    emphasis: Mapping[str, float] = field(default_factory=lambda: {"borderline": 8.0})
     intervention: Kind = "head_matrix"
     rank: int | None = None
     head: HeadSettings = HeadSettings()
@@ -115,9 +121,7 @@ def _check(examples: Sequence[Example]) -> None:
         count = sum(e.harmful == harmful for e in examples)
         if count < 4 * FOLDS:
             label = "harmful" if harmful else "harmless"
-            raise DataError(
-                Problem("examples", f"{4 * FOLDS} or more {label} prompts", str(count))
-            )
+            raise DataError(Problem("examples", f"{4 * FOLDS} or more {label} prompts", str(count)))
 
 
 # ---------------------------------------------------------------- probe
@@ -127,6 +131,10 @@ def _labels(examples: Sequence[Example]) -> NDArray[np.bool_]:
     return np.array([e.harmful for e in examples])
 
 
+def _weights(examples: Sequence[Example], settings: TrainSettings) -> NDArray[np.float64]:
+    return np.array([settings.emphasis.get(e.kind, 1.0) for e in examples])
+
+
 def _search(
     states: States, examples: Sequence[Example], settings: TrainSettings, say: Say
 ) -> Found:
@@ -134,13 +142,13 @@ def _search(
         states,
         examples,
         _labels(examples),
+        _weights(examples, settings),
         np.asarray(data.folds(examples, FOLDS, settings.seed)),
         settings.target_fpr,
         settings.seed,
     )
-    total = len(states.readings) + len(search.DECAYS) * (2 * search.KEPT + search.KEPT**2)
-    counter = iter(range(1, total + 1))
-    return search.search(problem, settings.probe, lambda _: say("search", next(counter), total))
+    tried = count(1)
+    return search.search(problem, settings.probe, lambda _: say("search", next(tried), 0))
 
 
 def _probe(
@@ -148,7 +156,11 @@ def _probe(
 ) -> tuple[Any, dict[str, Tensor]]:
     best = found.best
     fitted = probes.fit(
-        states.of(best.recipe.readings), _labels(examples), best.recipe, settings.seed
+        states.of(best.recipe.readings),
+        _labels(examples),
+        _weights(examples, settings),
+        best.recipe,
+        settings.seed,
     )
     return probes.to_spec(fitted, best.recipe, best.threshold, "harm")
 
@@ -232,9 +244,7 @@ def _vector(
     x, harmful = states.of([reading]), _labels(examples)
     unit = heads.difference_of_means(x[harmful], x[~harmful])
     gap = float((x[harmful].mean(axis=0) - x[~harmful].mean(axis=0)) @ unit)
-    target = Target(
-        site=LayerOutput(stream="layer_output", layer=layer - 1), vector="direction"
-    )
+    target = Target(site=LayerOutput(stream="layer_output", layer=layer - 1), vector="direction")
     tensors = {"direction": Tensor.of(unit)}
 
     def made(strength: float) -> SteeringPackage:
@@ -328,7 +338,9 @@ def _with_evidence(
                 **best.report(),
                 "out_of_fold": True,
                 "threshold_log_odds": best.threshold,
-                "fpr": {k: round(float((s > best.threshold).mean()), 5) for k, s in harmless.items()},
+                "fpr": {
+                    k: round(float((s > best.threshold).mean()), 5) for k, s in harmless.items()
+                },
                 "auroc_per_reading": {
                     str(c.recipe.readings[0]): round(c.auroc, 5) for c in found.first_round
                 },

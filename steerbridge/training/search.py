@@ -11,14 +11,14 @@ from numpy.typing import NDArray
 
 from steerbridge import reference, stats
 from steerbridge.data import Example
-from steerbridge.spec import Reading
+from steerbridge.spec import LayerInput, Reading
 from steerbridge.training import probes
 from steerbridge.training.probes import Recipe, Shape
 from steerbridge.training.states import States
 
 FOLDS = 5
-DECAYS = (1e-3, 1e-2, 1e-1)
-KEPT = 3  # readings of each position that go into the second round
+DECAY = 3e-3  # while readings are chosen, with the fast linear probe
+DECAYS = (3e-4, 1e-3, 3e-3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class Candidate:
     recipe: Recipe
     scores: NDArray[np.float64]  # [N]; NaN where not scored
     threshold: float
-    detection: float  # share of harmful prompts above the threshold
+    detection: float  # share of harmful prompts above the threshold, mean over their kinds
     auroc: float
 
     def report(self) -> dict[str, Any]:
@@ -56,6 +56,7 @@ class Problem:
     states: States
     examples: Sequence[Example]
     harmful: NDArray[np.bool_]
+    weights: NDArray[np.float64]
     folds: NDArray[np.int64]
     target: Mapping[str, float]
     seed: int
@@ -63,56 +64,71 @@ class Problem:
     def judge(self, recipe: Recipe, only: Sequence[int] | None = None) -> Candidate:
         """Fit on folds, score out of fold, calibrate, measure."""
         x = self.states.of(recipe.readings)
-        scores = probes.out_of_fold(x, self.harmful, self.folds, recipe, self.seed, only)
+        scores = probes.out_of_fold(
+            x, self.harmful, self.weights, self.folds, recipe, self.seed, only
+        )
         seen = ~np.isnan(scores)
         kinds = [e.kind for e in self.examples]
         threshold = probes.calibrate(
             probes.by_kind(scores, kinds, seen & ~self.harmful), self.target
         )
-        harm = scores[seen & self.harmful]
+        harm = probes.by_kind(scores, kinds, seen & self.harmful)
         return Candidate(
             recipe,
             scores,
             threshold,
-            float((harm > threshold).mean()),
-            stats.auroc(harm, scores[seen & ~self.harmful]),
+            float(np.mean([(s > threshold).mean() for s in harm.values()])),
+            stats.auroc(scores[seen & self.harmful], scores[seen & ~self.harmful]),
         )
 
 
 def search(
     problem: Problem, shape: Shape, progress: Callable[[str], None] = lambda _: None
 ) -> Found:
-    """Judge every single reading on one fold, then the best ones alone and in pairs on all.
+    """Choose readings and decay by detection at the target false-positive rates.
 
-    Among candidates whose detection is within one standard error of the best, the one whose
-    readings have the highest mean SAS wins: SAS is the paper's criterion, detection at the
-    target false-positive rate is what users feel.
+    First round: every reading alone, on one fold, with a linear probe; the report shows them
+    all. Second round, on all folds, as `shape` with each decay: the best reading, the best of
+    each position together, and a set spread over the depth of the model. Candidates within
+    one standard error of the best are equal; among them the readings with the highest mean
+    SAS (the paper's criterion) win, then the higher AUROC.
     """
     sas = awareness(problem.states, problem.examples)
     first = []
     for reading in problem.states.readings:
-        first.append(problem.judge(Recipe((reading,), "linear", DECAYS[1]), only=[0]))
+        first.append(problem.judge(Recipe((reading,), "linear", DECAY), only=[0]))
         progress(str(first[-1].recipe))
-    ranked = sorted(first, key=lambda c: (c.auroc, c.detection), reverse=True)
-    chosen: dict[str, list[Reading]] = {}
-    for candidate in ranked:
-        (reading,) = candidate.recipe.readings
-        group = chosen.setdefault(reading.position.type, [])
-        if len(group) < KEPT:
-            group.append(reading)
     second = []
-    for readings in _combinations(list(chosen.values())):
+    for readings in _sets(first):
         for decay in DECAYS:
             second.append(problem.judge(Recipe(readings, shape, decay)))
             progress(str(second[-1].recipe))
     return Found(_pick(second, sas, int(problem.harmful.sum())), sas, tuple(first), tuple(second))
 
 
-def _combinations(groups: list[list[Reading]]) -> list[tuple[Reading, ...]]:
-    singles = [(reading,) for group in groups for reading in group]
-    if len(groups) < 2:
-        return list(singles)
-    return [*singles, *((a, b) for a in groups[0] for b in groups[1])]
+def _sets(first: Sequence[Candidate]) -> list[tuple[Reading, ...]]:
+    """Sets of readings worth a closer look, without repetition."""
+    ranked = sorted(first, key=lambda c: (c.auroc, c.detection), reverse=True)
+    singles = [c.recipe.readings[0] for c in ranked]
+    best: dict[str, Reading] = {}
+    for reading in singles:
+        best.setdefault(reading.position.type, reading)
+    spread = [_nearest(singles, kind, at) for kind, shares in SPREAD.items() for at in shares]
+    sets = [(singles[0],), tuple(best.values()), tuple(r for r in spread if r is not None)]
+    return list(dict.fromkeys(s for s in sets if s))
+
+
+def _nearest(readings: Sequence[Reading], kind: str, share: float) -> Reading | None:
+    """The reading of this position nearest to a share of the depth."""
+    layers = {
+        r.site.layer: r
+        for r in readings
+        if isinstance(r.site, LayerInput) and r.position.type == kind
+    }
+    if not layers:
+        return None
+    wanted = share * (max(layers) + 1)
+    return layers[min(layers, key=lambda layer: abs(layer - wanted))]
 
 
 def _pick(candidates: Sequence[Candidate], sas: Mapping[str, float], harmful: int) -> Candidate:

@@ -1,0 +1,283 @@
+/* The evaluation callback: reads and rewrites the rows of the nodes in the plan. */
+#include <string.h>
+
+#include "score.h"
+#include "session.h"
+
+/* ---- which node ---- */
+
+/* "l_out-<k>" is depth k + 1, "result_norm" is the head; anything else is -1. Most of the names
+ * of a graph end at the first comparison. */
+static int32_t depth_of(const steerhook_session *s, const char *name) {
+    if (name == NULL) {
+        return -1;
+    }
+    if (name[0] == 'r') {
+        return strcmp(name, "result_norm") == 0 ? s->model.n_layer + 1 : -1;
+    }
+    if (name[0] != 'l' || strncmp(name, "l_out-", 6) != 0 || name[6] == '\0') {
+        return -1;
+    }
+    int32_t layer = 0;
+    for (const char *digit = name + 6; *digit != '\0'; digit++) {
+        if (*digit < '0' || *digit > '9' || layer >= s->model.n_layer) {
+            return -1; /* "l_out-3 (view)", or deeper than the model */
+        }
+        layer = layer * 10 + (*digit - '0');
+    }
+    return layer < s->model.n_layer ? layer + 1 : -1;
+}
+
+static sh_site_plan *site_of(const steerhook_session *s, const struct ggml_tensor *node) {
+    int32_t depth = depth_of(s, s->ggml.get_name(node));
+    return depth < 0 || s->site_at[depth] < 0 ? NULL : &s->sites[s->site_at[depth]];
+}
+
+/* ---- which rows ---- */
+
+static int32_t batch_row(const steerhook_session *s, const sh_site_plan *site, int32_t index) {
+    return site->outputs_only ? s->batch.outputs[index] : index;
+}
+
+/* Rows that micro-batch `chunk` has at this site: llama.cpp cuts a batch every n_ubatch tokens. */
+static int32_t rows_of_chunk(const steerhook_session *s, const sh_site_plan *site,
+                             int32_t chunk) {
+    int64_t from = (int64_t)chunk * s->model.n_ubatch;
+    int64_t to = from + s->model.n_ubatch;
+    to = to < s->batch.n_rows ? to : s->batch.n_rows;
+    if (!site->outputs_only) {
+        return from < to ? (int32_t)(to - from) : 0;
+    }
+    int32_t end = site->next_row;
+    while (end < s->batch.n_outputs && s->batch.outputs[end] < to) {
+        end++;
+    }
+    return end - site->next_row;
+}
+
+static bool reads_row(const steerhook_session *s, const sh_site_plan *site, int32_t row) {
+    for (int32_t m = s->batch.first_member[row]; m < s->batch.first_member[row + 1]; m++) {
+        const sh_member *member = &s->batch.members[m];
+        const sh_request *request = &s->requests[member->seq];
+        for (int32_t i = 0; member->position < request->n_prompt && i < site->n_reads; i++) {
+            if (sh_wants(s, &site->reads[i], request, member->position)) {
+                return true;
+            }
+        }
+    }
+    return false;
+}
+
+typedef enum { IDLE, ACTS, UNDECIDED } act_state;
+
+/* Sequences that share a row have equal rules (see may_share), so the first one speaks. */
+static act_state act_on(const steerhook_session *s, const sh_act *act, int32_t row) {
+    const sh_member *member = &s->batch.members[s->batch.first_member[row]];
+    const sh_request *request = &s->requests[member->seq];
+    const sh_rule_state *rule = &request->rules[act->rule];
+    if (!act->intervention->all_positions && member->position < request->n_prompt - 1) {
+        return IDLE;
+    }
+    if (!rule->decided) {
+        return UNDECIDED;
+    }
+    return rule->fired ? ACTS : IDLE;
+}
+
+static bool writes_row(const steerhook_session *s, const sh_site_plan *site, int32_t row) {
+    for (int32_t i = 0; i < site->n_acts; i++) {
+        if (act_on(s, &site->acts[i], row) != IDLE) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* ---- reading ---- */
+
+static void take_row(steerhook_session *s, const sh_read *read, sh_request *request,
+                     int64_t position, const float *x) {
+    sh_progress *progress = &request->progress[read->slot];
+    int32_t d = s->package->n_embd;
+    double *values = request->values + (int64_t)read->slot * d;
+    sh_position kind = sh_reading_of(s, read)->position;
+    bool last = kind == SH_PROMPT_END || position == (int64_t)request->n_prompt - 1;
+    if (kind != SH_IMAGE_MEAN || s->batch.image) {
+        progress->rows++;
+        for (int32_t i = 0; i < d; i++) {
+            values[i] += (double)x[i];
+        }
+    }
+    for (int32_t i = 0; last && progress->rows > 1 && i < d; i++) {
+        values[i] /= progress->rows;
+    }
+    progress->complete = last;
+}
+
+/* Scores the probe once its readings are complete. */
+static steerhook_status decide(steerhook_session *s, int32_t probe_index, sh_request *request) {
+    const sh_probe *probe = &s->package->probes[probe_index];
+    int32_t slot = s->first_slot[probe_index];
+    for (int32_t k = 0; k < probe->n_readings; k++) {
+        const sh_progress *progress = &request->progress[slot + k];
+        if (!progress->complete) {
+            return STEERHOOK_OK;
+        }
+        if (probe->readings[k].position == SH_PROMPT_MEAN &&
+            progress->rows != request->n_prompt) {
+            return sh_session_fail(s, STEERHOOK_ROWS,
+                                   "probe %s: expected a mean over %ld rows, found %ld", probe->id,
+                                   (long)request->n_prompt, (long)progress->rows);
+        }
+        s->missing[k] = progress->rows == 0;
+    }
+    sh_decision *decision = &request->probes[probe_index];
+    const double *values = request->values + (int64_t)slot * s->package->n_embd;
+    decision->score = sh_score(probe, values, s->missing, s->scratch);
+    decision->threshold = s->thresholds[probe_index];
+    decision->fired = sh_fires(probe->comparator, decision->score, decision->threshold);
+    decision->known = true;
+    return sh_decide_rules(s, request);
+}
+
+static steerhook_status read_row(steerhook_session *s, const sh_site_plan *site, int32_t row,
+                                 const float *x) {
+    steerhook_status status = STEERHOOK_OK;
+    for (int32_t m = s->batch.first_member[row]; m < s->batch.first_member[row + 1]; m++) {
+        const sh_member *member = &s->batch.members[m];
+        sh_request *request = &s->requests[member->seq];
+        for (int32_t i = 0; status == STEERHOOK_OK && i < site->n_reads; i++) {
+            const sh_read *read = &site->reads[i];
+            if (!sh_wants(s, read, request, member->position)) {
+                continue;
+            }
+            take_row(s, read, request, member->position, x);
+            if (request->progress[read->slot].complete && !request->probes[read->probe].known) {
+                status = decide(s, read->probe, request);
+            }
+        }
+    }
+    return status;
+}
+
+/* ---- writing ---- */
+
+static steerhook_status write_row(steerhook_session *s, const sh_site_plan *site, int32_t row,
+                                  float *x) {
+    const sh_request *request =
+        &s->requests[s->batch.members[s->batch.first_member[row]].seq];
+    for (int32_t i = 0; i < site->n_acts; i++) {
+        const sh_act *act = &site->acts[i];
+        act_state state = act_on(s, act, row);
+        if (state == UNDECIDED) {
+            return sh_session_fail(s, STEERHOOK_HOOK_LOST,
+                                   "rule %s: expected its probes to be known at layer_input[%ld]",
+                                   s->package->rules[act->rule].id, (long)site->depth);
+        }
+        if (state == ACTS) {
+            double factor = request->rules[act->rule].strength * act->intervention->factor;
+            sh_intervene(act->intervention, act->vector, (float)factor, x, s->scratch);
+        }
+    }
+    return STEERHOOK_OK;
+}
+
+/* ---- a node ---- */
+
+typedef bool (*row_filter)(const steerhook_session *, const sh_site_plan *, int32_t);
+
+/* Copies each run of rows that the filter wants, and hands them to `read_row` or `write_row`. */
+static steerhook_status visit_rows(steerhook_session *s, const sh_site_plan *site,
+                                   struct ggml_tensor *node, bool writing) {
+    row_filter wanted = writing ? writes_row : reads_row;
+    size_t row_bytes = (size_t)s->package->n_embd * sizeof(float);
+    steerhook_status status = STEERHOOK_OK;
+    for (int32_t i = 0; i < s->pending_rows && status == STEERHOOK_OK;) {
+        int32_t n = 0;
+        while (n < SH_SPAN && i + n < s->pending_rows &&
+               wanted(s, site, batch_row(s, site, site->next_row + i + n))) {
+            n++;
+        }
+        if (n == 0) {
+            i++;
+            continue;
+        }
+        size_t offset = (size_t)i * row_bytes;
+        s->ggml.tensor_get(node, s->rows, offset, (size_t)n * row_bytes);
+        for (int32_t j = 0; j < n && status == STEERHOOK_OK; j++) {
+            int32_t row = batch_row(s, site, site->next_row + i + j);
+            float *x = s->rows + (int64_t)j * s->package->n_embd;
+            status = writing ? write_row(s, site, row, x) : read_row(s, site, row, x);
+        }
+        if (writing && status == STEERHOOK_OK) {
+            s->ggml.tensor_set(node, s->rows, offset, (size_t)n * row_bytes);
+        }
+        i += n;
+    }
+    return status;
+}
+
+static void advance(sh_site_plan *site, int32_t rows) {
+    site->next_row += rows;
+    site->chunk++;
+}
+
+/* ask = true: counts the node's rows; true if it must be computed now and shown to us. */
+static bool announce(steerhook_session *s, sh_site_plan *site, const struct ggml_tensor *node) {
+    size_t row_bytes = (size_t)s->package->n_embd * sizeof(float);
+    size_t bytes = s->ggml.nbytes(node);
+    if (!s->batch.open || s->pending != NULL) {
+        sh_session_fail(s, STEERHOOK_HOOK_LOST, "layer_input[%ld]: seen %s", (long)site->depth,
+                        s->batch.open ? "before an earlier node was delivered"
+                                      : "without an open batch");
+        return true;
+    }
+    while (bytes > 0 && rows_of_chunk(s, site, site->chunk) == 0 &&
+           (int64_t)site->chunk * s->model.n_ubatch < s->batch.n_rows) {
+        site->chunk++; /* a micro-batch without outputs may leave the node out */
+    }
+    int32_t rows = rows_of_chunk(s, site, site->chunk);
+    if (bytes != (size_t)rows * row_bytes) {
+        sh_session_fail(s, STEERHOOK_ROWS,
+                        "layer_input[%ld]: expected %ld rows of %ld values, found %zu bytes",
+                        (long)site->depth, (long)rows, (long)s->package->n_embd, bytes);
+        return true;
+    }
+    for (int32_t i = 0; i < rows; i++) {
+        int32_t row = batch_row(s, site, site->next_row + i);
+        if (reads_row(s, site, row) || writes_row(s, site, row)) {
+            s->pending = site;
+            s->pending_node = node;
+            s->pending_rows = rows;
+            return true;
+        }
+    }
+    advance(site, rows);
+    return false;
+}
+
+/* ask = false: probes read the node before interventions rewrite it. */
+static bool deliver(steerhook_session *s, struct ggml_tensor *node) {
+    sh_site_plan *site = s->pending;
+    if (visit_rows(s, site, node, false) != STEERHOOK_OK ||
+        visit_rows(s, site, node, true) != STEERHOOK_OK) {
+        return false;
+    }
+    advance(site, s->pending_rows);
+    s->pending = NULL;
+    s->pending_node = NULL;
+    return true;
+}
+
+bool steerhook_eval(struct ggml_tensor *node, bool ask, void *session) {
+    steerhook_session *s = session;
+    if (s->status != STEERHOOK_OK) {
+        return ask; /* cut the graph at the next node, then stop it */
+    }
+    if (!ask) {
+        /* Another observer may have asked for a node that is not ours. */
+        return s->pending == NULL || s->pending_node != node || deliver(s, node);
+    }
+    sh_site_plan *site = site_of(s, node);
+    return site != NULL && announce(s, site, node);
+}

@@ -1,0 +1,146 @@
+#include "kernels.h"
+
+#include <string.h>
+
+/* The loops below are plain C that compilers vectorise; where the loader can choose among
+ * versions of a function (x86-64 ELF with glibc's ifunc), wider ones are compiled as well.
+ * Sanitizers cannot run before the resolvers do, so they get the portable version. */
+#if defined(__has_feature)
+#if __has_feature(address_sanitizer) || __has_feature(undefined_behavior_sanitizer) || \
+    __has_feature(thread_sanitizer) || __has_feature(memory_sanitizer)
+#define SANITIZED 1
+#endif
+#endif
+#if defined(__x86_64__) && defined(__ELF__) && defined(__GLIBC__) && defined(__has_attribute) && \
+    !defined(SANITIZED) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+#if __has_attribute(target_clones)
+#define MULTIVERSION __attribute__((target_clones("avx512f", "avx2", "default")))
+#endif
+#endif
+#ifndef MULTIVERSION
+#define MULTIVERSION
+#endif
+
+/* Independent sums: enough for four 256-bit adders, and shorter chains of rounding. */
+enum { LANES = 32 };
+
+static inline float from_bits(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+static inline float load_f32(const float *w, int64_t i) { return w[i]; }
+
+static inline float load_bf16(const uint16_t *w, int64_t i) {
+    return from_bits((uint32_t)w[i] << 16);
+}
+
+/* Finite halves only. A subnormal m * 2^-24 is what the mantissa m adds to 0.5. */
+static inline float load_f16(const uint16_t *w, int64_t i) {
+    uint32_t half = w[i];
+    uint32_t sign = (half & 0x8000U) << 16;
+    uint32_t normal = ((half & 0x7FFFU) << 13) + (112U << 23);
+    float subnormal = from_bits(0x3F000000U | (half & 0x3FFU)) - 0.5F;
+    uint32_t bits;
+    memcpy(&bits, &subnormal, sizeof bits);
+    return from_bits(((half & 0x7C00U) == 0 ? bits : normal) | sign);
+}
+
+static inline float sum_lanes(const float *lanes) {
+    float part[LANES];
+    memcpy(part, lanes, sizeof part);
+    for (int width = LANES / 2; width > 0; width /= 2) {
+        for (int i = 0; i < width; i++) {
+            part[i] += part[i + width];
+        }
+    }
+    return part[0];
+}
+
+#define DEFINE_KERNELS(suffix, type)                                                        \
+    MULTIVERSION                                                                            \
+    static float dot_##suffix(const type *restrict w, const float *restrict x, int64_t n) { \
+        float lanes[LANES] = {0};                                                           \
+        int64_t i = 0;                                                                      \
+        for (; i + LANES <= n; i += LANES) {                                                \
+            for (int l = 0; l < LANES; l++) {                                               \
+                lanes[l] += load_##suffix(w, i + l) * x[i + l];                             \
+            }                                                                               \
+        }                                                                                   \
+        for (int l = 0; i < n; i++, l++) {                                                  \
+            lanes[l] += load_##suffix(w, i) * x[i];                                         \
+        }                                                                                   \
+        return sum_lanes(lanes);                                                            \
+    }                                                                                       \
+    MULTIVERSION                                                                            \
+    static void axpy_##suffix(const type *restrict w, float a, float *restrict y,           \
+                              int64_t n) {                                                  \
+        for (int64_t i = 0; i < n; i++) {                                                   \
+            y[i] += a * load_##suffix(w, i);                                                \
+        }                                                                                   \
+    }
+
+DEFINE_KERNELS(f32, float)
+DEFINE_KERNELS(f16, uint16_t)
+DEFINE_KERNELS(bf16, uint16_t)
+
+static const float *row_f32(const sh_tensor *w, int64_t row) {
+    return (const float *)w->data + row * w->cols;
+}
+
+static const uint16_t *row_16(const sh_tensor *w, int64_t row) {
+    return (const uint16_t *)w->data + row * w->cols;
+}
+
+float sh_dot(const sh_tensor *w, int64_t row, const float *x) {
+    switch (w->dtype) {
+    case SH_F32: return dot_f32(row_f32(w, row), x, w->cols);
+    case SH_F16: return dot_f16(row_16(w, row), x, w->cols);
+    case SH_BF16: break;
+    }
+    return dot_bf16(row_16(w, row), x, w->cols);
+}
+
+void sh_axpy(const sh_tensor *w, int64_t row, float a, float *y) {
+    switch (w->dtype) {
+    case SH_F32: axpy_f32(row_f32(w, row), a, y, w->cols); return;
+    case SH_F16: axpy_f16(row_16(w, row), a, y, w->cols); return;
+    case SH_BF16: axpy_bf16(row_16(w, row), a, y, w->cols); return;
+    }
+}
+
+void sh_multiply(const sh_tensor *w, const float *x, float *y) {
+    for (int64_t row = 0; row < w->rows; row++) {
+        y[row] = sh_dot(w, row, x);
+    }
+}
+
+float sh_value(const sh_tensor *w, int64_t row, int64_t col) {
+    switch (w->dtype) {
+    case SH_F32: return load_f32(row_f32(w, row), col);
+    case SH_F16: return load_f16(row_16(w, row), col);
+    case SH_BF16: break;
+    }
+    return load_bf16(row_16(w, row), col);
+}
+
+bool sh_all_finite(const void *data, sh_dtype dtype, uint64_t count) {
+    /* The bits, not isfinite: an exponent of ones, whatever flags the compiler was given. */
+    uint32_t bad = 0;
+    if (dtype == SH_F32) {
+        const unsigned char *bytes = data;
+        for (uint64_t i = 0; i < count; i++) {
+            uint32_t bits;
+            memcpy(&bits, bytes + 4 * i, sizeof bits);
+            bad |= (bits & 0x7F800000U) == 0x7F800000U;
+        }
+        return bad == 0;
+    }
+    uint32_t exponent = dtype == SH_F16 ? 0x7C00U : 0x7F80U;
+    const uint16_t *values = data;
+    for (uint64_t i = 0; i < count; i++) {
+        bad |= (values[i] & exponent) == exponent;
+    }
+    return bad == 0;
+}

@@ -1,0 +1,165 @@
+/* The plan of a session: which sites have work, and what, in order of computation. */
+#include <math.h>
+
+#include "score.h"
+#include "session.h"
+
+static void *need(steerhook_session *s, size_t count, size_t size, const sh_error *error) {
+    void *memory = sh_arena_new(&s->arena, count, size);
+    if (memory == NULL) {
+        sh_fail(error, "session", "memory", "none");
+    }
+    return memory;
+}
+
+typedef void (*visit_read)(steerhook_session *, const sh_read *, int32_t depth);
+typedef void (*visit_act)(steerhook_session *, const sh_act *, int32_t depth);
+
+static void each_read(steerhook_session *s, visit_read visit) {
+    int32_t slot = 0;
+    for (int32_t p = 0; p < s->package->n_probes; p++) {
+        const sh_probe *probe = &s->package->probes[p];
+        for (int32_t k = 0; k < probe->n_readings; k++, slot++) {
+            visit(s, &(sh_read){p, k, slot}, probe->readings[k].depth);
+        }
+    }
+}
+
+static void each_act(steerhook_session *s, visit_act visit) {
+    for (int32_t r = 0; r < s->package->n_rules; r++) {
+        const sh_rule *rule = &s->package->rules[r];
+        for (int32_t i = 0; i < rule->n_interventions; i++) {
+            const sh_intervention *x = &s->package->interventions[rule->interventions[i]];
+            if (x->type == SH_HEAD_MATRIX) {
+                visit(s, &(sh_act){r, x, NULL}, x->min_depth);
+            }
+            for (int32_t t = 0; t < x->n_targets; t++) {
+                visit(s, &(sh_act){r, x, &x->targets[t].vector}, x->targets[t].depth);
+            }
+        }
+    }
+}
+
+/* In site_at, 0 is "no work yet"; depths in use are marked, then numbered in order. */
+static void mark_read(steerhook_session *s, const sh_read *read, int32_t depth) {
+    (void)read;
+    s->site_at[depth] = 1;
+}
+
+static void mark_act(steerhook_session *s, const sh_act *act, int32_t depth) {
+    (void)act;
+    s->site_at[depth] = 1;
+}
+
+static void count_read(steerhook_session *s, const sh_read *read, int32_t depth) {
+    (void)read;
+    s->sites[s->site_at[depth]].n_reads++;
+    s->n_slots++;
+}
+
+static void count_act(steerhook_session *s, const sh_act *act, int32_t depth) {
+    (void)act;
+    s->sites[s->site_at[depth]].n_acts++;
+}
+
+static void store_read(steerhook_session *s, const sh_read *read, int32_t depth) {
+    sh_site_plan *site = &s->sites[s->site_at[depth]];
+    site->reads[site->n_reads++] = *read;
+    if (read->reading == 0) {
+        s->first_slot[read->probe] = read->slot;
+    }
+}
+
+static void store_act(steerhook_session *s, const sh_act *act, int32_t depth) {
+    sh_site_plan *site = &s->sites[s->site_at[depth]];
+    site->acts[site->n_acts++] = *act;
+}
+
+static bool number_sites(steerhook_session *s, const sh_error *error) {
+    int32_t depths = s->model.n_layer + 2;
+    s->site_at = need(s, (size_t)depths, sizeof *s->site_at, error);
+    if (s->site_at == NULL) {
+        return false;
+    }
+    each_read(s, mark_read);
+    each_act(s, mark_act);
+    if (s->site_at[0] != 0) {
+        return sh_fail(error, "site layer_input[0]", "a site that llama.cpp shows by name",
+                       "the input of block 0");
+    }
+    for (int32_t depth = 0; depth < depths; depth++) {
+        s->site_at[depth] = s->site_at[depth] != 0 ? s->n_sites++ : -1;
+    }
+    s->sites = need(s, (size_t)s->n_sites, sizeof *s->sites, error);
+    for (int32_t depth = 0; s->sites != NULL && depth < depths; depth++) {
+        if (s->site_at[depth] >= 0) {
+            sh_site_plan *site = &s->sites[s->site_at[depth]];
+            site->depth = depth;
+            site->outputs_only = depth >= s->model.n_layer;
+        }
+    }
+    return s->sites != NULL;
+}
+
+static bool fill_sites(steerhook_session *s, const sh_error *error) {
+    each_read(s, count_read);
+    each_act(s, count_act);
+    for (int32_t i = 0; i < s->n_sites; i++) {
+        sh_site_plan *site = &s->sites[i];
+        site->reads = need(s, (size_t)site->n_reads, sizeof *site->reads, error);
+        site->acts = need(s, (size_t)site->n_acts, sizeof *site->acts, error);
+        site->n_reads = site->n_acts = 0;
+        if (site->reads == NULL || site->acts == NULL) {
+            return false;
+        }
+    }
+    each_read(s, store_read);
+    each_act(s, store_act);
+    return true;
+}
+
+/* The factor of a rule without a score must fit a float; one with a score is checked per verdict. */
+static bool check_constants(const steerhook_session *s, const sh_error *error) {
+    for (int32_t r = 0; r < s->package->n_rules; r++) {
+        const sh_rule *rule = &s->package->rules[r];
+        for (int32_t i = 0; rule->strength_probe < 0 && i < rule->n_interventions; i++) {
+            const sh_intervention *x = &s->package->interventions[rule->interventions[i]];
+            if (!isfinite((float)(rule->strength * x->factor))) {
+                return sh_fail(error, rule->id, "a strength that fits a float", "%g times %g",
+                               rule->strength, x->factor);
+            }
+        }
+    }
+    return true;
+}
+
+static bool make_buffers(steerhook_session *s, const sh_error *error) {
+    const steerhook_package *package = s->package;
+    size_t scratch = 1;
+    int32_t most_readings = 1;
+    for (int32_t i = 0; i < package->n_probes; i++) {
+        size_t size = sh_score_scratch(&package->probes[i], package->n_embd);
+        int32_t readings = package->probes[i].n_readings;
+        scratch = size > scratch ? size : scratch;
+        most_readings = readings > most_readings ? readings : most_readings;
+        s->thresholds[i] = package->probes[i].threshold;
+    }
+    for (int32_t i = 0; i < package->n_interventions; i++) {
+        size_t size = sh_intervene_scratch(&package->interventions[i]);
+        scratch = size > scratch ? size : scratch;
+    }
+    s->scratch = need(s, scratch, sizeof *s->scratch, error);
+    s->missing = need(s, (size_t)most_readings, sizeof *s->missing, error);
+    s->rows = need(s, (size_t)SH_SPAN * (size_t)package->n_embd, sizeof *s->rows, error);
+    return s->scratch != NULL && s->missing != NULL && s->rows != NULL;
+}
+
+bool sh_plan(steerhook_session *s, const sh_error *error) {
+    size_t probes = (size_t)s->package->n_probes;
+    s->thresholds = need(s, probes, sizeof *s->thresholds, error);
+    s->first_slot = need(s, probes, sizeof *s->first_slot, error);
+    s->requests = need(s, (size_t)s->model.n_seq_max, sizeof *s->requests, error);
+    return s->thresholds != NULL && s->first_slot != NULL && s->requests != NULL &&
+           number_sites(s, error) && fill_sites(s, error) && check_constants(s, error) &&
+           make_buffers(s, error);
+}

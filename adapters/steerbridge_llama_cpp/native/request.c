@@ -1,0 +1,218 @@
+/* Requests: their begin and end, and the decisions that hold for them. */
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "session.h"
+
+const sh_reading *sh_reading_of(const steerhook_session *s, const sh_read *read) {
+    return &s->package->probes[read->probe].readings[read->reading];
+}
+
+bool sh_wants(const steerhook_session *s, const sh_read *read, const sh_request *request,
+              int64_t position) {
+    int64_t end = (int64_t)request->n_prompt - 1;
+    if (position > end) {
+        return false;
+    }
+    const sh_reading *reading = sh_reading_of(s, read);
+    switch (reading->position) {
+    case SH_PROMPT_END: return position == end + reading->offset;
+    case SH_PROMPT_MEAN: return true;
+    case SH_IMAGE_MEAN: break;
+    }
+    return s->batch.image || position == end; /* the prompt end completes it, image or not */
+}
+
+/* ---- begin, copy, end ---- */
+
+/* Zeroed memory for at least one item, kept for the later requests of the sequence. */
+static void *fresh(void *old, size_t count, size_t size) {
+    size_t bytes = (count > 0 ? count : 1) * size;
+    void *memory = old != NULL ? old : malloc(bytes);
+    if (memory != NULL) {
+        memset(memory, 0, bytes);
+    }
+    return memory;
+}
+
+static bool reset(const steerhook_session *s, sh_request *request) {
+    size_t slots = (size_t)s->n_slots;
+    size_t width = (size_t)s->package->n_embd;
+    request->values = fresh(request->values, slots * width, sizeof *request->values);
+    request->progress = fresh(request->progress, slots, sizeof *request->progress);
+    request->probes = fresh(request->probes, (size_t)s->package->n_probes,
+                            sizeof *request->probes);
+    request->rules = fresh(request->rules, (size_t)s->package->n_rules, sizeof *request->rules);
+    return request->values != NULL && request->progress != NULL && request->probes != NULL &&
+           request->rules != NULL;
+}
+
+/* OK if `seq` exists, nothing has failed and no batch is open. */
+static steerhook_status may_change(steerhook_session *s, int32_t seq) {
+    steerhook_status status = sh_session_check(s);
+    if (status != STEERHOOK_OK) {
+        return status;
+    }
+    if (seq < 0 || seq >= s->model.n_seq_max) {
+        return sh_session_refuse(s, STEERHOOK_SEQUENCE, "sequence: expected 0 to %ld, found %ld",
+                                 (long)s->model.n_seq_max - 1, (long)seq);
+    }
+    if (s->batch.open) {
+        return sh_session_refuse(s, STEERHOOK_ORDER, "request: expected no open batch");
+    }
+    return STEERHOOK_OK;
+}
+
+static steerhook_status check_prompt(steerhook_session *s, int32_t n_cached, int32_t n_prompt) {
+    if (n_cached < 0 || n_cached >= n_prompt) {
+        return sh_session_refuse(s, STEERHOOK_PROMPT,
+                                 "prompt: expected a row to evaluate, found %ld of %ld in the cache",
+                                 (long)n_cached, (long)n_prompt);
+    }
+    for (int32_t p = 0; p < s->package->n_probes; p++) {
+        const sh_probe *probe = &s->package->probes[p];
+        for (int32_t k = 0; k < probe->n_readings; k++) {
+            const sh_reading *reading = &probe->readings[k];
+            int64_t row = (int64_t)n_prompt - 1 + reading->offset;
+            if (reading->position != SH_PROMPT_END) {
+                row = 0;
+            }
+            if (row < 0) {
+                return sh_session_refuse(s, STEERHOOK_PROMPT,
+                                         "probe %s: expected a prompt of %ld rows or more, found %ld",
+                                         probe->id, 1L - (long)reading->offset, (long)n_prompt);
+            }
+            if (row < n_cached) {
+                return sh_session_refuse(s, STEERHOOK_CACHED,
+                                         "probe %s: expected row %ld to be evaluated, found %ld rows "
+                                         "in the cache", probe->id, (long)row, (long)n_cached);
+            }
+        }
+    }
+    return STEERHOOK_OK;
+}
+
+steerhook_status steerhook_request_begin(steerhook_session *s, int32_t seq, int32_t n_cached,
+                                         int32_t n_prompt) {
+    steerhook_status status = may_change(s, seq);
+    if (status != STEERHOOK_OK) {
+        return status;
+    }
+    sh_request *request = &s->requests[seq];
+    request->open = request->acting = false; /* also if refused: the old request is over */
+    if (!reset(s, request)) {
+        return sh_session_refuse(s, STEERHOOK_MEMORY, "request: no memory");
+    }
+    status = check_prompt(s, n_cached, n_prompt);
+    if (status != STEERHOOK_OK) {
+        return status;
+    }
+    request->open = true;
+    request->n_cached = n_cached;
+    request->n_prompt = n_prompt;
+    request->count = request->batch_count = n_cached;
+    request->last_row = -1;
+    return sh_decide_rules(s, request);
+}
+
+steerhook_status steerhook_request_copy(steerhook_session *s, int32_t from, int32_t to) {
+    steerhook_status status = may_change(s, from);
+    status = status == STEERHOOK_OK ? may_change(s, to) : status;
+    if (status != STEERHOOK_OK || from == to) {
+        return status;
+    }
+    const sh_request *source = &s->requests[from];
+    sh_request *target = &s->requests[to];
+    target->open = target->acting = false;
+    if (!source->open) {
+        return sh_session_refuse(s, STEERHOOK_NO_REQUEST, "copy: no open request on sequence %ld",
+                                 (long)from);
+    }
+    if (!reset(s, target)) {
+        return sh_session_refuse(s, STEERHOOK_MEMORY, "request: no memory");
+    }
+    sh_request copy = *source;
+    size_t slots = (size_t)s->n_slots;
+    copy.values = target->values;
+    copy.progress = target->progress;
+    copy.probes = target->probes;
+    copy.rules = target->rules;
+    memcpy(copy.values, source->values,
+           slots * (size_t)s->package->n_embd * sizeof *copy.values);
+    memcpy(copy.progress, source->progress, slots * sizeof *copy.progress);
+    memcpy(copy.probes, source->probes, (size_t)s->package->n_probes * sizeof *copy.probes);
+    memcpy(copy.rules, source->rules, (size_t)s->package->n_rules * sizeof *copy.rules);
+    *target = copy;
+    return STEERHOOK_OK;
+}
+
+steerhook_status steerhook_request_end(steerhook_session *s, int32_t seq) {
+    steerhook_status status = may_change(s, seq);
+    if (status == STEERHOOK_OK) {
+        s->requests[seq].open = s->requests[seq].acting = false;
+    }
+    return status;
+}
+
+/* ---- decisions ---- */
+
+/* Whether all that the rule reads is known, and then whether its condition holds. */
+static bool condition(const sh_rule *rule, const sh_decision *probes, bool *holds) {
+    *holds = !rule->conditional || rule->all;
+    if (rule->strength_probe >= 0 && !probes[rule->strength_probe].known) {
+        return false;
+    }
+    for (int32_t i = 0; i < rule->n_probes; i++) {
+        const sh_decision *decision = &probes[rule->probes[i]];
+        if (!decision->known) {
+            return false;
+        }
+        *holds = rule->all ? *holds && decision->fired : *holds || decision->fired;
+    }
+    return true;
+}
+
+static double strength_of(const sh_rule *rule, const sh_decision *probes) {
+    if (rule->strength_probe < 0) {
+        return rule->strength;
+    }
+    double score = probes[rule->strength_probe].score;
+    return rule->strength * (isfinite(score) ? score : 1.0);
+}
+
+static steerhook_status check_strength(steerhook_session *s, const sh_rule *rule,
+                                       double strength) {
+    for (int32_t i = 0; i < rule->n_interventions; i++) {
+        const sh_intervention *x = &s->package->interventions[rule->interventions[i]];
+        if (!isfinite((float)(strength * x->factor))) {
+            return sh_session_fail(s, STEERHOOK_STRENGTH,
+                                   "rule %s: expected a strength that fits a float, found %g",
+                                   rule->id, strength);
+        }
+    }
+    return STEERHOOK_OK;
+}
+
+steerhook_status sh_decide_rules(steerhook_session *s, sh_request *request) {
+    for (int32_t r = 0; r < s->package->n_rules; r++) {
+        const sh_rule *rule = &s->package->rules[r];
+        sh_rule_state *state = &request->rules[r];
+        bool holds = false;
+        if (state->decided || !condition(rule, request->probes, &holds)) {
+            continue;
+        }
+        state->decided = true;
+        state->fired = holds;
+        if (!holds) {
+            continue;
+        }
+        state->strength = strength_of(rule, request->probes);
+        steerhook_status status = check_strength(s, rule, state->strength);
+        if (status != STEERHOOK_OK) {
+            return status;
+        }
+        request->acting = true;
+    }
+    return STEERHOOK_OK;
+}

@@ -1,0 +1,221 @@
+#include "session.h"
+
+#include <math.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { MAX_SEQUENCES = 1 << 16, MAX_LAYERS = 1 << 16 };
+
+const char *steerhook_status_name(steerhook_status status) {
+    static const char *const names[] = {
+        "OK",         "ARGUMENT", "MEMORY",    "MODEL",      "SITE",
+        "SEQUENCE",   "NO_REQUEST", "CACHED",  "PROMPT",     "NO_OUTPUT",
+        "SHARED_ROW", "ROWS",     "HOOK_LOST", "STRENGTH",   "ORDER"};
+    size_t index = (size_t)status;
+    return index < sizeof names / sizeof *names ? names[index] : "UNKNOWN";
+}
+
+/* ---- errors ---- */
+
+steerhook_status sh_session_check(const steerhook_session *s) {
+    return s == NULL ? STEERHOOK_ARGUMENT : s->status;
+}
+
+steerhook_status sh_session_refuse(steerhook_session *s, steerhook_status status,
+                                   const char *format, ...) {
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(s->error, sizeof s->error, format, arguments);
+    va_end(arguments);
+    return status;
+}
+
+steerhook_status sh_session_fail(steerhook_session *s, steerhook_status status,
+                                 const char *format, ...) {
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(s->error, sizeof s->error, format, arguments);
+    va_end(arguments);
+    s->status = status;
+    return status;
+}
+
+const char *steerhook_session_error(const steerhook_session *s) {
+    return s == NULL ? "no session" : s->error;
+}
+
+/* ---- life ---- */
+
+static bool check_model(const steerhook_package *package, const steerhook_model *model,
+                        const sh_error *error) {
+    if (model->n_embd != package->n_embd) {
+        return sh_fail(error, "n_embd", "the package's width", "%ld in the model, %ld in the package",
+                       (long)model->n_embd, (long)package->n_embd);
+    }
+    if (model->n_layer != package->n_layer || model->n_layer > MAX_LAYERS) {
+        return sh_fail(error, "n_layer", "the package's depth", "%ld in the model, %ld in the package",
+                       (long)model->n_layer, (long)package->n_layer);
+    }
+    if (model->n_ubatch < 1) {
+        return sh_fail(error, "n_ubatch", "1 or more", "%ld", (long)model->n_ubatch);
+    }
+    return (model->n_seq_max >= 1 && model->n_seq_max <= MAX_SEQUENCES) ||
+           sh_fail(error, "n_seq_max", "1 to 65536", "%ld", (long)model->n_seq_max);
+}
+
+steerhook_session *steerhook_session_new(const steerhook_package *package,
+                                         const steerhook_model *model, const steerhook_ggml *ggml,
+                                         char *error, size_t error_size) {
+    sh_error to = {error, error_size};
+    if (package == NULL || model == NULL || ggml == NULL || ggml->get_name == NULL ||
+        ggml->nbytes == NULL || ggml->tensor_get == NULL || ggml->tensor_set == NULL) {
+        sh_fail(&to, "session", "a package, a model and four functions", "NULL");
+        return NULL;
+    }
+    if (!check_model(package, model, &to)) {
+        return NULL;
+    }
+    steerhook_session *s = calloc(1, sizeof *s);
+    if (s == NULL) {
+        sh_fail(&to, "session", "memory", "none");
+        return NULL;
+    }
+    s->package = package;
+    s->model = *model;
+    s->ggml = *ggml;
+    sh_package_share(package);
+    if (!sh_plan(s, &to)) {
+        steerhook_session_free(s);
+        return NULL;
+    }
+    return s;
+}
+
+static void free_request(sh_request *request) {
+    free(request->values);
+    free(request->progress);
+    free(request->probes);
+    free(request->rules);
+}
+
+void steerhook_session_free(steerhook_session *s) {
+    if (s == NULL) {
+        return;
+    }
+    for (int32_t i = 0; s->requests != NULL && i < s->model.n_seq_max; i++) {
+        free_request(&s->requests[i]);
+    }
+    free(s->batch.first_member);
+    free(s->batch.outputs);
+    free(s->batch.is_output);
+    free(s->batch.members);
+    sh_arena_free(&s->arena);
+    steerhook_package_free((steerhook_package *)(uintptr_t)s->package);
+    free(s);
+}
+
+steerhook_status steerhook_session_clear(steerhook_session *s) {
+    if (s == NULL) {
+        return STEERHOOK_ARGUMENT;
+    }
+    sh_batch_forget(s);
+    for (int32_t i = 0; i < s->model.n_seq_max; i++) {
+        sh_request *request = &s->requests[i];
+        request->open = request->acting = false;
+        if (request->probes != NULL) {
+            memset(request->probes, 0, (size_t)s->package->n_probes * sizeof *request->probes);
+            memset(request->rules, 0, (size_t)s->package->n_rules * sizeof *request->rules);
+        }
+    }
+    s->status = STEERHOOK_OK;
+    s->error[0] = '\0';
+    return STEERHOOK_OK;
+}
+
+/* ---- settings ---- */
+
+steerhook_status steerhook_set_threshold(steerhook_session *s, const char *probe,
+                                         double threshold) {
+    steerhook_status status = sh_session_check(s);
+    if (status != STEERHOOK_OK) {
+        return status;
+    }
+    if (probe == NULL || !isfinite(threshold)) {
+        return sh_session_refuse(s, STEERHOOK_ARGUMENT, "threshold: expected a finite number");
+    }
+    for (int32_t i = 0; i < s->package->n_probes; i++) {
+        if (strcmp(s->package->probes[i].id, probe) == 0) {
+            s->thresholds[i] = threshold;
+            return STEERHOOK_OK;
+        }
+    }
+    return sh_session_refuse(s, STEERHOOK_ARGUMENT, "threshold: no probe %s",
+                             sh_quote((sh_text){probe, strlen(probe)}).text);
+}
+
+steerhook_status steerhook_calibrate(steerhook_session *s, const char *runtime,
+                                     const char *quantisation, bool *found) {
+    steerhook_status status = sh_session_check(s);
+    if (status != STEERHOOK_OK) {
+        return status;
+    }
+    if (runtime == NULL || quantisation == NULL) {
+        return sh_session_refuse(s, STEERHOOK_ARGUMENT, "calibrate: expected two names");
+    }
+    bool match = false;
+    for (int32_t i = s->package->n_calibrations - 1; i >= 0 && !match; i--) {
+        const sh_calibration *c = &s->package->calibrations[i];
+        match = sh_text_is(c->runtime, runtime) && sh_text_is(c->quantisation, quantisation);
+        for (int32_t j = 0; match && j < c->n_thresholds; j++) {
+            s->thresholds[c->probes[j]] = c->thresholds[j];
+        }
+    }
+    if (found != NULL) {
+        *found = match;
+    }
+    return STEERHOOK_OK;
+}
+
+/* ---- what was decided ---- */
+
+static bool has_sequence(const steerhook_session *s, int32_t seq) {
+    return seq >= 0 && seq < s->model.n_seq_max;
+}
+
+int32_t steerhook_verdicts(const steerhook_session *s, int32_t seq, steerhook_verdict *out,
+                           int32_t max) {
+    steerhook_status status = sh_session_check(s);
+    if (status != STEERHOOK_OK || !has_sequence(s, seq) || (out == NULL && max > 0)) {
+        return -(int32_t)(status != STEERHOOK_OK ? status : STEERHOOK_ARGUMENT);
+    }
+    const sh_decision *decisions = s->requests[seq].probes;
+    int32_t count = 0;
+    for (int32_t i = 0; decisions != NULL && i < s->package->n_probes; i++) {
+        if (!decisions[i].known) {
+            continue;
+        }
+        if (count < max) {
+            out[count] = (steerhook_verdict){s->package->probes[i].id, decisions[i].score,
+                                             decisions[i].threshold, decisions[i].fired};
+        }
+        count++;
+    }
+    return count;
+}
+
+int32_t steerhook_rules(const steerhook_session *s, int32_t seq, steerhook_rule_state *out,
+                        int32_t max) {
+    steerhook_status status = sh_session_check(s);
+    if (status != STEERHOOK_OK || !has_sequence(s, seq) || (out == NULL && max > 0)) {
+        return -(int32_t)(status != STEERHOOK_OK ? status : STEERHOOK_ARGUMENT);
+    }
+    const sh_rule_state *rules = s->requests[seq].rules;
+    for (int32_t i = 0; i < s->package->n_rules && i < max; i++) {
+        sh_rule_state state = rules == NULL ? (sh_rule_state){0} : rules[i];
+        out[i] = (steerhook_rule_state){s->package->rules[i].id, state.decided, state.fired,
+                                        state.strength};
+    }
+    return s->package->n_rules;
+}

@@ -1,0 +1,135 @@
+/* A session: the plan of a package for one model, the requests of its sequences, and the batch
+ * that is being decoded. Internal. */
+#ifndef STEERHOOK_SESSION_H
+#define STEERHOOK_SESSION_H
+
+#include "package.h"
+
+/* ---- the plan: what happens at each site that the package names ---- */
+
+typedef struct {
+    int32_t probe, reading;
+    int32_t slot; /* place of the reading among all readings of the package */
+} sh_read;
+
+typedef struct {
+    int32_t rule;
+    const sh_intervention *intervention;
+    const sh_tensor *vector; /* NULL for a head */
+} sh_act;
+
+typedef struct {
+    int32_t depth;
+    bool outputs_only; /* the last block and the head compute output rows only */
+    int32_t n_reads, n_acts;
+    sh_read *reads;
+    sh_act *acts; /* in the order in which they apply */
+    /* How far the micro-batches of the open batch have come at this node. */
+    int32_t next_row; /* in the batch, or among its outputs */
+    int32_t chunk;    /* micro-batches seen */
+} sh_site_plan;
+
+/* ---- requests ---- */
+
+typedef struct {
+    bool known, fired;
+    double score, threshold;
+} sh_decision;
+
+typedef struct {
+    bool decided, fired;
+    double strength;
+} sh_rule_state;
+
+/* How a reading stands: rows that went into it, and whether no more will come. */
+typedef struct {
+    int32_t rows;
+    bool complete;
+} sh_progress;
+
+typedef struct {
+    bool open;
+    bool acting; /* a fired rule may rewrite rows of this sequence */
+    int32_t n_cached, n_prompt;
+    int64_t count;        /* rows so far, cached ones included */
+    int64_t batch_count;  /* the same after the open batch */
+    int32_t last_row;     /* its latest row in the batch being begun; -1: none */
+    double *values;       /* readings, n_embd each; sums while a mean is running */
+    sh_progress *progress;
+    sh_decision *probes;
+    sh_rule_state *rules;
+} sh_request;
+
+/* ---- the batch ---- */
+
+typedef struct {
+    int32_t seq;
+    int64_t position; /* in its request, from 0 */
+} sh_member;
+
+typedef struct {
+    bool open, image;
+    int32_t n_rows, n_outputs, n_members;
+    int32_t row_capacity, member_capacity;
+    int32_t *first_member; /* by row, and one after the last */
+    int32_t *outputs;      /* rows that are outputs, in order */
+    bool *is_output;
+    sh_member *members;
+} sh_batch;
+
+struct steerhook_session {
+    const steerhook_package *package;
+    steerhook_model model;
+    steerhook_ggml ggml;
+    steerhook_status status; /* not OK: failed */
+    char error[256];
+    double *thresholds;
+    int32_t n_slots; /* readings of all probes */
+    int32_t n_sites;
+    sh_site_plan *sites;  /* by depth, ascending */
+    int32_t *site_at;     /* depth -> index of the site, or -1 */
+    int32_t *first_slot;  /* by probe */
+    sh_request *requests; /* by sequence */
+    sh_batch batch;
+    sh_site_plan *pending; /* the node that was asked for and is being computed */
+    const struct ggml_tensor *pending_node;
+    int32_t pending_rows;
+    float *rows;    /* SH_SPAN rows of a node */
+    float *scratch; /* for scores and interventions */
+    bool *missing;  /* by reading of one probe */
+    sh_arena arena;
+};
+
+enum { SH_SPAN = 32 }; /* rows that are copied from or to a backend at a time */
+
+/* Writes the text and returns `status`. sh_session_fail makes the session failed as well. */
+#if defined(__GNUC__)
+__attribute__((format(printf, 3, 4)))
+#endif
+steerhook_status sh_session_refuse(steerhook_session *session, steerhook_status status,
+                                   const char *format, ...);
+#if defined(__GNUC__)
+__attribute__((format(printf, 3, 4)))
+#endif
+steerhook_status sh_session_fail(steerhook_session *session, steerhook_status status,
+                                 const char *format, ...);
+
+/* Whether a reading takes anything from this row of a request. */
+bool sh_wants(const steerhook_session *session, const sh_read *read, const sh_request *request,
+              int64_t position);
+
+const sh_reading *sh_reading_of(const steerhook_session *session, const sh_read *read);
+
+/* Ends the batch without counting its rows. */
+void sh_batch_forget(steerhook_session *session);
+
+/* Decides every rule whose probes are known. */
+steerhook_status sh_decide_rules(steerhook_session *session, sh_request *request);
+
+/* The plan of the package's sites; see plan.c. */
+bool sh_plan(steerhook_session *session, const sh_error *error);
+
+/* A null session, a failed one, or OK. */
+steerhook_status sh_session_check(const steerhook_session *session);
+
+#endif

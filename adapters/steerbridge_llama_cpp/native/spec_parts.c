@@ -1,0 +1,322 @@
+#include "spec_parts.h"
+
+#include <inttypes.h>
+#include <stdio.h>
+
+enum { MAX_LAYER = 1 << 16, MAX_OFFSET = 1 << 20 };
+
+void *sh_items(const sh_compiler *c, const sh_place *array, size_t count, size_t size) {
+    void *items = sh_arena_new(&c->package->arena, count, size);
+    if (items == NULL) {
+        sh_refuse(array, "memory", "none");
+    }
+    return items;
+}
+
+/* ---- tensors and sites ---- */
+
+static void write_size(char *out, size_t size, int64_t value) {
+    if (value == SH_ANY_SIZE) {
+        snprintf(out, size, "any");
+    } else {
+        snprintf(out, size, "%" PRId64, value);
+    }
+}
+
+static bool refuse_shape(const sh_place *at, int64_t rows, int64_t cols,
+                         const sh_gguf_tensor *found) {
+    char first[24];
+    char second[24];
+    char want[80];
+    write_size(first, sizeof first, rows);
+    write_size(second, sizeof second, cols);
+    snprintf(want, sizeof want, rows == SH_VECTOR ? "shape [%.0s%s]" : "shape [%s, %s]", first,
+             second);
+    return sh_refuse(at, want, "%s with %" PRIu32 " dimensions, rows %" PRIu64 ", columns %" PRIu64,
+                     sh_quote(found->name).text, found->n_dims, found->shape[1], found->shape[0]);
+}
+
+static bool fits(int64_t want, uint64_t got) {
+    return got >= 1 && (want == SH_ANY_SIZE || (uint64_t)want == got);
+}
+
+bool sh_tensor_field(const sh_compiler *c, const sh_place *in, const char *name, unsigned flags,
+                     int64_t rows, int64_t cols, sh_tensor *tensor) {
+    sh_place at;
+    if (!sh_field(in, name, SH_JSON_STRING, flags, &at)) {
+        return false;
+    }
+    if (at.node == NULL) {
+        return true;
+    }
+    sh_text text = sh_json_text(at.node);
+    const sh_gguf_tensor *found = sh_gguf_tensor_named(c->gguf, text);
+    if (found == NULL) {
+        return sh_refuse(&at, "the name of a tensor in the package", "%s", sh_quote(text).text);
+    }
+    bool vector = rows == SH_VECTOR;
+    if (found->n_dims != (vector ? 1U : 2U) || !fits(cols, found->shape[0]) ||
+        !fits(vector ? 1 : rows, found->shape[1])) {
+        return refuse_shape(&at, rows, cols, found);
+    }
+    *tensor = (sh_tensor){.data = found->data, .rows = (int64_t)found->shape[1],
+                          .cols = (int64_t)found->shape[0], .dtype = found->dtype};
+    return true;
+}
+
+bool sh_site(const sh_compiler *c, const sh_place *in, bool head_allowed, int32_t *depth) {
+    static const char *const streams[] = {"layer_input", "layer_output", "head_input", NULL};
+    static const char *const layer_streams[] = {"layer_input", "layer_output", NULL};
+    sh_place site;
+    int stream = 0;
+    int32_t layer = 0;
+    if (!sh_field(in, "site", SH_JSON_OBJECT, SH_REQUIRED, &site) ||
+        !sh_choice(&site, "stream", head_allowed ? streams : layer_streams, &stream)) {
+        return false;
+    }
+    int32_t n_layer = c->package->n_layer;
+    if (stream == 2) {
+        *depth = n_layer + 1;
+        return true;
+    }
+    int32_t last = stream == 0 ? n_layer : n_layer - 1;
+    if (!sh_integer(&site, "layer", SH_REQUIRED, 0, last < MAX_LAYER ? last : MAX_LAYER, &layer)) {
+        return false;
+    }
+    *depth = layer + stream;
+    return true;
+}
+
+/* ---- probes ---- */
+
+static bool compile_reading(const sh_compiler *c, const sh_place *at, sh_reading *reading) {
+    static const char *const types[] = {"prompt_end", "prompt_mean", "image_mean", NULL};
+    sh_place position;
+    int type = 0;
+    if (!sh_site(c, at, true, &reading->depth) ||
+        !sh_field(at, "position", SH_JSON_OBJECT, SH_REQUIRED, &position) ||
+        !sh_choice(&position, "type", types, &type)) {
+        return false;
+    }
+    reading->position = (sh_position)type;
+    if (reading->position == SH_PROMPT_END &&
+        !sh_integer(&position, "offset", SH_OPTIONAL, -MAX_OFFSET, 0, &reading->offset)) {
+        return false;
+    }
+    bool at_end = reading->position == SH_PROMPT_END && reading->offset == 0;
+    if (reading->depth == c->package->n_layer + 1 && !at_end) {
+        return sh_refuse(&position, "prompt_end at head_input", "another row, never computed");
+    }
+    return true;
+}
+
+static bool compile_readings(const sh_compiler *c, const sh_place *at, sh_probe *probe) {
+    sh_place array;
+    sh_place item = {0};
+    if (!sh_array(at, "readings", 1, 64, &array)) {
+        return false;
+    }
+    probe->n_readings = (int32_t)array.node->count;
+    probe->readings = sh_items(c, &array, array.node->count, sizeof *probe->readings);
+    if (probe->readings == NULL) {
+        return false;
+    }
+    while (sh_next(&array, &item)) {
+        if (item.node->type != SH_JSON_OBJECT) {
+            return sh_refuse(&item, "an object", "another value");
+        }
+        if (!compile_reading(c, &item, &probe->readings[item.index])) {
+            return false;
+        }
+    }
+    return true;
+}
+
+/* classes: distinct strings, one of them `harmful`. */
+static bool compile_softmax(const sh_place *output, sh_probe *probe, int64_t *n_outputs) {
+    sh_place array;
+    sh_text harmful = {NULL, 0};
+    if (!sh_array(output, "classes", 2, 1024, &array) ||
+        !sh_string(output, "harmful", &harmful)) {
+        return false;
+    }
+    sh_place item = {0};
+    probe->harmful = -1;
+    while (sh_next(&array, &item)) {
+        if (item.node->type != SH_JSON_STRING) {
+            return sh_refuse(&item, "a string", "another value");
+        }
+        for (const sh_json_node *other = array.node + 1; other != item.node; other++) {
+            if (sh_text_equal(sh_json_text(other), sh_json_text(item.node))) {
+                return sh_refuse(&item, "distinct names", "%s",
+                                 sh_quote(sh_json_text(item.node)).text);
+            }
+        }
+        if (sh_text_equal(sh_json_text(item.node), harmful)) {
+            probe->harmful = (int32_t)item.index;
+        }
+    }
+    *n_outputs = array.node->count;
+    return probe->harmful >= 0 ||
+           sh_refuse(output, "harmful: one of the classes", "%s", sh_quote(harmful).text);
+}
+
+static bool compile_output(const sh_place *at, sh_probe *probe, int64_t *n_outputs) {
+    static const char *const types[] = {"softmax", "sigmoid", NULL};
+    static const char *const polarities[] = {"high", "low", NULL};
+    sh_place output;
+    int type = 0;
+    int low = 0;
+    if (!sh_field(at, "output", SH_JSON_OBJECT, SH_REQUIRED, &output) ||
+        !sh_choice(&output, "type", types, &type)) {
+        return false;
+    }
+    probe->softmax = type == 0;
+    if (probe->softmax) {
+        return compile_softmax(&output, probe, n_outputs);
+    }
+    *n_outputs = 1;
+    bool ok = sh_choice(&output, "harmful_when", polarities, &low);
+    probe->harmful_low = low == 1;
+    return ok;
+}
+
+static bool compile_mlp(const sh_compiler *c, const sh_place *at, int64_t width,
+                        sh_probe *probe) {
+    static const char *const activations[] = {"relu", "tanh", "gelu", NULL};
+    sh_place array;
+    sh_place item = {0};
+    int activation = 0;
+    int64_t n_outputs = 0;
+    if (!sh_choice(at, "activation", activations, &activation) ||
+        !compile_output(at, probe, &n_outputs) || !sh_array(at, "layers", 1, 16, &array)) {
+        return false;
+    }
+    probe->activation = (sh_activation)activation;
+    probe->n_layers = (int32_t)array.node->count;
+    probe->layers = sh_items(c, &array, array.node->count, sizeof *probe->layers);
+    if (probe->layers == NULL) {
+        return false;
+    }
+    while (sh_next(&array, &item)) {
+        sh_dense *layer = &probe->layers[item.index];
+        int64_t rows = item.index + 1 == array.node->count ? n_outputs : SH_ANY_SIZE;
+        if (item.node->type != SH_JSON_OBJECT) {
+            return sh_refuse(&item, "an object", "another value");
+        }
+        if (!sh_tensor_field(c, &item, "weight", SH_REQUIRED, rows, width, &layer->weight) ||
+            !sh_tensor_field(c, &item, "bias", SH_REQUIRED, SH_VECTOR, layer->weight.rows,
+                             &layer->bias)) {
+            return false;
+        }
+        width = layer->weight.rows;
+    }
+    return true;
+}
+
+static bool compile_single(const sh_compiler *c, const sh_place *at, int64_t width,
+                           sh_probe *probe) {
+    static const char *const links[] = {"identity", "sigmoid", NULL};
+    static const char *const squashes[] = {"none", "tanh", NULL};
+    bool linear = probe->type == SH_LINEAR;
+    int squash = 0;
+    if (!sh_tensor_field(c, at, linear ? "weight" : "direction", SH_REQUIRED, SH_VECTOR, width,
+                         &probe->weight) ||
+        !sh_choice(at, linear ? "link" : "squash", linear ? links : squashes, &squash)) {
+        return false;
+    }
+    probe->squash = squash == 1;
+    return !linear || sh_number(at, "bias", &probe->bias);
+}
+
+static bool positive(const sh_place *at, const sh_tensor *scale) {
+    for (int64_t i = 0; scale->data != NULL && i < scale->cols; i++) {
+        if (!(sh_value(scale, 0, i) > 0)) {
+            return sh_refuse(at, "positive values in input_scale", "zero or negative ones");
+        }
+    }
+    return true;
+}
+
+bool sh_compile_probe(const sh_compiler *c, const sh_place *at, sh_probe *probe) {
+    static const char *const types[] = {"mlp", "linear", "cosine", NULL};
+    static const char *const comparators[] = {">", ">=", "<", "<=", NULL};
+    int type = 0;
+    int comparator = 0;
+    unsigned maybe = SH_OPTIONAL | SH_NULLABLE;
+    if (!sh_identifier(at, "id", probe->id) || !sh_choice(at, "type", types, &type) ||
+        !compile_readings(c, at, probe) ||
+        !sh_choice(at, "comparator", comparators, &comparator) ||
+        !sh_number(at, "threshold", &probe->threshold)) {
+        return false;
+    }
+    probe->type = (sh_probe_type)type;
+    probe->comparator = (sh_comparator)comparator;
+    int64_t width = (int64_t)c->package->n_embd * probe->n_readings;
+    return sh_tensor_field(c, at, "input_mean", maybe, SH_VECTOR, width, &probe->mean) &&
+           sh_tensor_field(c, at, "input_scale", maybe, SH_VECTOR, width, &probe->scale) &&
+           positive(at, &probe->scale) &&
+           (probe->type == SH_MLP ? compile_mlp(c, at, width, probe)
+                                  : compile_single(c, at, width, probe));
+}
+
+/* ---- interventions ---- */
+
+static bool compile_head(const sh_compiler *c, const sh_place *at, sh_intervention *head) {
+    static const char *const forms[] = {"dense", "low_rank", NULL};
+    sh_place weight;
+    int form = 0;
+    int64_t d = c->package->n_embd;
+    head->min_depth = c->package->n_layer + 1;
+    if (!sh_number(at, "eps", &head->factor) ||
+        !sh_field(at, "weight", SH_JSON_OBJECT, SH_REQUIRED, &weight) ||
+        !sh_choice(&weight, "form", forms, &form)) {
+        return false;
+    }
+    if (form == 0) {
+        return sh_tensor_field(c, &weight, "matrix", SH_REQUIRED, d, d, &head->matrix);
+    }
+    return sh_tensor_field(c, &weight, "u", SH_REQUIRED, d, SH_ANY_SIZE, &head->u) &&
+           sh_tensor_field(c, &weight, "v", SH_REQUIRED, head->u.cols, d, &head->v);
+}
+
+static bool compile_targets(const sh_compiler *c, const sh_place *at, sh_intervention *x) {
+    sh_place array;
+    sh_place item = {0};
+    if (!sh_number(at, "alpha", &x->factor) || !sh_array(at, "targets", 1, 1 << 16, &array)) {
+        return false;
+    }
+    x->n_targets = (int32_t)array.node->count;
+    x->targets = sh_items(c, &array, array.node->count, sizeof *x->targets);
+    x->min_depth = c->package->n_layer + 1;
+    if (x->targets == NULL) {
+        return false;
+    }
+    while (sh_next(&array, &item)) {
+        sh_target *target = &x->targets[item.index];
+        if (item.node->type != SH_JSON_OBJECT) {
+            return sh_refuse(&item, "an object", "another value");
+        }
+        if (!sh_site(c, &item, false, &target->depth) ||
+            !sh_tensor_field(c, &item, "vector", SH_REQUIRED, SH_VECTOR, c->package->n_embd,
+                             &target->vector)) {
+            return false;
+        }
+        x->min_depth = target->depth < x->min_depth ? target->depth : x->min_depth;
+    }
+    return true;
+}
+
+bool sh_compile_intervention(const sh_compiler *c, const sh_place *at, sh_intervention *x) {
+    static const char *const types[] = {"head_matrix", "add_vector", "project_out", NULL};
+    static const char *const positions[] = {"from_prompt_end", "all_positions", NULL};
+    int type = 0;
+    int position = 0;
+    if (!sh_identifier(at, "id", x->id) || !sh_choice(at, "type", types, &type) ||
+        !sh_choice(at, "position", positions, &position)) {
+        return false;
+    }
+    x->type = (sh_intervention_type)type;
+    x->all_positions = position == 1;
+    return x->type == SH_HEAD_MATRIX ? compile_head(c, at, x) : compile_targets(c, at, x);
+}

@@ -1,0 +1,203 @@
+/* libsteerhook: runs a steering package inside llama.cpp.
+ *
+ * The library watches the nodes of a ggml graph through the scheduler's evaluation callback,
+ * reads the rows that the package's probes want, decides once per request, and rewrites the
+ * rows that a fired rule steers. It knows no struct of ggml or llama.cpp and needs libc only.
+ *
+ *     package = steerhook_package_load("guard.gguf", error, sizeof error);
+ *     session = steerhook_session_new(package, &model, &ggml, error, sizeof error);
+ *     context_params.cb_eval = steerhook_eval;  context_params.cb_eval_user_data = session;
+ *
+ *     steerhook_request_begin(session, seq, n_cached, n_prompt);
+ *     for every batch of the prompt and of the answer:
+ *         steerhook_batch_begin(session, &batch)   not STEERHOOK_OK: do not decode
+ *         llama_decode(...)                        not 0: steerhook_batch_cancel(session)
+ *         steerhook_batch_end(session)             not STEERHOOK_OK: use no logits of this batch
+ *     steerhook_request_end(session, seq);
+ *
+ * FAIL CLOSED. After an error in a batch the session stays failed: the callback stops the graph,
+ * and every call returns that error until steerhook_session_clear. A graph that was stopped does
+ * NOT make llama_decode fail (ggml reports success), so the logits of a batch count only after
+ * steerhook_batch_end returned STEERHOOK_OK. Refusals of steerhook_request_begin, _copy and _end
+ * and of the settings change nothing else: a sequence without a request cannot be decoded.
+ *
+ * ROWS. Rows of a sequence are counted, not identified by position. The count starts at
+ * `n_cached`; the row that makes it `n_prompt` is the prompt end; later rows are generated ones.
+ * llama.cpp must split batches in order (one sequence, or a unified KV cache).
+ *
+ * THREADS. A package is immutable and may be used by any number of sessions and threads; a
+ * session belongs to one thread at a time. There is no global state.
+ */
+#ifndef STEERHOOK_H
+#define STEERHOOK_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define STEERHOOK_API __declspec(dllexport)
+#else
+#define STEERHOOK_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+struct ggml_tensor;
+typedef struct steerhook_package steerhook_package;
+typedef struct steerhook_session steerhook_session;
+
+typedef enum {
+    STEERHOOK_OK = 0,
+    STEERHOOK_ARGUMENT,   /* a null pointer, an unknown id, a number out of range */
+    STEERHOOK_MEMORY,     /* out of memory */
+    STEERHOOK_MODEL,      /* the package was made for another width or depth */
+    STEERHOOK_SITE,       /* a site that llama.cpp does not show (layer_input[0]) */
+    STEERHOOK_SEQUENCE,   /* a sequence id outside 0..n_seq_max-1, or twice in a row */
+    STEERHOOK_NO_REQUEST, /* rows of a sequence without an open request */
+    STEERHOOK_CACHED,     /* a reading needs a prompt row that is in the cache already */
+    STEERHOOK_PROMPT,     /* a prompt without rows to evaluate, or too short for a reading */
+    STEERHOOK_NO_OUTPUT,  /* a wanted row of the last block or the head is no output row */
+    STEERHOOK_SHARED_ROW, /* a row of several sequences whose requests differ */
+    STEERHOOK_ROWS,       /* the rows of a node do not add up to the batch */
+    STEERHOOK_HOOK_LOST,  /* a needed node was not seen, or seen at the wrong time */
+    STEERHOOK_STRENGTH,   /* a fired rule's strength does not fit a float */
+    STEERHOOK_ORDER       /* calls in the wrong order (a batch in a batch, ...) */
+} steerhook_status;
+
+/* The name of a status as it is spelt above, without the prefix; never NULL. */
+STEERHOOK_API const char *steerhook_status_name(steerhook_status status);
+
+/* ---- packages ---- */
+
+/* Maps and checks a package in its single-file GGUF encoding. NULL on failure, with a text that
+ * names the field, what was expected and what was found. The file must not be changed in place
+ * while it is in use (Steerbridge itself only ever renames files into place). */
+STEERHOOK_API steerhook_package *steerhook_package_load(const char *path, char *error,
+                                                        size_t error_size);
+
+/* The same for bytes in memory, which must be aligned to 8 and outlive the package (nothing is
+ * copied). For other bindings and for fuzzing. */
+STEERHOOK_API steerhook_package *steerhook_package_parse(const void *bytes, size_t size,
+                                                         char *error, size_t error_size);
+
+/* Drops the caller's reference; sessions hold their own, so the order does not matter. */
+STEERHOOK_API void steerhook_package_free(steerhook_package *package);
+
+typedef struct {
+    int32_t n_embd, n_layer, n_probes, n_rules;
+    int32_t lowest_offset; /* 0 or less: how far before the prompt end a probe reads */
+    bool whole_prompt;     /* a mean is read: requests must begin with n_cached == 0 */
+    bool steers_layers;    /* a rule writes before the head: caches hold steered states */
+} steerhook_package_info;
+
+STEERHOOK_API steerhook_package_info steerhook_package_describe(const steerhook_package *package);
+
+/* ---- sessions: one for each llama_context ---- */
+
+typedef struct {
+    int32_t n_embd, n_layer; /* of the model: must be the package's */
+    int32_t n_ubatch;        /* llama_n_ubatch(ctx) */
+    int32_t n_seq_max;       /* llama_n_seq_max(ctx) */
+} steerhook_model;
+
+/* ggml_get_name, ggml_nbytes, ggml_backend_tensor_get and ggml_backend_tensor_set. */
+typedef struct {
+    const char *(*get_name)(const struct ggml_tensor *);
+    size_t (*nbytes)(const struct ggml_tensor *);
+    void (*tensor_get)(const struct ggml_tensor *, void *data, size_t offset, size_t size);
+    void (*tensor_set)(struct ggml_tensor *, const void *data, size_t offset, size_t size);
+} steerhook_ggml;
+
+/* NULL if the package does not fit the model, reads or writes layer_input[0], or memory ends. */
+STEERHOOK_API steerhook_session *steerhook_session_new(const steerhook_package *package,
+                                                       const steerhook_model *model,
+                                                       const steerhook_ggml *ggml, char *error,
+                                                       size_t error_size);
+STEERHOOK_API void steerhook_session_free(steerhook_session *session);
+
+/* Ends every request and any batch, and forgets an error; thresholds stay. The caller clears the
+ * KV cache as well. */
+STEERHOOK_API steerhook_status steerhook_session_clear(steerhook_session *session);
+
+/* The text of the last refusal or error of this session; "" if there was none. */
+STEERHOOK_API const char *steerhook_session_error(const steerhook_session *session);
+
+/* The evaluation callback (ggml_backend_sched_eval_callback); `session` is the user data. */
+STEERHOOK_API bool steerhook_eval(struct ggml_tensor *tensor, bool ask, void *session);
+
+/* Another threshold for one probe, for verdicts from now on. */
+STEERHOOK_API steerhook_status steerhook_set_threshold(steerhook_session *session,
+                                                       const char *probe, double threshold);
+
+/* The thresholds that the package calibrated for a runtime and a quantisation; the last matching
+ * entry counts, and without one nothing changes. `found` may be NULL. */
+STEERHOOK_API steerhook_status steerhook_calibrate(steerhook_session *session,
+                                                   const char *runtime, const char *quantisation,
+                                                   bool *found);
+
+/* ---- requests ---- */
+
+/* A prompt of `n_prompt` rows starts on sequence `seq`, of which `n_cached` are in the KV cache
+ * and will not be evaluated. Ends an older request of the sequence, even if it refuses. */
+STEERHOOK_API steerhook_status steerhook_request_begin(steerhook_session *session, int32_t seq,
+                                                       int32_t n_cached, int32_t n_prompt);
+
+/* The request of `from` as it stands also for `to` (beams, n > 1): what llama_memory_seq_cp does
+ * to the cache. Ends an older request of `to`. */
+STEERHOOK_API steerhook_status steerhook_request_copy(steerhook_session *session, int32_t from,
+                                                      int32_t to);
+
+/* Verdicts stay readable until the next request of the sequence. */
+STEERHOOK_API steerhook_status steerhook_request_end(steerhook_session *session, int32_t seq);
+
+/* ---- batches ---- */
+
+typedef struct {
+    int32_t n_tokens;
+    const int32_t *n_seq_id;       /* NULL, like seq_id: every row belongs to sequence 0 */
+    int32_t *const *seq_id;
+    const int8_t *output;          /* llama_batch.logits; NULL: only the last row */
+    bool image;                    /* the rows are the tokens of an image */
+} steerhook_batch;
+
+/* Before llama_decode, with the very batch that it will get. The arrays are not kept. */
+STEERHOOK_API steerhook_status steerhook_batch_begin(steerhook_session *session,
+                                                     const steerhook_batch *batch);
+
+/* After llama_decode returned 0: an error if a needed node was not seen with all its rows. */
+STEERHOOK_API steerhook_status steerhook_batch_end(steerhook_session *session);
+
+/* After llama_decode failed. If no needed node was reached (no room in the cache), the batch is
+ * forgotten and may be tried again; otherwise the session has failed. */
+STEERHOOK_API steerhook_status steerhook_batch_cancel(steerhook_session *session);
+
+/* ---- what was decided ---- */
+
+typedef struct {
+    const char *probe; /* lives as long as the package */
+    double score, threshold;
+    bool fired;
+} steerhook_verdict;
+
+/* Writes up to `max` verdicts of the sequence's latest request, in the order of the package, and
+ * returns how many there are so far; -status on an error. `out` may be NULL if `max` is 0. */
+STEERHOOK_API int32_t steerhook_verdicts(const steerhook_session *session, int32_t seq,
+                                         steerhook_verdict *out, int32_t max);
+
+typedef struct {
+    const char *rule;
+    bool decided, fired; /* a rule without a condition is fired */
+    double strength;     /* 0 until decided */
+} steerhook_rule_state;
+
+/* The same for rules: one for each rule of the package, decided or not. */
+STEERHOOK_API int32_t steerhook_rules(const steerhook_session *session, int32_t seq,
+                                      steerhook_rule_state *out, int32_t max);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

