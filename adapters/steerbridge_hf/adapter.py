@@ -15,10 +15,11 @@ import threading
 from collections.abc import Callable, Collection
 from types import TracebackType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList
+from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from steerbridge.errors import (
     HookLost,
@@ -34,7 +35,6 @@ from steerbridge_hf.request import Requests, Step
 from steerbridge_hf.sites import RUNTIME, facts, locate
 
 _OWNER = "_steerbridge_session"  # on the model: which session steers it
-_STATE = "_steerbridge_requests"  # on a KV cache: whose rows it holds
 _STEERED = "_steerbridge_steered"  # on a KV cache: its states were rewritten (survives a copy)
 
 OnOutcome = Callable[[tuple[Outcome, ...]], None]
@@ -89,6 +89,8 @@ class Session:
         self._weights = Weights(self.package)
         self._handles: list[Any] = []
         self._here = threading.local()  # each thread generates for its own requests
+        # Whose rows a KV cache holds that a bare forward call made.
+        self._caches: WeakKeyDictionary[Any, Requests] = WeakKeyDictionary()
         self._signature = inspect.signature(self._sites.model.forward)
         self._image_token = getattr(
             self._sites.model.config,
@@ -167,9 +169,7 @@ class Session:
         if getattr(self._here, "requests", None) is not None:
             raise UnsupportedFeature(RUNTIME, "generate() inside generate() of one model")
         requests = self._open(arguments)
-        guard = LogitsProcessorList([_Guard(self, requests)])
-        guard.extend(arguments.get("logits_processor") or [])
-        arguments["logits_processor"] = guard
+        self._guard(requests, arguments)
         self._here.requests = requests
         try:
             result = original(**arguments)
@@ -177,6 +177,25 @@ class Session:
             self._here.requests = None
         self._finish(requests)
         return result
+
+    def _guard(self, requests: Requests, arguments: dict[str, Any]) -> None:
+        """Add the check that every token comes from a watched forward pass."""
+        ids = arguments.get("inputs", arguments.get("input_ids"))
+        given = 0 if ids is None else ids.shape[1]
+        if self._assisted(arguments):
+            # Candidates pass the logits processors before any forward pass of this model.
+            criteria = StoppingCriteriaList([_StopGuard(requests, given)])
+            criteria.extend(arguments.get("stopping_criteria") or [])
+            arguments["stopping_criteria"] = criteria
+        else:
+            processors = LogitsProcessorList([_Guard(requests, given)])
+            processors.extend(arguments.get("logits_processor") or [])
+            arguments["logits_processor"] = processors
+
+    def _assisted(self, arguments: dict[str, Any]) -> bool:
+        config = arguments.get("generation_config") or self._sites.model.generation_config
+        lookup = arguments.get("prompt_lookup_num_tokens", config.prompt_lookup_num_tokens)
+        return lookup is not None or arguments.get("assistant_model") is not None
 
     def _open(self, arguments: dict[str, Any]) -> Requests:
         """Requests of a call of `generate`; fills in the attention mask it implies."""
@@ -273,7 +292,7 @@ class Session:
         """Requests of a bare call `model(...)`: a new batch, or one more token of a known one."""
         cache, mask = given.get("past_key_values"), given.get("attention_mask")
         if start:
-            known: Requests | None = getattr(cache, _STATE, None)
+            known = self._caches.get(cache)
             if known is None or tokens.shape[1] != 1:
                 raise RowMappingLost(
                     f"a forward call of {tokens.shape[1]} tokens on a cache of {start} tokens "
@@ -321,12 +340,13 @@ class Session:
         self._here.step = None
         if not self._here.head_seen:
             raise HookLost("the output embedding was not reached through the steered module")
+        requests.watched = step.stop
         if step.stop >= requests.prompt and not requests.decided():
             raise HookLost("the prompt ended without a verdict: a probe's site never ran")
         cache = getattr(output, "past_key_values", None)
-        if cache is not None and hasattr(cache, "__dict__"):
+        if cache is not None:
             if self._here.direct:
-                setattr(cache, _STATE, requests)
+                self._caches[cache] = requests
             if requests.acts_on_layers():
                 setattr(cache, _STEERED, True)
         if self._here.direct and step.start < requests.prompt <= step.stop:
@@ -336,23 +356,34 @@ class Session:
 class _Guard:
     """A logits processor that stops generation when a forward pass was not watched.
 
-    Compiled code that was traced before `apply` runs without hooks; this is what notices.
+    Compiled code that was traced before `apply` runs without hooks; this is what notices. The
+    logits of column c come from a pass that covered c, so c + 1 columns must have been seen
+    (assisted decoding asks for several columns of one pass).
     """
 
-    def __init__(self, session: Session, requests: Requests) -> None:
-        self._session = session
+    def __init__(self, requests: Requests, given: int) -> None:
         self._requests = requests
+        self._before = requests.prompt - given  # columns that `input_ids` does not show
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        here = self._session._here
-        watched = getattr(here, "current", None) is self._requests and here.head_seen
-        if not watched or not self._requests.decided():
+        self.check(self._before + input_ids.shape[1])
+        return scores
+
+    def check(self, columns: int) -> None:
+        """Raise HookLost unless this many columns were watched and every verdict is known."""
+        if self._requests.watched < columns or not self._requests.decided():
             raise HookLost(
                 "a forward pass ran without the steering hooks; if the model was compiled "
                 "before steer(), call torch.compiler.reset() and steer before compiling"
             )
-        here.head_seen = False
-        return scores
+
+
+class _StopGuard(_Guard, StoppingCriteria):  # type: ignore[misc]
+    """The same check after a token was chosen, for assisted decoding."""
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+        self.check(self._before + input_ids.shape[1] - 1)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 def quantisation(model: Any) -> str:

@@ -52,6 +52,7 @@ class Requests:
     images: Tensor | None  # [B, P] bool, on the CPU: image tokens of the prompt
     copies: int = 1  # rows of the model per prompt (beams, num_return_sequences)
     first: int | None = None  # first column that was evaluated, not cached
+    watched: int = 0  # columns up to here passed through every hook
     read: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # [B, D]
     scores: dict[int, Tensor] = field(default_factory=dict)  # [B]
     strengths: dict[int, Tensor] = field(default_factory=dict)  # [B]; 0 where it did not fire
@@ -139,6 +140,7 @@ class Requests:
         return self._act(stop, h, columns) if stop.acts and self.active else h
 
     def _read(self, probe: int, index: int, h: Tensor, columns: Tensor, closes: bool) -> None:
+        h = h.detach()
         position = self.package.spec.probes[probe].readings[index].position
         key = (probe, index)
         if isinstance(position, PromptEnd):

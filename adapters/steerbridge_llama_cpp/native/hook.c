@@ -81,7 +81,9 @@ static act_state act_on(const steerhook_session *s, const sh_act *act, int32_t r
     if (!rule->decided) {
         return UNDECIDED;
     }
-    return rule->fired ? ACTS : IDLE;
+    /* Times zero changes nothing: leave the row's bits alone. */
+    bool acts = rule->fired && (float)(rule->strength * act->intervention->factor) != 0.0F;
+    return acts ? ACTS : IDLE;
 }
 
 static bool writes_row(const steerhook_session *s, const sh_site_plan *site, int32_t row) {

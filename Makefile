@@ -1,0 +1,41 @@
+# Each target sets up what it needs and prints one JSON object as its last line.
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+STAMP := $(VENV)/.set-up
+BASE ?= python3
+
+.PHONY: setup demo test lint schema bench-safety bench-train bench-overhead clean
+.DEFAULT_GOAL := setup
+
+setup: $(STAMP)
+
+# The CPU build of torch first: a looser requirement may pull gigabytes of CUDA.
+$(STAMP): pyproject.toml requirements/setup.txt
+	@test -x $(PYTHON) || $(BASE) -m venv $(VENV)
+	@$(PYTHON) -m pip install --quiet --upgrade pip >&2
+	@$(PYTHON) -m pip install --quiet -c requirements/setup.txt torch >&2
+	@$(PYTHON) -m pip install --quiet -c requirements/setup.txt -e '.[dev,demo]' >&2
+	@touch $@
+
+demo: setup
+	@$(PYTHON) examples/demo.py
+
+test: setup
+	@$(PYTHON) -m pytest
+
+lint: setup
+	@$(VENV)/bin/ruff check . >&2
+	@$(VENV)/bin/ruff format --check . >&2
+	@$(VENV)/bin/mypy >&2
+	@$(PYTHON) -m steerbridge.cli schema | diff - docs/steering_config.schema.json >&2
+	@echo '{"lint": "ok"}'
+
+schema: setup
+	@$(PYTHON) -m steerbridge.cli schema > docs/steering_config.schema.json
+	@echo '{"schema": "docs/steering_config.schema.json"}'
+
+bench-safety bench-train bench-overhead: bench-%: setup
+	@$(PYTHON) benchmarks/$*.py
+
+clean:
+	rm -rf $(VENV) .cache

@@ -1,0 +1,64 @@
+"""What the benchmarks share: data, the model, the one JSON object at the end."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from steerbridge import data
+from steerbridge.cli.common import smollm2
+from steerbridge.data import Example
+
+ROOT = Path(__file__).resolve().parent.parent
+CACHE = ROOT / ".cache"
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=Path(os.environ.get("STEERBRIDGE_DATA", ROOT.parent / "shared" / "data")),
+        help="folder with vlsafe_pairs.jsonl, benign_general.jsonl, benign_arena.jsonl",
+    )
+    return parser
+
+
+def splits(folder: Path) -> tuple[list[Example], list[Example], bool]:
+    """Training and test prompts: public sets where present, else the shipped prompts alone.
+
+    Test kinds: `pair` (harmful and harmless), `general` and `borderline`, none trained on.
+    """
+    train = data.from_corpus("train") + data.from_corpus("validation")
+    held = data.from_corpus("test")
+    borderline = [e for e in held if e.kind == "borderline"]
+    if not (folder / "vlsafe_pairs.jsonl").is_file():
+        return train, held, False
+    pairs = data.read_jsonl(folder / "vlsafe_pairs.jsonl")
+    general = data.read_jsonl(folder / "benign_general.jsonl")
+    arena = data.read_jsonl(folder / "benign_arena.jsonl")
+    half = len(general) // 2
+    return (
+        [*pairs[:4000], *general[:half], *arena[:350], *train],
+        [*pairs[4000:], *general[half:], *borderline],
+        True,
+    )
+
+
+def open_smollm2() -> Any:
+    from steerbridge_hf import open_model
+
+    return open_model(smollm2())
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def finish(result: dict[str, Any]) -> None:
+    """The last line of standard output: one JSON object."""
+    print(json.dumps(result))

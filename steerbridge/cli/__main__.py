@@ -1,0 +1,5 @@
+"""`python -m steerbridge.cli`."""
+
+from steerbridge.cli import main
+
+main()

@@ -1,0 +1,345 @@
+/* What the rows of requests and batches may do, and every way in which a session fails. */
+#include <math.h>
+#include <string.h>
+
+#include "harness.h"
+
+void test_sessions(const char *directory);
+
+static int32_t prompt_rows(const golden_request *r, int32_t seq, toy_row *rows) {
+    for (int32_t i = 0; i < r->n_prompt; i++) {
+        rows[i] = (toy_row){r, seq, i, true};
+    }
+    return r->n_prompt;
+}
+
+static void begin(toy *t, int32_t seq, const golden_request *r) {
+    CHECK_STATUS(steerhook_request_begin(t->session, seq, 0, r->n_prompt), STEERHOOK_OK);
+}
+
+/* Failed: every call says so and the callback stops graphs, until the session is cleared. */
+static void check_failed(toy *t, steerhook_status status) {
+    const steerhook_batch batch = {.n_tokens = 1};
+    steerhook_verdict verdict;
+    struct ggml_tensor other = {"ffn_out-0", 0, NULL};
+    CHECK(steerhook_session_error(t->session)[0] != '\0');
+    CHECK_STATUS(steerhook_batch_begin(t->session, &batch), status);
+    CHECK_STATUS(steerhook_batch_end(t->session), status);
+    CHECK_STATUS(steerhook_batch_cancel(t->session), status);
+    CHECK_STATUS(steerhook_request_begin(t->session, 0, 0, 5), status);
+    CHECK_STATUS(steerhook_request_end(t->session, 0), status);
+    CHECK_STATUS(steerhook_request_copy(t->session, 0, 1), status);
+    CHECK_STATUS(steerhook_set_threshold(t->session, "p", 0.5), status);
+    CHECK(steerhook_verdicts(t->session, 0, &verdict, 1) == -(int32_t)status);
+    CHECK(steerhook_eval(&other, true, t->session) && !steerhook_eval(&other, false, t->session));
+    CHECK_STATUS(steerhook_session_clear(t->session), STEERHOOK_OK);
+    CHECK(steerhook_session_error(t->session)[0] == '\0');
+    CHECK_STATUS(steerhook_batch_begin(t->session, &batch), STEERHOOK_NO_REQUEST);
+    CHECK_STATUS(steerhook_session_clear(t->session), STEERHOOK_OK);
+    *t = (toy){.session = t->session, .g = t->g, .n_ubatch = t->n_ubatch};
+}
+
+static void test_models(const golden *g) {
+    char error[256] = "";
+    steerhook_model model = {g->d + 1, g->n_layer, 8, 2};
+    CHECK(steerhook_session_new(g->package, &model, &fake_ggml, error, sizeof error) == NULL);
+    CHECK(strstr(error, "n_embd") != NULL);
+    model = (steerhook_model){g->d, g->n_layer - 1, 8, 2};
+    CHECK(steerhook_session_new(g->package, &model, &fake_ggml, error, sizeof error) == NULL);
+    CHECK(strstr(error, "n_layer") != NULL);
+    model = (steerhook_model){g->d, g->n_layer, 0, 2};
+    CHECK(steerhook_session_new(g->package, &model, &fake_ggml, error, sizeof error) == NULL);
+    model = (steerhook_model){g->d, g->n_layer, 8, 0};
+    CHECK(steerhook_session_new(g->package, &model, &fake_ggml, NULL, 0) == NULL);
+    CHECK(steerhook_session_new(NULL, &model, &fake_ggml, error, sizeof error) == NULL);
+    CHECK(steerhook_package_load("/dev/null", error, sizeof error) == NULL);
+    CHECK(steerhook_package_load("/none", error, sizeof error) == NULL);
+    CHECK(steerhook_package_load("/", error, sizeof error) == NULL);
+    steerhook_session_free(NULL);
+    steerhook_package_free(NULL);
+}
+
+/* layer_guard reads prompt_end-2, a mean at depth 1 and prompt_end at depth 2. */
+static void test_requests(const golden *g) {
+    toy t;
+    toy_new(&t, g, 8, 2);
+    steerhook_package_info info = steerhook_package_describe(g->package);
+    CHECK(info.whole_prompt && info.steers_layers && info.lowest_offset == -2);
+    CHECK_STATUS(steerhook_request_begin(t.session, 2, 0, 5), STEERHOOK_SEQUENCE);
+    CHECK_STATUS(steerhook_request_begin(t.session, -1, 0, 5), STEERHOOK_SEQUENCE);
+    CHECK_STATUS(steerhook_request_begin(t.session, 0, 5, 5), STEERHOOK_PROMPT);
+    CHECK_STATUS(steerhook_request_begin(t.session, 0, -1, 5), STEERHOOK_PROMPT);
+    CHECK_STATUS(steerhook_request_begin(t.session, 0, 0, 0), STEERHOOK_PROMPT);
+    CHECK_STATUS(steerhook_request_begin(t.session, 0, 0, 2), STEERHOOK_PROMPT);
+    CHECK_STATUS(steerhook_request_begin(t.session, 0, 0, 3), STEERHOOK_OK);
+    /* A refusal ends the old request and leaves the session sound. */
+    CHECK_STATUS(steerhook_request_begin(t.session, 0, 1, 9), STEERHOOK_CACHED);
+    CHECK(strstr(steerhook_session_error(t.session), "probe p") != NULL);
+    CHECK_STATUS(steerhook_request_copy(t.session, 0, 1), STEERHOOK_NO_REQUEST);
+    begin(&t, 1, &g->requests[0]);
+    CHECK_STATUS(steerhook_request_end(t.session, 1), STEERHOOK_OK);
+    CHECK_STATUS(steerhook_batch_end(t.session), STEERHOOK_ORDER);
+    check_failed(&t, STEERHOOK_ORDER);
+    steerhook_session_free(t.session);
+}
+
+/* A follow-up turn: part of the prompt is in the cache, and the probe reads its end only. */
+static void test_cached(const golden *g) {
+    const golden_request *r = &g->requests[0];
+    toy t;
+    toy_row rows[128];
+    toy_new(&t, g, 8, 2);
+    CHECK_STATUS(steerhook_request_begin(t.session, 1, 2, r->n_prompt), STEERHOOK_OK);
+    int32_t n = prompt_rows(r, 1, rows);
+    CHECK_STATUS(toy_decode(&t, rows + 2, n - 2, false), STEERHOOK_OK);
+    toy_check_verdicts(&t, r, 1);
+    steerhook_session_free(t.session);
+}
+
+static void test_thresholds(const golden *g) {
+    const golden_request *r = &g->requests[0];
+    toy t;
+    toy_row rows[128];
+    steerhook_verdict verdict;
+    bool found = true;
+    toy_new(&t, g, 64, 1);
+    CHECK_STATUS(steerhook_set_threshold(t.session, "nobody", 1.0), STEERHOOK_ARGUMENT);
+    CHECK_STATUS(steerhook_set_threshold(t.session, "p", (double)NAN), STEERHOOK_ARGUMENT);
+    CHECK_STATUS(steerhook_calibrate(t.session, "llama.cpp", "Q8_0", &found), STEERHOOK_OK);
+    CHECK(!found);
+    CHECK_STATUS(steerhook_calibrate(t.session, "llama.cpp", "Q4_1", &found), STEERHOOK_OK);
+    CHECK(found);
+    begin(&t, 0, r);
+    const steerhook_batch batch = {.n_tokens = r->n_prompt};
+    CHECK(steerhook_verdicts(t.session, 0, &verdict, 1) == 0);
+    CHECK_STATUS(steerhook_batch_begin(t.session, &batch), STEERHOOK_OK);
+    CHECK_STATUS(steerhook_request_begin(t.session, 0, 0, 9), STEERHOOK_ORDER);
+    CHECK_STATUS(steerhook_batch_cancel(t.session), STEERHOOK_OK);
+    CHECK_STATUS(steerhook_set_threshold(t.session, "p", 2.0), STEERHOOK_OK);
+    prompt_rows(r, 0, rows);
+    for (int32_t i = 0; i < r->n_prompt; i++) {
+        rows[i].output = i == r->n_prompt - 1; /* what output == NULL means */
+    }
+    steerhook_batch_begin(t.session, &batch);
+    if (r->rule_fired[0] == 0) {
+        toy_graphs(&t, rows, r->n_prompt);
+        CHECK_STATUS(steerhook_batch_end(t.session), STEERHOOK_OK);
+        CHECK(steerhook_verdicts(t.session, 0, &verdict, 1) == 1);
+        CHECK(verdict.threshold == 2.0 && !verdict.fired && strcmp(verdict.probe, "p") == 0);
+    }
+    steerhook_session_free(t.session);
+}
+
+/* The cost of a quiet sequence: after a prompt end that fired nothing, no node is wanted. */
+static void test_quiet(const golden *g) {
+    toy t;
+    toy_row rows[128];
+    int quiet = 0;
+    toy_new(&t, g, 512, 1);
+    for (int32_t i = 0; i < g->n_requests; i++) {
+        const golden_request *r = &g->requests[i];
+        begin(&t, 0, r);
+        CHECK_STATUS(toy_decode(&t, rows, prompt_rows(r, 0, rows), false), STEERHOOK_OK);
+        CHECK(t.asked_true == (r->rule_fired[0] ? 2 : 1));
+        for (int32_t row = r->n_prompt; row < r->n_rows; row++) {
+            rows[0] = (toy_row){r, 0, row, true};
+            CHECK_STATUS(toy_decode(&t, rows, 1, false), STEERHOOK_OK);
+            CHECK(t.asked_true == (r->rule_fired[0] ? 1 : 0));
+            quiet += !r->rule_fired[0];
+        }
+    }
+    CHECK(quiet > 0);
+    steerhook_session_free(t.session);
+}
+
+static void test_lost(const golden *g) {
+    const golden_request *r = &g->requests[0];
+    toy t;
+    toy_row rows[128];
+    toy_new(&t, g, 8, 2);
+    int32_t n = prompt_rows(r, 0, rows);
+    /* A node that is never seen, at a read layer, at a written one. */
+    for (int32_t depth = 1; depth <= 4; depth += 1 + (depth == 2)) {
+        begin(&t, 0, r);
+        t.lose_depth = depth;
+        steerhook_status status = toy_decode(&t, rows, n, false);
+        CHECK(status == STEERHOOK_HOOK_LOST);
+        check_failed(&t, STEERHOOK_HOOK_LOST);
+    }
+    /* Too many rows at a node: the graph stops. */
+    begin(&t, 0, r);
+    t.extra_rows = 1;
+    CHECK_STATUS(toy_decode(&t, rows, n, false), STEERHOOK_ROWS);
+    CHECK(t.stopped);
+    check_failed(&t, STEERHOOK_ROWS);
+    /* Graphs without a batch, and a batch whose graphs stop half-way. */
+    begin(&t, 0, r);
+    toy_graphs(&t, rows, n);
+    CHECK(t.stopped);
+    check_failed(&t, STEERHOOK_HOOK_LOST);
+    begin(&t, 0, r);
+    const steerhook_batch batch = {.n_tokens = n};
+    CHECK_STATUS(steerhook_batch_begin(t.session, &batch), STEERHOOK_OK);
+    for (int32_t i = 0; i < n; i++) {
+        rows[i].output = i == n - 1;
+    }
+    toy_graphs(&t, rows, n > 8 ? 8 : n - 1);
+    steerhook_status status = n > 8 ? steerhook_batch_end(t.session) : STEERHOOK_ROWS;
+    CHECK(status == STEERHOOK_ROWS || status == STEERHOOK_HOOK_LOST);
+    steerhook_session_clear(t.session);
+    /* Decoding failed after rows were read: not to be tried again. */
+    begin(&t, 0, r);
+    CHECK_STATUS(steerhook_batch_begin(t.session, &batch), STEERHOOK_OK);
+    toy_graphs(&t, rows, n > 8 ? 8 : n);
+    CHECK_STATUS(steerhook_batch_cancel(t.session), STEERHOOK_HOOK_LOST);
+    check_failed(&t, STEERHOOK_HOOK_LOST);
+    steerhook_session_free(t.session);
+}
+
+/* A node asked for but not delivered, and one that somebody else asked for. */
+static void test_observer(const golden *g) {
+    toy t;
+    toy_new(&t, g, 512, 1);
+    const golden_request *r = &g->requests[0];
+    const steerhook_batch batch = {.n_tokens = r->n_prompt};
+    struct ggml_tensor other = {"ffn_out-0", 0, NULL};
+    struct ggml_tensor node = {"l_out-1", (size_t)(r->n_prompt * g->d) * sizeof(float),
+                               r->input[2]};
+    begin(&t, 0, r);
+    CHECK_STATUS(steerhook_batch_begin(t.session, &batch), STEERHOOK_OK);
+    CHECK(!steerhook_eval(&other, true, t.session) && steerhook_eval(&other, false, t.session));
+    CHECK(steerhook_eval(&node, true, t.session));
+    CHECK_STATUS(steerhook_batch_end(t.session), STEERHOOK_HOOK_LOST);
+    check_failed(&t, STEERHOOK_HOOK_LOST);
+    steerhook_session_free(t.session);
+}
+
+/* image_guard reads the head: its row must be an output. */
+static void test_outputs(const golden *g) {
+    const golden_request *r = &g->requests[0];
+    toy t;
+    toy_row rows[128];
+    toy_new(&t, g, 8, 2);
+    begin(&t, 0, r);
+    int32_t n = prompt_rows(r, 0, rows);
+    rows[n - 1].output = false;
+    CHECK_STATUS(toy_decode(&t, rows, n, false), STEERHOOK_NO_OUTPUT);
+    check_failed(&t, STEERHOOK_NO_OUTPUT);
+    steerhook_session_free(t.session);
+}
+
+/* Batches with rows of several sequences; the lists are given as text, one row a letter:
+ * 'a' sequence 0, 'b' sequence 1, '*' both. */
+static steerhook_status shared(toy *t, const golden_request *r, int32_t row, const char *list) {
+    static int32_t sequences[2][2] = {{0, 1}, {1, 0}};
+    int32_t n = (int32_t)strlen(list);
+    int32_t counts[64];
+    int32_t *seqs[64];
+    int8_t outputs[64];
+    toy_row rows[64];
+    int32_t next[2] = {row, row};
+    for (int32_t i = 0; i < n; i++) {
+        counts[i] = list[i] == '*' ? 2 : 1;
+        seqs[i] = sequences[list[i] == 'b'];
+        outputs[i] = 1;
+        rows[i] = (toy_row){r, 0, next[list[i] == 'b'], true};
+        next[0] += list[i] != 'b';
+        next[1] += list[i] != 'a';
+    }
+    const steerhook_batch batch = {n, counts, seqs, outputs, false};
+    steerhook_status status = steerhook_batch_begin(t->session, &batch);
+    if (status != STEERHOOK_OK) {
+        return status;
+    }
+    toy_graphs(t, rows, n);
+    return steerhook_batch_end(t->session);
+}
+
+static void test_shared(const golden *g) {
+    const golden_request *r = &g->requests[1]; /* a prompt of 3 rows and a generated one */
+    toy t;
+    toy_new(&t, g, 2, 2);
+    CHECK(r->n_prompt == 3 && r->n_rows == 4);
+    begin(&t, 0, r);
+    begin(&t, 1, r);
+    CHECK_STATUS(shared(&t, r, 0, "**"), STEERHOOK_OK);
+    CHECK_STATUS(shared(&t, r, 2, "*"), STEERHOOK_OK);
+    toy_check_verdicts(&t, r, 0);
+    toy_check_verdicts(&t, r, 1);
+    CHECK_STATUS(shared(&t, r, 3, "*"), STEERHOOK_OK);
+    CHECK_STATUS(shared(&t, r, 3, "ab"), STEERHOOK_OK);
+    /* Out of step: in one batch, and across batches. */
+    begin(&t, 0, r);
+    begin(&t, 1, r);
+    CHECK_STATUS(shared(&t, r, 0, "ab*"), STEERHOOK_SHARED_ROW);
+    check_failed(&t, STEERHOOK_SHARED_ROW);
+    begin(&t, 0, r);
+    begin(&t, 1, r);
+    CHECK_STATUS(shared(&t, r, 0, "a"), STEERHOOK_OK);
+    CHECK_STATUS(shared(&t, r, 1, "*"), STEERHOOK_SHARED_ROW);
+    check_failed(&t, STEERHOOK_SHARED_ROW);
+    begin(&t, 0, r);
+    CHECK_STATUS(shared(&t, r, 0, "*"), STEERHOOK_NO_REQUEST);
+    check_failed(&t, STEERHOOK_NO_REQUEST);
+    /* n > 1: the prompt once, then a copy of the request. */
+    begin(&t, 0, r);
+    CHECK_STATUS(shared(&t, r, 0, "aa"), STEERHOOK_OK);
+    CHECK_STATUS(steerhook_request_copy(t.session, 0, 1), STEERHOOK_OK);
+    CHECK_STATUS(shared(&t, r, 2, "*"), STEERHOOK_OK);
+    CHECK_STATUS(shared(&t, r, 3, "ba"), STEERHOOK_OK);
+    toy_check_verdicts(&t, r, 1);
+    steerhook_session_free(t.session);
+}
+
+static void test_batches(const golden *g) {
+    toy t;
+    toy_new(&t, g, 8, 2);
+    begin(&t, 0, &g->requests[0]);
+    int32_t count = 1;
+    int32_t seq = 2;
+    int32_t twice[2] = {0, 0};
+    int32_t *list = &seq;
+    const steerhook_batch wrong[] = {{.n_tokens = 0}, {.n_tokens = 1, .n_seq_id = &count}};
+    for (size_t i = 0; i < 2; i++) {
+        CHECK_STATUS(steerhook_batch_begin(t.session, &wrong[i]), STEERHOOK_ARGUMENT);
+        check_failed(&t, STEERHOOK_ARGUMENT);
+        begin(&t, 0, &g->requests[0]);
+    }
+    steerhook_batch batch = {.n_tokens = 1, .n_seq_id = &count, .seq_id = &list};
+    CHECK_STATUS(steerhook_batch_begin(t.session, &batch), STEERHOOK_SEQUENCE);
+    check_failed(&t, STEERHOOK_SEQUENCE);
+    begin(&t, 0, &g->requests[0]);
+    count = 2;
+    list = twice;
+    CHECK_STATUS(steerhook_batch_begin(t.session, &batch), STEERHOOK_SEQUENCE);
+    check_failed(&t, STEERHOOK_SEQUENCE);
+    begin(&t, 0, &g->requests[0]);
+    batch = (steerhook_batch){.n_tokens = 1};
+    CHECK_STATUS(steerhook_batch_begin(t.session, &batch), STEERHOOK_OK);
+    CHECK_STATUS(steerhook_batch_begin(t.session, &batch), STEERHOOK_ORDER);
+    check_failed(&t, STEERHOOK_ORDER);
+    CHECK_STATUS(steerhook_batch_begin(NULL, &batch), STEERHOOK_ARGUMENT);
+    CHECK(strcmp(steerhook_status_name(STEERHOOK_ORDER), "ORDER") == 0);
+    CHECK(strcmp(steerhook_status_name((steerhook_status)99), "UNKNOWN") == 0);
+    steerhook_session_free(t.session);
+}
+
+void test_sessions(const char *directory) {
+    golden *head = golden_load(directory, "head_guard-f32");
+    golden *layer = golden_load(directory, "layer_guard-f32");
+    golden *image = golden_load(directory, "image_guard-f16");
+    test_models(head);
+    test_requests(layer);
+    test_cached(head);
+    test_thresholds(head);
+    test_quiet(head);
+    test_lost(layer);
+    test_observer(head);
+    test_outputs(image);
+    test_shared(layer);
+    test_shared(head);
+    test_batches(layer);
+    golden_free(head);
+    golden_free(layer);
+    golden_free(image);
+}

@@ -1,0 +1,470 @@
+"""The HF adapter against the numpy oracle, on tiny random models of several families."""
+
+from __future__ import annotations
+
+import copy
+import threading
+
+import helpers
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from steerbridge import reference  # noqa: E402
+from steerbridge.errors import (  # noqa: E402
+    HookLost,
+    ModelMismatch,
+    RowMappingLost,
+    SteeredCache,
+    UnsupportedFeature,
+)
+from steerbridge.spec import parse_site  # noqa: E402
+from steerbridge_hf import steer  # noqa: E402
+from steerbridge_hf.sites import facts, locate  # noqa: E402
+
+pytestmark = pytest.mark.hf
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+PROMPTS = [[5, 9, 13, 21, 8], [7, 3, 11], [40, 41, 42, 43, 44, 45, 46], [30, 31]]
+FAMILIES = ["llama", "qwen2", "qwen3", "gemma2", "gemma3"]
+NEW = 8
+
+ADD = {
+    "id": "v",
+    "type": "add_vector",
+    "position": "from_prompt_end",
+    "alpha": 3.0,
+    "targets": [{"site": helpers.site(f"layer_output[{k}]"), "vector": f"v{k}"} for k in (2, 3)],
+}
+OUT = {**ADD, "id": "o", "type": "project_out", "alpha": 0.3}
+PROBE = helpers.linear_probe(
+    readings=[
+        helpers.reading("layer_input[2]"),
+        helpers.reading("layer_input[1]", helpers.MEAN),
+        helpers.reading("layer_output[2]", {"type": "prompt_end", "offset": -1}),
+    ]
+)
+
+
+def batch(prompts=PROMPTS, side="left"):
+    width = max(map(len, prompts))
+    ids = torch.zeros(len(prompts), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for i, p in enumerate(prompts):
+        part = slice(width - len(p), width) if side == "left" else slice(0, len(p))
+        ids[i, part], mask[i, part] = torch.tensor(p), 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def states(model, ids, package=None, acting=()):
+    """Hidden states by depth of one unpadded prompt, steered as the oracle says, and logits."""
+    sites = locate(model)
+    found, prompt = {}, len(ids) if package is None else package
+    handles = []
+
+    def hook(depth):
+        def run(module, args, kwargs):
+            h = args[0] if args else kwargs["hidden_states"]
+            name = "head_input" if depth == 5 else f"layer_input[{depth}]"
+            new = h.clone()
+            rows = reference.steer(acting, hook.tensors, parse_site(name), h[0, prompt - 1 :])
+            new[0, prompt - 1 :] = torch.from_numpy(np.asarray(rows, np.float32))
+            found[depth] = h[0].detach().numpy()
+            return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
+
+        return run
+
+    hook.tensors = states.tensors
+    for depth in range(6):
+        handle = sites.at_depth(depth).register_forward_pre_hook(hook(depth), with_kwargs=True)
+        handles.append(handle)
+    with torch.no_grad():
+        logits = model(torch.tensor([ids]), use_cache=False).logits[0, -1]
+    for handle in handles:
+        handle.remove()
+    return found, logits
+
+
+def oracle(model, package, ids, new=NEW):
+    """Verdict and greedy tokens of one prompt, by the reference semantics, without a cache."""
+    states.tensors = package.tensors
+    hidden, _ = states(model, ids)
+    depth = package.spec.depth
+    inputs = {
+        p.id: reference.probe_input(p, lambda s: hidden[depth(s)]) for p in package.spec.probes
+    }
+    verdicts = reference.verdicts(package, inputs)
+    acting = reference.actions(package.spec, verdicts)
+    tokens = list(ids)
+    for _ in range(new):
+        _, logits = states(model, tokens, len(ids), acting)
+        tokens.append(int(logits.argmax()))
+        if tokens[-1] == 2:
+            break
+    return verdicts, tokens[len(ids) :]
+
+
+def half_fired(model, **fields):
+    """A package whose first probe fires on half of PROMPTS, and which those are."""
+    fields = {"probes": [PROBE], **fields}
+    probe = helpers.package(facts(model), **fields)
+    scores = [oracle(model, probe, p, new=0)[0][0].score for p in PROMPTS]
+    limit = float(np.mean(sorted(scores)[1:3]))
+    fields["probes"] = [{**fields["probes"][0], "threshold": limit}, *fields["probes"][1:]]
+    return helpers.package(facts(model), **fields), [s > limit for s in scores]
+
+
+def generate(model, inputs=None, **options):
+    inputs = batch() if inputs is None else inputs
+    options = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0, **options}
+    output = model.generate(**inputs, **options)
+    return [trim(row) for row in output[:, inputs["input_ids"].shape[1] :].tolist()]
+
+
+def trim(tokens):
+    return tokens[: tokens.index(2) + 1] if 2 in tokens else tokens
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return helpers.tiny()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("acts", "ids"),
+    [([helpers.head()], ["h"]), ([ADD, OUT], ["v", "o"]), ([helpers.head(), ADD], ["v", "h"])],
+    ids=["head", "layers", "both"],
+)
+def test_scores_verdicts_and_tokens_equal_the_oracle(family, acts, ids):
+    model = helpers.tiny(family)
+    package, fired = half_fired(model, interventions=acts, rules=[helpers.rule(["p"], ids)])
+    if family.startswith("gemma"):  # the oracle recomputes without a cache; same window
+        pytest.importorskip("transformers")
+    with steer(model, package) as session:
+        tokens = generate(model)
+    plain = generate(model)
+    assert [o.fired for o in session.outcomes] == fired
+    for i, ids_ in enumerate(PROMPTS):
+        verdicts, want = oracle(model, package, ids_)
+        assert session.outcomes[i].verdicts[0].score == pytest.approx(verdicts[0].score, abs=1e-4)
+        assert session.outcomes[i].rules == (("r",) if fired[i] else ())
+        assert tokens[i] == want
+    assert any(a != b for a, b, f in zip(tokens, plain, fired, strict=True) if f)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_quiet_rows_keep_their_bits(dtype):
+    model = helpers.tiny().to(dtype)
+    package, fired = half_fired(
+        helpers.tiny(),
+        interventions=[helpers.head(), ADD],
+        rules=[helpers.rule(["p"], ["v", "h"])],
+    )
+    options = {"output_logits": True, "return_dict_in_generate": True, "min_new_tokens": NEW}
+    options |= {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
+    plain = model.generate(**batch(), **options)
+    with steer(model, package) as session:
+        steered = model.generate(**batch(), **options)
+    assert [o.fired for o in session.outcomes] == fired
+    for step, (a, b) in enumerate(zip(plain.logits, steered.logits, strict=True)):
+        for row, f in enumerate(fired):
+            assert torch.equal(a[row], b[row]) != f, (step, row)
+
+
+def test_padding_side_does_not_change_a_verdict(llama):
+    package, fired = half_fired(llama)
+    with steer(llama, package) as session:
+        llama(**batch(side="right"))
+        right = session.outcomes
+        llama(**batch(side="left"))
+        left = session.outcomes
+        generate(llama, batch(side="right"))
+        assert [o.fired for o in session.outcomes] == fired
+    for a, b in zip(right, left, strict=True):
+        assert a.fired == b.fired
+        assert a.verdicts[0].score == pytest.approx(b.verdicts[0].score, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"cache_implementation": "static"},
+        {"use_cache": False},
+        {"prefill_chunk_size": 3},
+        {"prompt_lookup_num_tokens": 2},
+    ],
+    ids=lambda o: next(iter(o)),
+)
+def test_ways_to_generate_give_the_same_tokens(llama, options):
+    package, fired = half_fired(
+        llama, interventions=[helpers.head(), ADD], rules=[helpers.rule(["p"], ["v", "h"])]
+    )
+    lookup = "prompt_lookup_num_tokens" in options  # takes one prompt at a time
+    inputs = [batch([p]) for p in PROMPTS] if lookup else [batch()]
+    with steer(llama, package) as session:
+        want = [t for b in inputs for t in generate(llama, b)]
+        got, outcomes = [], []
+        for b in inputs:
+            got += generate(llama, b, **options)
+            outcomes += session.outcomes
+    assert got == want
+    assert [o.fired for o in outcomes] == fired
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 3},
+        {"num_beams": 4, "num_return_sequences": 2},
+        {"do_sample": True, "num_return_sequences": 3},
+    ],
+    ids=["beams", "beams-return", "samples"],
+)
+def test_rows_made_from_one_prompt_share_its_verdict(llama, options):
+    package, fired = half_fired(llama)
+    copies = options.get("num_return_sequences", 1)
+    torch.manual_seed(0)
+    plain = generate(llama, **options)
+    with steer(llama, package) as session:
+        torch.manual_seed(0)
+        steered = generate(llama, **options)
+    assert [o.fired for o in session.outcomes] == fired
+    quiet = [i for i in range(len(plain)) if not fired[i // copies]]
+    if not options.get("do_sample"):  # samples of a batch draw from one stream of numbers
+        assert [steered[i] for i in quiet] == [plain[i] for i in quiet]
+    assert steered != plain
+
+
+def test_streaming_and_threads(llama):
+    package, fired = half_fired(llama)
+    want = []
+    with steer(llama, package) as session:
+        want = [generate(llama, batch([p]))[0] for p in PROMPTS]
+        got = {}
+
+        def run(i):
+            seen = []
+
+            class Streamer:
+                def put(self, value):
+                    seen.extend(value.flatten().tolist())
+
+                def end(self):
+                    pass
+
+            generate(llama, batch([PROMPTS[i]]), streamer=Streamer())
+            got[i] = trim(seen[len(PROMPTS[i]) :])
+
+        threads = [threading.Thread(target=run, args=(i,)) for i in range(4)]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join()
+    assert [got[i] for i in range(4)] == want
+    assert session.outcomes
+
+
+def test_a_loop_of_forward_calls_is_one_request(llama):
+    package, fired = half_fired(llama)
+    with steer(llama, package) as session:
+        want = [generate(llama, batch([p]), min_new_tokens=3, max_new_tokens=3)[0] for p in PROMPTS]
+        for i, p in enumerate(PROMPTS):
+            out = llama(torch.tensor([p]))
+            assert session.outcomes[0].fired == fired[i]
+            tokens = [int(out.logits[0, -1].argmax())]
+            while len(tokens) < 3:
+                out = llama(torch.tensor([tokens[-1:]]), past_key_values=out.past_key_values)
+                tokens.append(int(out.logits[0, -1].argmax()))
+            if 2 not in tokens:
+                assert tokens == want[i]
+        with pytest.raises(RowMappingLost, match="belongs to no known request"):
+            llama(torch.tensor([[4, 5]]), past_key_values=out.past_key_values)
+
+
+def test_a_follow_up_turn_is_probed_anew(llama):
+    ends = {**PROBE, "readings": PROBE["readings"][:1]}
+    package, _ = half_fired(llama, probes=[ends])
+    prefix, whole = PROMPTS[2], PROMPTS[2] + PROMPTS[0]
+    with steer(llama, package) as session:
+        cold = generate(llama, batch([whole]))
+        verdict = session.outcomes
+        cache = llama(torch.tensor([prefix])).past_key_values
+        warm = generate(llama, batch([whole]), past_key_values=copy.deepcopy(cache))
+        assert warm == cold
+        assert session.outcomes[0].fired == verdict[0].fired
+        with pytest.raises(UnsupportedFeature, match="attention_mask"):
+            llama.generate(torch.tensor([whole]), past_key_values=copy.deepcopy(cache))
+    means, _ = half_fired(llama)
+    with steer(llama, means), pytest.raises(RowMappingLost, match="needs every row"):
+        generate(llama, batch([whole]), past_key_values=copy.deepcopy(cache))
+
+
+def test_head_steering_leaves_the_cache_alone_and_layers_taint_it(llama):
+    always = {"probes": [{**PROBE, "threshold": -1e9, "readings": PROBE["readings"][:1]}]}
+    options = {"return_dict_in_generate": True, "max_new_tokens": 1, "pad_token_id": 0}
+    plain = llama.generate(**batch(), **options).past_key_values
+    with steer(llama, helpers.package(facts(llama), **always)):
+        headed = llama.generate(**batch(), **options).past_key_values
+    for a, b in zip(plain.layers, headed.layers, strict=True):
+        assert torch.equal(a.keys, b.keys)
+        assert torch.equal(a.values, b.values)
+    layers = helpers.package(
+        facts(llama), **always, interventions=[ADD], rules=[helpers.rule(["p"], ["v"])]
+    )
+    with steer(llama, layers):
+        used = llama.generate(**batch(), **options).past_key_values
+        more = batch([p + [9] for p in PROMPTS])
+        with pytest.raises(SteeredCache):
+            llama.generate(**more, past_key_values=copy.deepcopy(used), **options)
+
+
+def test_remove_leaves_no_trace(llama):
+    before, hooks = dict(llama.__dict__), [len(m._forward_pre_hooks) for m in llama.modules()]
+    plain = generate(llama)
+    session = steer(llama, helpers.package(facts(llama)))
+    session.apply()
+    generate(llama)
+    session.remove()
+    session.remove()
+    assert llama.__dict__.keys() == before.keys()
+    assert [len(m._forward_pre_hooks) for m in llama.modules()] == hooks
+    assert generate(llama) == plain
+
+
+def test_unconditional_rules_act_everywhere_they_say(llama):
+    probes, rules = [], [helpers.rule(None, ["v"])]
+    everywhere = {**ADD, "position": "all_positions"}
+    results = []
+    for act in (ADD, everywhere):
+        package = helpers.package(facts(llama), probes=probes, interventions=[act], rules=rules)
+        with steer(llama, package) as session:
+            results.append(llama(**batch()).logits)
+        assert session.outcomes[0].rules == ("r",)
+    plain = llama(**batch()).logits
+    assert torch.equal(results[0][2, :6], plain[2, :6])  # before the prompt end
+    assert not torch.equal(results[0][2, 6], plain[2, 6])
+    assert not torch.equal(results[1][2, :6], plain[2, :6])
+
+
+def test_a_nan_in_the_states_fires(llama):
+    model = helpers.tiny()
+    package = helpers.package(facts(model), probes=[{**PROBE, "threshold": 1e9}])
+    with steer(model, package) as session:
+        model(**batch())
+        assert not any(o.fired for o in session.outcomes)
+        embedding = model.get_input_embeddings().weight
+        with torch.no_grad():
+            embedding[PROMPTS[3][1]] = float("nan")
+        model(**batch())
+    assert [o.fired for o in session.outcomes] == [False, False, False, True]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_compiled_models_are_steered_or_stop(when):
+    model = helpers.tiny()
+    package, fired = half_fired(model)
+    with steer(model, package):
+        want = generate(model)
+    torch.compiler.reset()
+    if when == "after":
+        model.forward = torch.compile(model.forward, backend="eager")
+        generate(model)
+        with steer(model, package) as session:
+            assert generate(model) == want
+    else:
+        with steer(model, package) as session:
+            model.forward = torch.compile(model.forward, backend="eager")
+            assert generate(model) == want
+    assert [o.fired for o in session.outcomes] == fired
+
+
+def test_a_compiled_call_without_hooks_stops_generation():
+    model = helpers.tiny()
+    package, _ = half_fired(model)
+    plain = model.forward
+    with steer(model, package) as session:
+        for handle in session._handles:
+            handle.remove()
+        model.forward = plain
+        with pytest.raises(HookLost):
+            generate(model)
+
+
+def test_pipeline(llama):
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {f"w{i}": i for i in range(64)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="w0", eos_token="w2", padding_side="left"
+    )
+    package, fired = half_fired(llama)
+    pipe = transformers.pipeline("text-generation", model=llama, tokenizer=fast)
+    seen = []
+    with steer(llama, package, on_outcome=seen.extend):
+        for p in PROMPTS:
+            pipe(" ".join(f"w{i}" for i in p), max_new_tokens=4, do_sample=False)
+    assert [o.fired for o in seen] == fired
+
+
+def test_refusals(llama):
+    package = helpers.package(facts(llama))
+    with steer(llama, package):
+        with pytest.raises(UnsupportedFeature, match="already"):
+            steer(llama, package)
+        with pytest.raises(UnsupportedFeature, match="guidance_scale"):
+            generate(llama, guidance_scale=2.0)
+        with pytest.raises(UnsupportedFeature, match="continuous batching"):
+            llama.generate_batch([[1, 2]])
+        with pytest.raises(RowMappingLost, match="padding only"):
+            generate(llama, {"input_ids": torch.ones(1, 2, dtype=torch.long), "attention_mask": torch.zeros(1, 2, dtype=torch.long)})
+        with pytest.raises(RowMappingLost, match="outside a forward pass"):
+            llama.model(torch.tensor([[1, 2]]))
+    with pytest.raises(ModelMismatch, match="num_layers"):
+        steer(helpers.tiny(num_hidden_layers=3), package)
+    with pytest.raises(UnsupportedFeature, match="not a generating model"):
+        steer(llama.model, package)
+
+
+def test_a_prompt_too_short_for_its_reading_stops(llama):
+    reading = helpers.reading("layer_input[2]", {"type": "prompt_end", "offset": -2})
+    package = helpers.package(facts(llama), probes=[helpers.linear_probe(readings=[reading])])
+    with steer(llama, package), pytest.raises(RowMappingLost, match="too short"):
+        generate(llama)
+
+
+def test_probe_kinds_in_torch_equal_the_oracle(llama):
+    output = {"type": "sigmoid", "harmful_when": "low"}
+    layers = [{"weight": "a", "bias": "b"}, {"weight": "c", "bias": "d"}]
+    probes = [
+        helpers.linear_probe("one", link="sigmoid", input_mean="m", input_scale="s"),
+        helpers.linear_probe("two", type="cosine", direction="dir", squash="tanh"),
+        helpers.linear_probe("three", type="mlp", layers=layers, activation="gelu", output=output),
+        helpers.linear_probe("four", readings=[helpers.reading("head_input")]),
+        helpers.linear_probe("five", readings=[helpers.reading("layer_input[4]")]),
+        helpers.linear_probe("six", readings=[helpers.reading("layer_input[2]", helpers.IMAGE)]),
+    ]
+    rules = [
+        helpers.rule(None, ["h"], condition={"type": "all", "probes": ["one", "two"]}),
+        helpers.rule(["four"], ["h"], id="s", strength={"type": "score", "probe": "three", "scale": 2.0}),
+    ]
+    package = helpers.package(facts(llama), scale=0.3, probes=probes, rules=rules)
+    with steer(llama, package) as session:
+        tokens = generate(llama)
+    for i, ids in enumerate(PROMPTS):
+        verdicts, want = oracle(llama, package, ids)
+        for got, expected in zip(session.outcomes[i].verdicts, verdicts, strict=True):
+            assert got.score == pytest.approx(expected.score, abs=1e-4), got.probe
+            assert got.fired == expected.fired
+        assert tokens[i] == want
