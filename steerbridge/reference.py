@@ -72,11 +72,10 @@ def read(
     reading: Reading,
     hidden_TD: NDArray[np.floating],
     image_rows_T: NDArray[np.bool_] | None = None,
-) -> Float64:
+) -> Float64 | None:
     """The vector [D] a reading takes from the hidden states of one prompt (no padding rows).
 
-    `image_mean` of a prompt without image rows is NaN here and becomes the probe's input mean
-    (zero after standardisation) in `standardise`.
+    None for `image_mean` of a prompt without image rows.
 
     Raises:
         IndexError: the prompt is shorter than the reading's offset asks for.
@@ -86,41 +85,45 @@ def read(
         case PromptEnd(offset=offset):
             if len(hidden) + offset < 1:
                 raise IndexError(f"a prompt of {len(hidden)} tokens has no {reading}")
-            return hidden[len(hidden) - 1 + offset]
+            return np.asarray(hidden[len(hidden) - 1 + offset])
         case PromptMean():
-            return hidden.mean(axis=0)
+            return np.asarray(hidden.mean(axis=0))
     if image_rows_T is None or not image_rows_T.any():
-        return np.full(hidden.shape[1], np.nan)
-    return hidden[image_rows_T].mean(axis=0)
+        return None
+    return np.asarray(hidden[image_rows_T].mean(axis=0))
 
 
 def probe_input(
     probe: Probe,
+    tensors: Tensors,
     hidden_at: Callable[[AnySite], NDArray[np.floating]],
     image_rows_T: NDArray[np.bool_] | None = None,
 ) -> Float64:
-    """The concatenated readings [K*D] of a probe; `hidden_at(site)` gives [T, D]."""
-    return np.concatenate([read(r, hidden_at(r.site), image_rows_T) for r in probe.readings])
+    """The concatenated readings [K*D] of a probe; `hidden_at(site)` gives [T, D].
+
+    A missing image takes the probe's input mean, so that it is zero after standardisation.
+    """
+    parts = []
+    for k, reading in enumerate(probe.readings):
+        hidden = hidden_at(reading.site)
+        found = read(reading, hidden, image_rows_T)
+        if found is None:
+            width = hidden.shape[1]
+            found = np.zeros(width)
+            if probe.input_mean is not None:
+                mean = tensors[probe.input_mean].float32()
+                found = np.asarray(mean[k * width : (k + 1) * width], np.float64)
+        parts.append(found)
+    return np.concatenate(parts)
 
 
 def standardise(probe: Probe, tensors: Tensors, x_NI: ArrayLike) -> Float64:
-    """(x - mean) / scale; a missing image reading (see `read`) becomes exactly 0.
-
-    Only whole reading segments that are NaN in every element count as missing, and only for
-    `image_mean`; any other NaN stays and makes the probe fire.
-    """
+    """(x - mean) / scale for inputs [N, I] (or [I]) as [N, I]."""
     x = np.array(x_NI, np.float64, ndmin=2)
-    width = x.shape[1] // len(probe.readings)
-    missing = np.zeros(x.shape, bool)
-    for k, reading in enumerate(probe.readings):
-        part = slice(k * width, (k + 1) * width)
-        if not isinstance(reading.position, PromptEnd | PromptMean):
-            missing[:, part] = np.isnan(x[:, part]).all(axis=1, keepdims=True)
     if probe.input_mean is not None:
         x -= tensors[probe.input_mean].float32()
     if probe.input_scale is not None:
         x /= tensors[probe.input_scale].float32()
-    x[missing] = 0.0
     return x
 
 
@@ -131,7 +134,7 @@ def score(probe: Probe, tensors: Tensors, x_NI: ArrayLike) -> Float64:
         match probe:
             case LinearProbe():
                 y = x @ tensors[probe.weight].float32().astype(np.float64) + probe.bias
-                return y if probe.link == "identity" else _sigmoid(y)
+                return np.asarray(y) if probe.link == "identity" else _sigmoid(y)
             case CosineProbe():
                 return _cosine(probe, tensors, x)
             case MlpProbe():
@@ -146,13 +149,16 @@ def _cosine(probe: CosineProbe, tensors: Tensors, x: Float64) -> Float64:
         projected = np.tanh(projected)
     norms = np.linalg.norm(x, axis=1) * np.linalg.norm(projected, axis=1)
     dots = np.einsum("ni,ni->n", x, projected)
-    return np.divide(dots, norms, out=np.where(norms == 0, 0.0, norms + dots), where=norms > 0)
+    fallback = np.where(norms == 0, 0.0, norms + dots)  # keeps NaN and infinity
+    return np.asarray(np.divide(dots, norms, out=fallback, where=norms > 0))
 
+
+_erf = np.frompyfunc(math.erf, 1, 1)
 
 _ACTIVATIONS: Mapping[str, Callable[[Float64], Float64]] = {
     "relu": lambda y: np.where(y > 0, y, y * 0),  # keeps NaN
     "tanh": np.tanh,
-    "gelu": lambda y: 0.5 * y * (1 + _erf(y / math.sqrt(2))),
+    "gelu": lambda y: 0.5 * y * (1 + np.asarray(_erf(y / math.sqrt(2)), np.float64)),
 }
 
 
@@ -165,16 +171,13 @@ def _mlp(probe: MlpProbe, tensors: Tensors, x: Float64) -> Float64:
     if isinstance(probe.output, Softmax):
         exp = np.exp(x - x.max(axis=1, keepdims=True))
         chosen: Float64 = exp[:, probe.output.classes.index(probe.output.harmful)]
-        return chosen / exp.sum(axis=1)
+        return np.asarray(chosen / exp.sum(axis=1))
     high = _sigmoid(x[:, 0])
     return high if probe.output.harmful_when == "high" else 1 - high
 
 
 def _sigmoid(y: Float64) -> Float64:
-    return 0.5 * (1 + np.tanh(0.5 * y))
-
-
-_erf = np.vectorize(math.erf, otypes=[np.float64])
+    return np.asarray(0.5 * (1 + np.tanh(0.5 * y)))
 
 
 def fires(probe: Probe, scores: ArrayLike) -> NDArray[np.bool_]:

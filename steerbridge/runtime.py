@@ -86,11 +86,9 @@ class LoadedModel(Protocol):
         prompts: Sequence[Example],
         readings: Sequence[Reading],
         out: NDArray[np.float32],
-        *,
-        start: int = 0,
         progress: Progress | None = None,
     ) -> None:
-        """Fill out[i, k] = reading k of prompt i ([N, K, D]) for i >= start, in order of i."""
+        """Fill out[i, k] = reading k of prompt i ([N, K, D])."""
         ...
 
 

@@ -323,11 +323,11 @@ class SteeringSpec(_Model):
 
     def probe(self, id: str) -> MlpProbe | LinearProbe | CosineProbe:
         """Return the probe named `id` (KeyError if there is none)."""
-        return next(_named(self.probes, id))
+        return {p.id: p for p in self.probes}[id]
 
     def intervention(self, id: str) -> HeadMatrix | AddVector | ProjectOut:
         """Return the intervention named `id` (KeyError if there is none)."""
-        return next(_named(self.interventions, id))
+        return {x.id: x for x in self.interventions}[id]
 
     def depth(self, site: LayerInput | LayerOutput | HeadInput) -> int:
         """Place of a site in the order of computation: layer_input[L] is L, the head is last."""
@@ -354,13 +354,6 @@ class SteeringSpec(_Model):
             p.model_copy(update={"threshold": fitted.get(p.id, p.threshold)}) for p in self.probes
         )
         return self.model_copy(update={"probes": probes})
-
-
-def _named(items: tuple[Any, ...], id: str) -> Iterator[Any]:
-    found = [item for item in items if item.id == id]
-    if not found:
-        raise KeyError(id)
-    return iter(found)
 
 
 def sites(intervention: HeadMatrix | AddVector | ProjectOut) -> tuple[Any, ...]:

@@ -12,6 +12,9 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+from steerbridge_hf import steer  # noqa: E402
+from steerbridge_hf.sites import facts, locate  # noqa: E402
+
 from steerbridge import reference  # noqa: E402
 from steerbridge.errors import (  # noqa: E402
     HookLost,
@@ -21,8 +24,6 @@ from steerbridge.errors import (  # noqa: E402
     UnsupportedFeature,
 )
 from steerbridge.spec import parse_site  # noqa: E402
-from steerbridge_hf import steer  # noqa: E402
-from steerbridge_hf.sites import facts, locate  # noqa: E402
 
 pytestmark = pytest.mark.hf
 
@@ -99,7 +100,8 @@ def oracle(model, package, ids, new=NEW):
     hidden, _ = states(model, ids)
     depth = package.spec.depth
     inputs = {
-        p.id: reference.probe_input(p, lambda s: hidden[depth(s)]) for p in package.spec.probes
+        p.id: reference.probe_input(p, package.tensors, lambda s: hidden[depth(s)])
+        for p in package.spec.probes
     }
     verdicts = reference.verdicts(package, inputs)
     acting = reference.actions(package.spec, verdicts)
@@ -245,8 +247,7 @@ def test_rows_made_from_one_prompt_share_its_verdict(llama, options):
 
 
 def test_streaming_and_threads(llama):
-    package, fired = half_fired(llama)
-    want = []
+    package, _ = half_fired(llama)
     with steer(llama, package) as session:
         want = [generate(llama, batch([p]))[0] for p in PROMPTS]
         got = {}
@@ -322,7 +323,7 @@ def test_head_steering_leaves_the_cache_alone_and_layers_taint_it(llama):
     )
     with steer(llama, layers):
         used = llama.generate(**batch(), **options).past_key_values
-        more = batch([p + [9] for p in PROMPTS])
+        more = batch([[*p, 9] for p in PROMPTS])
         with pytest.raises(SteeredCache):
             llama.generate(**more, past_key_values=copy.deepcopy(used), **options)
 
@@ -428,7 +429,13 @@ def test_refusals(llama):
         with pytest.raises(UnsupportedFeature, match="continuous batching"):
             llama.generate_batch([[1, 2]])
         with pytest.raises(RowMappingLost, match="padding only"):
-            generate(llama, {"input_ids": torch.ones(1, 2, dtype=torch.long), "attention_mask": torch.zeros(1, 2, dtype=torch.long)})
+            generate(
+                llama,
+                {
+                    "input_ids": torch.ones(1, 2, dtype=torch.long),
+                    "attention_mask": torch.zeros(1, 2, dtype=torch.long),
+                },
+            )
         with pytest.raises(RowMappingLost, match="outside a forward pass"):
             llama.model(torch.tensor([[1, 2]]))
     with pytest.raises(ModelMismatch, match="num_layers"):
@@ -455,9 +462,10 @@ def test_probe_kinds_in_torch_equal_the_oracle(llama):
         helpers.linear_probe("five", readings=[helpers.reading("layer_input[4]")]),
         helpers.linear_probe("six", readings=[helpers.reading("layer_input[2]", helpers.IMAGE)]),
     ]
+    by_score = {"type": "score", "probe": "three", "scale": 2.0}
     rules = [
         helpers.rule(None, ["h"], condition={"type": "all", "probes": ["one", "two"]}),
-        helpers.rule(["four"], ["h"], id="s", strength={"type": "score", "probe": "three", "scale": 2.0}),
+        helpers.rule(["four"], ["h"], id="s", strength=by_score),
     ]
     package = helpers.package(facts(llama), scale=0.3, probes=probes, rules=rules)
     with steer(llama, package) as session:

@@ -21,6 +21,8 @@ from steerbridge.fingerprint import ModelFacts
 from steerbridge.package import SteeringPackage, load, parse
 from steerbridge.tensors import Tensor
 
+MEAN_AT_HEAD = helpers.reading("head_input", helpers.MEAN)
+
 
 def test_both_encodings_hold_the_same_package(tmp_path):
     package = helpers.package(extra_field={"kept": [1, "x", None]})
@@ -98,7 +100,11 @@ def test_a_rule_without_a_condition_says_so():
             "layer in 0..4",
         ),
         (
-            {"probes": [helpers.linear_probe(readings=[helpers.reading("head_input", helpers.MEAN)])]},
+            {
+                "probes": [
+                    helpers.linear_probe(readings=[helpers.reading("head_input", helpers.MEAN)])
+                ]
+            },
             "prompt_end at head_input",
         ),
         ({"interventions": [helpers.head(position="all_positions")]}, "from_prompt_end"),
@@ -135,7 +141,7 @@ def test_wrong_tensors_are_listed():
 
 
 def test_a_newer_major_version_is_another_error_than_a_broken_file(tmp_path):
-    with pytest.raises(UnsupportedVersion, match="2.0"):
+    with pytest.raises(UnsupportedVersion, match=r"2\.0"):
         parse(helpers.raw_spec(spec_version="2.0", probes="not even a list"))
     parse(helpers.raw_spec(spec_version="1.7"))
     (tmp_path / "x.gguf").write_bytes(b"GGUX" + bytes(40))

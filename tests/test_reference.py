@@ -81,13 +81,18 @@ def test_cosine_is_the_projected_cosine_and_zero_for_zero(x):
 
 def test_standardisation_and_missing_images():
     probe = helpers.linear_probe(
-        readings=[helpers.reading("layer_input[1]"), helpers.reading("layer_input[2]", helpers.IMAGE)],
+        readings=[
+            helpers.reading("layer_input[1]"),
+            helpers.reading("layer_input[2]", helpers.IMAGE),
+        ],
         input_mean="mean",
         input_scale="scale",
     )
     package = helpers.package(probes=[probe])
     hidden = np.random.default_rng(0).normal(size=(5, 16))
-    x = reference.probe_input(probe_of(package), lambda _: hidden, np.zeros(5, bool))
+    x = reference.probe_input(
+        probe_of(package), package.tensors, lambda _: hidden, np.zeros(5, bool)
+    )
     z = reference.standardise(probe_of(package), package.tensors, x)[0]
     mean, scale = (package.tensors[n].float32().astype(float) for n in ("mean", "scale"))
     assert np.allclose(z[:16], (hidden[-1] - mean[:16]) / scale[:16])
@@ -118,19 +123,20 @@ def test_positions():
         )
     ]
     package = helpers.package(probes=probes)
-    x = reference.probe_input(probe_of(package), lambda _: hidden)
+    x = reference.probe_input(probe_of(package), package.tensors, lambda _: hidden)
     assert x[[0, 16, 32]].tolist() == [7, 5, 3.5]
     with pytest.raises(IndexError, match="2 tokens"):
-        reference.probe_input(probe_of(package), lambda _: hidden[:2])
+        reference.probe_input(probe_of(package), package.tensors, lambda _: hidden[:2])
 
 
 def test_rules_any_all_and_strength():
     probes = [helpers.linear_probe("a"), helpers.linear_probe("b", threshold=10.0)]
+    by_score = {"type": "score", "probe": "b", "scale": 2.0}
     rules = [
         helpers.rule(["a", "b"], ["h"], id="any"),
         helpers.rule(None, ["h"], id="all", condition={"type": "all", "probes": ["a", "b"]}),
         helpers.rule(None, ["h"], id="always"),
-        helpers.rule(["a"], ["h"], id="score", strength={"type": "score", "probe": "b", "scale": 2.0}),
+        helpers.rule(["a"], ["h"], id="score", strength=by_score),
     ]
     spec = helpers.package(probes=probes, rules=rules).spec
     verdicts = [reference.verdict(p, s) for p, s in zip(spec.probes, (1.0, 3.0), strict=True)]

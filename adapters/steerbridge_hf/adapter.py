@@ -108,7 +108,7 @@ class Session:
             return
         if owner is not None:
             raise UnsupportedFeature(RUNTIME, "the model is steered already", "remove() first")
-        hook = torch.compiler.disable
+        hook: Any = torch.compiler.disable
         self._handles = [
             model.register_forward_pre_hook(hook(self._before_forward), with_kwargs=True),
             model.register_forward_hook(hook(self._after_forward), with_kwargs=True),
@@ -378,7 +378,7 @@ class _Guard:
             )
 
 
-class _StopGuard(_Guard, StoppingCriteria):  # type: ignore[misc]
+class _StopGuard(_Guard, StoppingCriteria):
     """The same check after a token was chosen, for assisted decoding."""
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:

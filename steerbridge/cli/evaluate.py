@@ -17,13 +17,13 @@ def evaluate(
     package: Annotated[str, typer.Argument(help="Directory, .gguf file or hub id.")],
     model: common.Model = "smollm2",
     runtime: common.Runtime = "hf",
-    data: common.Data = [],  # noqa: B006 - typer reads it, nobody writes it
+    data: common.Data = [],
     corpus: Annotated[
         str, typer.Option(help="Splits of the shipped prompts to add, joined by +; or none.")
     ] = "none",
     limit: Annotated[int, typer.Option(help="Use every k-th prompt, this many; 0: all.")] = 0,
     max_new_tokens: common.MaxNew = 48,
-    ignore: common.Ignore = [],  # noqa: B006 - typer reads it, nobody writes it
+    ignore: common.Ignore = [],
     rows: Annotated[
         Path | None, typer.Option(help="Write one JSON object per prompt to this file.")
     ] = None,

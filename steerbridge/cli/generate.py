@@ -19,7 +19,7 @@ def generate(
     model: common.Model = "smollm2",
     runtime: common.Runtime = "hf",
     max_new_tokens: common.MaxNew = 48,
-    ignore: common.Ignore = [],  # noqa: B006 - typer reads it, nobody writes it
+    ignore: common.Ignore = [],
     json: common.Json = False,
 ) -> None:
     """Answer prompts with and without the package."""

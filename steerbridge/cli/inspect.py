@@ -54,7 +54,8 @@ def sheet(package: SteeringPackage) -> str:
 
 def _probe(probe: Probe) -> str:
     where = " + ".join(map(str, probe.readings))
-    return f"{probe.id}: {probe.type} on {where}; fires when score {probe.comparator} {probe.threshold:.6g}"
+    when = f"fires when score {probe.comparator} {probe.threshold:.6g}"
+    return f"{probe.id}: {probe.type} on {where}; {when}"
 
 
 def _intervention(x: Intervention, package: SteeringPackage) -> str:

@@ -17,7 +17,7 @@ from steerbridge.errors import RuntimeMissing
 def train(
     out: Annotated[Path, typer.Argument(help="Package to write: a directory, or a .gguf file.")],
     model: common.Model = "smollm2",
-    data: common.Data = [],  # noqa: B006 - typer reads it, nobody writes it
+    data: common.Data = [],
     corpus: Annotated[
         str, typer.Option(help="Splits of the shipped prompts to add, joined by +; or none.")
     ] = "train+validation",
@@ -83,7 +83,5 @@ def _recipe() -> Any:
 
 def _one_of(option: str, value: str, *allowed: str) -> Any:
     if value not in allowed:
-        raise typer.BadParameter(
-            f"expected one of {', '.join(allowed)}, found {value}", None, option
-        )
+        raise typer.BadParameter(f"{option}: expected {' or '.join(allowed)}, found {value}")
     return value

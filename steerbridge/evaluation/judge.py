@@ -13,7 +13,8 @@ import re
 OPENING = 160
 
 PATTERNS: tuple[str, ...] = (
-    r"\bi(?:'m| am) (?:really |very |so )?sorry\b.{0,40}\b(?:can(?:'t|not)|unable|not able|won't)\b",
+    r"\bi(?:'m| am) (?:really |very |so )?sorry\b.{0,40}"
+    r"\b(?:can(?:'t|not)|unable|not able|won't)\b",
     r"\bi(?:'m| am) (?:unable|not able) to (?:assist|help|provide|answer|comply|support|do)\b",
     r"\bi (?:can(?:'t|not| not)|won't|will not|must not) (?:assist|help|provide|answer|comply"
     r"|support|do|fulfil|fulfill|engage|create|write|give)\b",

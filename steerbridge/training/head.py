@@ -5,7 +5,7 @@ teacher-forced refusal do not depend on W. They are captured once; then W minimi
 cross-entropy of softcap(E (h + eps W h) + b) on them. The authors run the whole model in
 every step and multiply the whole output embedding by W for every token.
 
-Shapes: M states, D hidden size, V vocabulary, R rank.
+Shapes: N prompts, T tokens of the refusal, M = N * T states, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class HeadSettings:
 
     eps: float = 0.1
     steps: int = 120
-    batch: int = 256
+    batch: int = 20  # prompts per step, each with all tokens of the refusal
     learning_rate: float = 0.03
     decay: float = 1e-4
     seed: int = 0
@@ -45,41 +45,64 @@ class TrainedHead:
 
 
 def train_head(
-    states_MD: Float32,
-    target_M: NDArray[np.int64],
+    states_NTD: Float32,
+    target_T: NDArray[np.int64],
     head: OutputHead,
     settings: HeadSettings,
-    progress: Callable[[int, float], None] = lambda step, loss: None,
+    progress: Callable[[int, float], None] = lambda _step, _loss: None,
 ) -> TrainedHead:
-    """Fit W so that `target_M` follows from `states_MD`; the loss is convex in W.
+    """Fit W so that the tokens `target_T` follow from each prompt's states; convex in W.
 
     Raises:
         DataError: no states, or states that are not finite.
     """
-    if len(states_MD) == 0 or not np.isfinite(states_MD).all():
-        raise DataError(Problem("states of the refusal", "finite rows", str(states_MD.shape)))
-    torch.manual_seed(settings.seed)
-    h, target = torch.from_numpy(states_MD), torch.from_numpy(target_M)
+    if len(states_NTD) == 0 or not np.isfinite(states_NTD).all():
+        raise DataError(Problem("states of the refusal", "finite rows", str(states_NTD.shape)))
+    h, target = torch.from_numpy(states_NTD), torch.from_numpy(target_T)
     logits = Logits(head)
-    w = torch.zeros(h.shape[1], h.shape[1], requires_grad=True)
+
+    def loss_of_batch(w: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:
+        rows = h[prompts].flatten(0, 1)
+        steered = rows + settings.eps * rows @ w.T
+        wanted = target.repeat(len(prompts))
+        return torch.nn.functional.cross_entropy(logits(steered), wanted)
+
+    matrix = descend(loss_of_batch, len(h), h.shape[2], settings, settings.steps, progress)
+    flat, labels = h.flatten(0, 1), target.repeat(len(h))
+    before = loss_of(flat, labels, None, settings.eps, logits)
+    after = loss_of(flat, labels, matrix, settings.eps, logits)
+    return TrainedHead(matrix.numpy(), settings.eps, before, after)
+
+
+def descend(
+    loss_of_batch: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    prompts: int,
+    width: int,
+    settings: HeadSettings,
+    steps: int,
+    progress: Callable[[int, float], None] = lambda _step, _loss: None,
+) -> torch.Tensor:
+    """Adam from W = 0 with a cosine schedule over `settings.steps`; runs `steps` of them.
+
+    `loss_of_batch(w, indices of prompts)` is where the states come from: a cache here, the
+    whole model in the loop that `make bench-train` compares with.
+    """
+    torch.manual_seed(settings.seed)
+    w = torch.zeros(width, width, requires_grad=True)
     optimiser = torch.optim.Adam([w], settings.learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, settings.steps)
     order = torch.empty(0, dtype=torch.long)
-    before = loss_of(h, target, None, settings.eps, logits)
-    for step in range(settings.steps):
-        if len(order) < settings.batch:
-            order = torch.cat([order, torch.randperm(len(h))])
+    for step in range(steps):
+        while len(order) < settings.batch:
+            order = torch.cat([order, torch.randperm(prompts)])
         batch, order = order[: settings.batch], order[settings.batch :]
-        steered = h[batch] + settings.eps * h[batch] @ w.T
-        loss = torch.nn.functional.cross_entropy(logits(steered), target[batch])
+        loss = loss_of_batch(w, batch)
         optimiser.zero_grad()
         (loss + settings.decay * (w * w).sum()).backward()  # type: ignore[no-untyped-call]
         optimiser.step()
         schedule.step()
         progress(step + 1, float(loss.detach()))
-    matrix = w.detach()
-    after = loss_of(h, target, matrix, settings.eps, logits)
-    return TrainedHead(matrix.numpy(), settings.eps, before, after)
+    return w.detach()
 
 
 class Logits:
@@ -158,4 +181,4 @@ def difference_of_means(harmful_ND: Float32, harmless_ND: Float32) -> Float32:
     norm = float(np.linalg.norm(difference))
     if norm == 0:
         raise DataError(Problem("difference of means", "a vector that is not zero", "zero"))
-    return (difference / norm).astype(np.float32)
+    return np.asarray(difference / norm, np.float32)

@@ -101,7 +101,7 @@ def fit(
 def _balanced(weight_N: NDArray[np.float64], harmful_N: NDArray[np.bool_]) -> Float32:
     """Weights scaled so that both classes sum to one half."""
     total = np.where(harmful_N, weight_N[harmful_N].sum(), weight_N[~harmful_N].sum())
-    return (weight_N / total / 2).astype(np.float32)
+    return np.asarray(weight_N / total / 2, np.float32)
 
 
 def _network(inputs: int, shape: Shape, seed: int) -> nn.Sequential:

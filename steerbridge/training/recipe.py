@@ -72,7 +72,7 @@ class TrainSettings:
     emphasis: Mapping[str, float] = field(default_factory=lambda: {"borderline": 8.0})
     intervention: Kind = "head_matrix"
     rank: int | None = None
-    head: HeadSettings = HeadSettings()
+    head: HeadSettings = field(default_factory=HeadSettings)
     head_prompts: int = 256
     validation_prompts: int = 32
     seed: int = 0
@@ -83,7 +83,7 @@ def train(
     examples: Sequence[Example],
     settings: TrainSettings,
     workdir: Path,
-    say: Say = lambda what, done, total: None,
+    say: Say = lambda _what, _done, _total: None,
 ) -> SteeringPackage:
     """Train a package. The same examples, model, settings and seed give the same package.
 
@@ -195,8 +195,8 @@ def _head(
     )
     hyper = replace(settings.head, seed=settings.seed)
     trained = heads.train_head(
-        answer_NTD.reshape(-1, answer_NTD.shape[-1]),
-        np.tile(target_T, len(answer_NTD)),
+        answer_NTD,
+        target_T,
         model.output_head(),
         hyper,
         lambda step, _: say("head", step, hyper.steps),
@@ -359,7 +359,7 @@ def _with_evidence(
             },
         },
         settings=_plain(asdict(settings)),
-        tools=tool_versions(),
+        tools={**tool_versions()},
     )
     spec = package.spec.model_copy(update={"evidence": evidence})
     # A fresh parse marks exactly what is set, as a load from disk does.

@@ -22,7 +22,7 @@ from steerbridge.runtime import LoadedModel, Progress
 from steerbridge.spec import LayerInput, PromptEnd, PromptMean, Reading
 from steerbridge.tensors import Float32
 
-CHUNK = 256  # prompts between two notes of progress on disk
+CHUNK = 512  # prompts between two notes of progress on disk
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ def capture(
     at = done or 0
     while at < len(examples):
         end = min(at + CHUNK, len(examples))
-        model.capture(examples[:end], readings, array, start=at, progress=None)
+        model.capture(examples[at:end], readings, array[at:end])
         array.flush()
         at = end
         _write(note, {**want, "done": at})

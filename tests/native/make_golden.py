@@ -57,16 +57,35 @@ class Builder:
             weight = self.new(size, width, scale=width**-0.5)
             layers.append({"weight": weight, "bias": self.new(size, scale=0.3)})
             width = size
-        return {"id": id, "type": "mlp", "readings": readings, "layers": layers, "output": output,
-                "comparator": ">", "threshold": 0.5, **more}
+        return {
+            "id": id,
+            "type": "mlp",
+            "readings": readings,
+            "layers": layers,
+            "output": output,
+            "comparator": ">",
+            "threshold": 0.5,
+            **more,
+        }
 
-    def package(self, probes: list[Any], interventions: list[Any], rules: list[Any],
-                **more: Any) -> SteeringPackage:
+    def package(
+        self, probes: list[Any], interventions: list[Any], rules: list[Any], **more: Any
+    ) -> SteeringPackage:
         spec = {
-            "spec_version": SPEC_VERSION, "name": "golden é\U0001f600",
-            "base_model": {"name": "m", "model_type": "llama", "hidden_size": self.d,
-                           "num_layers": N_LAYER, "vocab_size": 11, "future": [1, {"x": None}]},
-            "probes": probes, "interventions": interventions, "rules": rules, **more,
+            "spec_version": SPEC_VERSION,
+            "name": "golden é\U0001f600",
+            "base_model": {
+                "name": "m",
+                "model_type": "llama",
+                "hidden_size": self.d,
+                "num_layers": N_LAYER,
+                "vocab_size": 11,
+                "future": [1, {"x": None}],
+            },
+            "probes": probes,
+            "interventions": interventions,
+            "rules": rules,
+            **more,
         }
         return SteeringPackage(parse(spec), self.tensors)
 
@@ -80,11 +99,15 @@ def target(stream: str, layer: int, vector: str) -> Any:
     return {"site": {"stream": stream, "layer": layer}, "vector": vector}
 
 
-def rule(id: str, probes: list[str], interventions: list[str], strength: Any = None,
-         how: str = "any") -> Any:
-    return {"id": id, "condition": {"type": how, "probes": probes} if probes else None,
-            "interventions": interventions,
-            "strength": strength or {"type": "constant", "value": 1.0}}
+def rule(
+    id: str, probes: list[str], interventions: list[str], strength: Any = None, how: str = "any"
+) -> Any:
+    return {
+        "id": id,
+        "condition": {"type": how, "probes": probes} if probes else None,
+        "interventions": interventions,
+        "strength": strength or {"type": "constant", "value": 1.0},
+    }
 
 
 SOFTMAX = {"type": "softmax", "classes": ["safe", "harm"], "harmful": "harm"}
@@ -93,10 +116,22 @@ SOFTMAX = {"type": "softmax", "classes": ["safe", "harm"], "harmful": "harm"}
 def head_guard(d: int, dtype: str) -> SteeringPackage:
     """The paper's guard: an mlp at one layer, a low-rank head."""
     b = Builder(d, dtype)
-    probe = b.mlp("p", [at("layer_input", 2)], [9], SOFTMAX, activation="relu",
-                  input_mean=b.new(d), input_scale=b.new(d, positive=True))
-    head = {"id": "h", "type": "head_matrix", "position": "from_prompt_end", "eps": 0.1,
-            "weight": {"form": "low_rank", "u": b.new(d, 3), "v": b.new(3, d)}}
+    probe = b.mlp(
+        "p",
+        [at("layer_input", 2)],
+        [9],
+        SOFTMAX,
+        activation="relu",
+        input_mean=b.new(d),
+        input_scale=b.new(d, positive=True),
+    )
+    head = {
+        "id": "h",
+        "type": "head_matrix",
+        "position": "from_prompt_end",
+        "eps": 0.1,
+        "weight": {"form": "low_rank", "u": b.new(d, 3), "v": b.new(3, d)},
+    }
     calibration = {"runtime": "llama.cpp", "quantisation": "Q4_1", "thresholds": {"p": 0.25}}
     return b.package([probe], [head], [rule("r", ["p"], ["h"])], calibrations=[calibration])
 
@@ -104,15 +139,38 @@ def head_guard(d: int, dtype: str) -> SteeringPackage:
 def layer_guard(d: int, dtype: str) -> SteeringPackage:
     """Offsets and a mean; strength from the score; adds and projections, some in the last block."""
     b = Builder(d, dtype)
-    readings = [at("layer_output", 0, offset=-2), at("layer_input", 1, "prompt_mean"),
-                at("layer_input", 2)]
-    probe = b.mlp("p", readings, [7, 5], {"type": "sigmoid", "harmful_when": "low"},
-                  activation="gelu", comparator=">=", threshold=0.5)
-    add = {"id": "a", "type": "add_vector", "position": "from_prompt_end", "alpha": 2.0,
-           "targets": [target("layer_output", 1, b.unit()), target("layer_output", 3, b.unit()),
-                       target("layer_input", 2, b.unit())]}
-    project = {"id": "o", "type": "project_out", "position": "from_prompt_end", "alpha": 0.9,
-               "targets": [target("layer_input", 2, b.unit()), target("layer_input", 4, b.unit())]}
+    readings = [
+        at("layer_output", 0, offset=-2),
+        at("layer_input", 1, "prompt_mean"),
+        at("layer_input", 2),
+    ]
+    probe = b.mlp(
+        "p",
+        readings,
+        [7, 5],
+        {"type": "sigmoid", "harmful_when": "low"},
+        activation="gelu",
+        comparator=">=",
+        threshold=0.5,
+    )
+    add = {
+        "id": "a",
+        "type": "add_vector",
+        "position": "from_prompt_end",
+        "alpha": 2.0,
+        "targets": [
+            target("layer_output", 1, b.unit()),
+            target("layer_output", 3, b.unit()),
+            target("layer_input", 2, b.unit()),
+        ],
+    }
+    project = {
+        "id": "o",
+        "type": "project_out",
+        "position": "from_prompt_end",
+        "alpha": 0.9,
+        "targets": [target("layer_input", 2, b.unit()), target("layer_input", 4, b.unit())],
+    }
     score = {"type": "score", "probe": "p", "scale": 1.5}
     return b.package([probe], [add, project], [rule("r", ["p"], ["o", "a", "o"], score)])
 
@@ -120,15 +178,43 @@ def layer_guard(d: int, dtype: str) -> SteeringPackage:
 def image_guard(d: int, dtype: str) -> SteeringPackage:
     """An image probe and a cosine probe at the head under `all`; a dense head."""
     b = Builder(d, dtype)
-    linear = {"id": "image", "type": "linear", "readings": [at("layer_input", 1, "image_mean")],
-              "weight": b.unit(), "bias": 0.25, "link": "identity", "comparator": "<",
-              "threshold": 0.4, "input_mean": b.new(d), "input_scale": b.new(d, positive=True)}
-    cosine = {"id": "cos", "type": "cosine", "readings": [at("head_input")],
-              "direction": b.new(d), "squash": "tanh", "comparator": "<=", "threshold": 0.9}
-    plain = {"id": "none", "type": "cosine", "readings": [at("layer_input", 4)],
-             "direction": b.new(d), "squash": "none", "comparator": ">", "threshold": 2.0}
-    head = {"id": "h", "type": "head_matrix", "position": "from_prompt_end", "eps": -0.2,
-            "weight": {"form": "dense", "matrix": b.new(d, d)}}
+    linear = {
+        "id": "image",
+        "type": "linear",
+        "readings": [at("layer_input", 1, "image_mean")],
+        "weight": b.unit(),
+        "bias": 0.25,
+        "link": "identity",
+        "comparator": "<",
+        "threshold": 0.4,
+        "input_mean": b.new(d),
+        "input_scale": b.new(d, positive=True),
+    }
+    cosine = {
+        "id": "cos",
+        "type": "cosine",
+        "readings": [at("head_input")],
+        "direction": b.new(d),
+        "squash": "tanh",
+        "comparator": "<=",
+        "threshold": 0.9,
+    }
+    plain = {
+        "id": "none",
+        "type": "cosine",
+        "readings": [at("layer_input", 4)],
+        "direction": b.new(d),
+        "squash": "none",
+        "comparator": ">",
+        "threshold": 2.0,
+    }
+    head = {
+        "id": "h",
+        "type": "head_matrix",
+        "position": "from_prompt_end",
+        "eps": -0.2,
+        "weight": {"form": "dense", "matrix": b.new(d, d)},
+    }
     rules = [rule("both", ["image", "cos"], ["h"], how="all"), rule("never", ["none"], ["h"])]
     return b.package([linear, cosine, plain], [head], rules)
 
@@ -136,36 +222,66 @@ def image_guard(d: int, dtype: str) -> SteeringPackage:
 def always(d: int, dtype: str) -> SteeringPackage:
     """No condition: every row is rewritten, in rule order."""
     b = Builder(d, dtype)
-    add = {"id": "a", "type": "add_vector", "position": "all_positions", "alpha": -1.0,
-           "targets": [target("layer_output", 0, b.unit()), target("layer_output", 2, b.unit())]}
-    project = {"id": "o", "type": "project_out", "position": "all_positions", "alpha": 1.0,
-               "targets": [target("layer_input", 3, b.unit())]}
-    rules = [rule("r1", [], ["o", "a"], {"type": "constant", "value": 0.5}),
-             rule("r2", [], ["o"])]
+    add = {
+        "id": "a",
+        "type": "add_vector",
+        "position": "all_positions",
+        "alpha": -1.0,
+        "targets": [target("layer_output", 0, b.unit()), target("layer_output", 2, b.unit())],
+    }
+    project = {
+        "id": "o",
+        "type": "project_out",
+        "position": "all_positions",
+        "alpha": 1.0,
+        "targets": [target("layer_input", 3, b.unit())],
+    }
+    rules = [rule("r1", [], ["o", "a"], {"type": "constant", "value": 0.5}), rule("r2", [], ["o"])]
     return b.package([], [add, project], rules)
 
 
 def scored(d: int, dtype: str) -> SteeringPackage:
     """A rule without condition whose strength is a score; tanh and sigmoid links."""
     b = Builder(d, dtype)
-    linear = {"id": "lin", "type": "linear", "readings": [at("layer_input", 3)],
-              "weight": b.unit(), "bias": -0.1, "link": "sigmoid", "comparator": ">",
-              "threshold": 0.5}
-    deep = b.mlp("deep", [at("layer_input", 1, offset=-1)], [4, 6, 5],
-                 {"type": "sigmoid", "harmful_when": "high"}, activation="tanh")
-    add = {"id": "a", "type": "add_vector", "position": "from_prompt_end", "alpha": 1.0,
-           "targets": [target("layer_input", 3, b.unit())]}
+    linear = {
+        "id": "lin",
+        "type": "linear",
+        "readings": [at("layer_input", 3)],
+        "weight": b.unit(),
+        "bias": -0.1,
+        "link": "sigmoid",
+        "comparator": ">",
+        "threshold": 0.5,
+    }
+    deep = b.mlp(
+        "deep",
+        [at("layer_input", 1, offset=-1)],
+        [4, 6, 5],
+        {"type": "sigmoid", "harmful_when": "high"},
+        activation="tanh",
+    )
+    add = {
+        "id": "a",
+        "type": "add_vector",
+        "position": "from_prompt_end",
+        "alpha": 1.0,
+        "targets": [target("layer_input", 3, b.unit())],
+    }
     score = {"type": "score", "probe": "lin", "scale": -2.0}
-    return b.package([linear, deep], [add],
-                     [rule("s", [], ["a"], score), rule("d", ["deep", "lin"], ["a"], how="any")])
+    return b.package(
+        [linear, deep],
+        [add],
+        [rule("s", [], ["a"], score), rule("d", ["deep", "lin"], ["a"], how="any")],
+    )
 
 
 # ---------------------------------------------------------------- golden files
 
 
 def hidden(d: int, rows: int, poison: bool) -> dict[int, np.ndarray[Any, Any]]:
-    states = {depth: RNG.normal(0, 1.5, (rows, d)).astype(np.float32)
-              for depth in range(1, N_LAYER + 2)}
+    states = {
+        depth: RNG.normal(0, 1.5, (rows, d)).astype(np.float32) for depth in range(1, N_LAYER + 2)
+    }
     for h in states.values():
         if poison:
             h[:, 1] = np.nan
@@ -176,8 +292,12 @@ def expected(package: SteeringPackage, states: Any, prompt: int, images: slice) 
     spec = package.spec
     mask = np.zeros(prompt, bool)
     mask[images] = True
-    inputs = {p.id: reference.probe_input(p, lambda s: states[spec.depth(s)][:prompt], mask)
-              for p in spec.probes}
+    inputs = {
+        p.id: reference.probe_input(
+            p, package.tensors, lambda s: states[spec.depth(s)][:prompt], mask
+        )
+        for p in spec.probes
+    }
     found = reference.verdicts(package, inputs)
     acting = reference.actions(spec, found)
     out = {depth: h.astype(np.float64) for depth, h in states.items()}
@@ -185,17 +305,27 @@ def expected(package: SteeringPackage, states: Any, prompt: int, images: slice) 
     for depth, site in named.items():
         everywhere = [a for a in acting if a.intervention.position == "all_positions"]
         out[depth][: prompt - 1] = reference.steer(
-            everywhere, package.tensors, site, out[depth][: prompt - 1])
+            everywhere, package.tensors, site, out[depth][: prompt - 1]
+        )
         out[depth][prompt - 1 :] = reference.steer(
-            acting, package.tensors, site, out[depth][prompt - 1 :])
+            acting, package.tensors, site, out[depth][prompt - 1 :]
+        )
     return found, out
 
 
 def write_golden(path: Path, package: SteeringPackage, requests: int = 6) -> None:
     spec, d = package.spec, package.spec.base_model.hidden_size
     depths = list(range(1, N_LAYER + 2))
-    data = b"SHG1" + struct.pack(f"<{6 + len(depths)}i", d, N_LAYER, len(depths), *depths,
-                                 len(spec.probes), len(spec.rules), requests)
+    data = b"SHG1" + struct.pack(
+        f"<{6 + len(depths)}i",
+        d,
+        N_LAYER,
+        len(depths),
+        *depths,
+        len(spec.probes),
+        len(spec.rules),
+        requests,
+    )
     fired = 0
     for i in range(requests):
         prompt, generated = int(RNG.integers(3, 70)), int(RNG.integers(0, 6))

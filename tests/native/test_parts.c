@@ -118,10 +118,12 @@ static bool parses(const char *text, size_t size) {
 static void test_json(void) {
     static const char *const good[] = {
         "{}", " [1, -0, 1e5, 1E-2, 0.5e+3] ", "\"\"", "null", "[true,false]", "-1.5",
-        "{\"a\":{\"a\":1},\"b\":[]}", "\"\\u00e9\\ud83d\\ude00\\u0000\\n\"", "\"\xF0\x9F\x98\x80\""};
+        "{\"a\":{\"a\":1},\"b\":[]}", "\"\\u00e9\\ud83d\\ude00\\u0000\\n\"",
+        "\"\xF0\x9F\x98\x80\""};
     static const char *const bad[] = {
         "", " ", "{", "[1,]", "{\"a\":1,}", "{\"a\":1,\"a\":2}", "{\"a\":1,\"\\u0061\":2}", "01",
-        "+1", ".5", "1.", "1e", "-", "NaN", "Infinity", "-Infinity", "1e999", "\"\\x\"", "\"\\u12\"",
+        "+1", ".5", "1.", "1e", "-", "NaN", "Infinity", "-Infinity", "1e999", "\"\\x\"",
+        "\"\\u12\"",
         "\"\\ud800\"", "\"\\udc00\"", "\"\\ud800\\u0041\"", "\"\n\"", "\"", "tru", "[] []", "{1:2}",
         "{\"a\" 1}", "\"\xC0\x80\"", "\"\xED\xA0\x80\"", "\"\xF5\x80\x80\x80\"", "\"\xE2\x82\"",
         "\xEF\xBB\xBF{}", "'a'", "[1 2]", "0x1"};
@@ -213,10 +215,35 @@ static void test_broken(const char *directory) {
     refuses(bytes, size, "\"offset\": -2", "\"offset\": .2", "JSON");
     refuses(bytes, size, "\"hidden_size\": 37", "\"hidden_size\": 38", "shape [");
     refuses(bytes, size, "\"hidden_size\": 37", "\"hidden_size\": 0 ", "base_model.hidden_size");
-    refuses(bytes, size, "\"alpha\": 2.0", "\"alpha\": \"x\"", "interventions[0].alpha: expected a number");
-    refuses(bytes, size, "\"id\": \"o\"", "\"id\": \"a\"", "interventions[1]: expected a unique id");
+    refuses(bytes, size, "\"alpha\": 2.0", "\"alpha\": \"x\"",
+            "interventions[0].alpha: expected a number");
+    refuses(bytes, size, "\"id\": \"o\"", "\"id\": \"a\"",
+            "interventions[1]: expected a unique id");
     refuses(bytes, size, "\"from_prompt_end\"", "\"all_positions\"  ", "under a rule that reads");
     refuses(bytes, size, "\"probe\": \"p\"", "\"probe\": \"q\"", "rules[0].strength");
+    free(bytes);
+}
+
+/* One tensor's offset moved by a byte. */
+static void test_misaligned(const char *directory) {
+    size_t size = 0;
+    char error[256] = "";
+    char *bytes = read_file(directory, "layer_guard-f32.gguf", &size);
+    static const char name[] = "\3\0\0\0\0\0\0\0t.9\1\0\0\0";
+    size_t at = 0;
+    while (memcmp(bytes + at, name, sizeof name - 1) != 0) {
+        at++;
+        CHECK(at + sizeof name < size);
+    }
+    bytes[at + sizeof name - 1 + 8 + 4] ^= 1; /* after one size and the type */
+    CHECK(steerhook_package_parse(bytes, size, error, sizeof error) == NULL);
+    CHECK(strstr(error, "aligned data inside the file") != NULL);
+    CHECK(steerhook_package_parse(bytes + 1, size - 1, error, sizeof error) == NULL);
+    CHECK(strstr(error, "aligned to 8") != NULL);
+    free(bytes);
+    bytes = read_file(directory, "scored-f32.gguf", &size);
+    refuses(bytes, size, "\"layer\": 3", "\"layer\": 4",
+            "rules[0]: expected interventions at or after");
     free(bytes);
 }
 
@@ -224,4 +251,5 @@ void test_parts(const char *directory) {
     test_kernels();
     test_json();
     test_broken(directory);
+    test_misaligned(directory);
 }

@@ -278,6 +278,15 @@ static void test_shared(const golden *g) {
     CHECK_STATUS(shared(&t, r, 0, "a"), STEERHOOK_OK);
     CHECK_STATUS(shared(&t, r, 1, "*"), STEERHOOK_SHARED_ROW);
     check_failed(&t, STEERHOOK_SHARED_ROW);
+    /* In step, but with other contents behind them. */
+    if (steerhook_package_describe(g->package).whole_prompt) {
+        const toy_row first[2] = {{r, 0, 0, true}, {r, 1, 1, true}};
+        begin(&t, 0, r);
+        begin(&t, 1, r);
+        CHECK_STATUS(toy_decode(&t, first, 2, false), STEERHOOK_OK);
+        CHECK_STATUS(shared(&t, r, 1, "*"), STEERHOOK_SHARED_ROW);
+        check_failed(&t, STEERHOOK_SHARED_ROW);
+    }
     begin(&t, 0, r);
     CHECK_STATUS(shared(&t, r, 0, "*"), STEERHOOK_NO_REQUEST);
     check_failed(&t, STEERHOOK_NO_REQUEST);

@@ -100,6 +100,61 @@ static void test_threads(const golden *g) {
     }
 }
 
+/* A package with one text replaced by another of the same length. */
+static steerhook_package *patched(const char *directory, const char *name, const char *from,
+                                  const char *to, char *bytes, size_t size) {
+    char path[512];
+    char error[256] = "";
+    snprintf(path, sizeof path, "%s/%s.gguf", directory, name);
+    FILE *file = fopen(path, "rb");
+    CHECK(file != NULL && strlen(from) == strlen(to));
+    size = fread(bytes, 1, size, file);
+    fclose(file);
+    size_t at = 0;
+    while (at + strlen(from) <= size && memcmp(bytes + at, from, strlen(from)) != 0) {
+        at++;
+    }
+    CHECK(at + strlen(from) <= size);
+    memcpy(bytes + at, to, strlen(to));
+    return steerhook_package_parse(bytes, size, error, sizeof error);
+}
+
+/* Sound packages that cannot run: layer_input[0], and a strength that no float can hold. */
+static void test_patched(const char *directory, const golden *scored) {
+    enum { SIZE = 1 << 16 };
+    static _Alignas(8) char bytes[SIZE];
+    char error[256] = "";
+    const golden_request *r = &scored->requests[0];
+    const steerhook_model model = {scored->d, scored->n_layer, 8, 2};
+    steerhook_package *package =
+        patched(directory, "scored-f32", "\"layer\": 1", "\"layer\": 0", bytes, SIZE);
+    CHECK(package != NULL);
+    CHECK(steerhook_session_new(package, &model, &fake_ggml, error, sizeof error) == NULL);
+    CHECK(strstr(error, "layer_input[0]") != NULL);
+    steerhook_package_free(package);
+    package = patched(directory, "scored-f32", "-2.0", "9e99", bytes, SIZE);
+    CHECK(package != NULL);
+    golden other = *scored;
+    toy t;
+    toy_row rows[128];
+    other.package = package;
+    toy_new(&t, &other, 8, 2);
+    steerhook_package_free(package); /* the session keeps it */
+    for (int32_t i = 0; i < r->n_prompt; i++) {
+        rows[i] = (toy_row){r, 0, i, true};
+    }
+    CHECK_STATUS(steerhook_request_begin(t.session, 0, 0, r->n_prompt), STEERHOOK_OK);
+    CHECK_STATUS(toy_decode(&t, rows, r->n_prompt, false), STEERHOOK_STRENGTH);
+    CHECK(t.stopped);
+    steerhook_session_free(t.session);
+    package =
+        patched(directory, "always-f32", "\"alpha\": -1.0", "\"alpha\": 9e99", bytes, SIZE);
+    CHECK(package != NULL);
+    CHECK(steerhook_session_new(package, &model, &fake_ggml, error, sizeof error) == NULL);
+    CHECK(strstr(error, "r1: expected a strength") != NULL);
+    steerhook_package_free(package);
+}
+
 int main(int argc, char **argv) {
     if (argc != 2) {
         fprintf(stderr, "usage: test_steerhook GOLDEN\n");
@@ -115,6 +170,8 @@ int main(int argc, char **argv) {
         }
         if (strcmp(g->name, "layer_guard-f32") == 0) {
             test_threads(g);
+        } else if (strcmp(g->name, "scored-f32") == 0) {
+            test_patched(argv[1], g);
         }
         golden_free(g);
     }

@@ -118,7 +118,7 @@ static bool fill_sites(steerhook_session *s, const sh_error *error) {
     return true;
 }
 
-/* The factor of a rule without a score must fit a float; one with a score is checked per verdict. */
+/* The factor of a constant rule must fit a float; one with a score is checked per verdict. */
 static bool check_constants(const steerhook_session *s, const sh_error *error) {
     for (int32_t r = 0; r < s->package->n_rules; r++) {
         const sh_rule *rule = &s->package->rules[r];

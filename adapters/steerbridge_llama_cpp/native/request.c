@@ -67,7 +67,7 @@ static steerhook_status may_change(steerhook_session *s, int32_t seq) {
 static steerhook_status check_prompt(steerhook_session *s, int32_t n_cached, int32_t n_prompt) {
     if (n_cached < 0 || n_cached >= n_prompt) {
         return sh_session_refuse(s, STEERHOOK_PROMPT,
-                                 "prompt: expected a row to evaluate, found %ld of %ld in the cache",
+                                 "prompt: expected a row to evaluate, found %ld of %ld cached",
                                  (long)n_cached, (long)n_prompt);
     }
     for (int32_t p = 0; p < s->package->n_probes; p++) {
@@ -80,13 +80,13 @@ static steerhook_status check_prompt(steerhook_session *s, int32_t n_cached, int
             }
             if (row < 0) {
                 return sh_session_refuse(s, STEERHOOK_PROMPT,
-                                         "probe %s: expected a prompt of %ld rows or more, found %ld",
+                                         "probe %s: expected a prompt of %ld rows, found %ld",
                                          probe->id, 1L - (long)reading->offset, (long)n_prompt);
             }
             if (row < n_cached) {
                 return sh_session_refuse(s, STEERHOOK_CACHED,
-                                         "probe %s: expected row %ld to be evaluated, found %ld rows "
-                                         "in the cache", probe->id, (long)row, (long)n_cached);
+                                         "probe %s: expected row %ld evaluated, found %ld cached",
+                                         probe->id, (long)row, (long)n_cached);
             }
         }
     }

@@ -145,8 +145,10 @@ bool sh_fires(sh_comparator comparator, double score, double threshold) {
 }
 
 size_t sh_intervene_scratch(const sh_intervention *x) {
-    return x->type != SH_HEAD_MATRIX ? 0 : (size_t)(x->matrix.data != NULL ? x->matrix.rows
-                                                                            : x->u.cols + x->u.rows);
+    if (x->type != SH_HEAD_MATRIX) {
+        return 0;
+    }
+    return (size_t)(x->matrix.data != NULL ? x->matrix.rows : x->u.cols + x->u.rows);
 }
 
 void sh_intervene(const sh_intervention *x, const sh_tensor *target, float factor, float *row,

@@ -51,11 +51,11 @@ const char *steerhook_session_error(const steerhook_session *s) {
 static bool check_model(const steerhook_package *package, const steerhook_model *model,
                         const sh_error *error) {
     if (model->n_embd != package->n_embd) {
-        return sh_fail(error, "n_embd", "the package's width", "%ld in the model, %ld in the package",
+        return sh_fail(error, "n_embd", "the package's width", "%ld, not %ld",
                        (long)model->n_embd, (long)package->n_embd);
     }
     if (model->n_layer != package->n_layer || model->n_layer > MAX_LAYERS) {
-        return sh_fail(error, "n_layer", "the package's depth", "%ld in the model, %ld in the package",
+        return sh_fail(error, "n_layer", "the package's depth", "%ld, not %ld",
                        (long)model->n_layer, (long)package->n_layer);
     }
     if (model->n_ubatch < 1) {

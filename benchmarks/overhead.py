@@ -1,0 +1,101 @@
+"""`make bench-overhead`: what the guard costs on harmless prompts.
+
+Steered and unsteered runs alternate in one process; ratios are unsteered over steered time
+(1 means free), medians over the rounds. Time to first token is a generation of one token.
+"""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from common import CACHE, ROOT, arguments, finish, open_smollm2, say
+from steerbridge_hf import steer
+
+from steerbridge import data
+from steerbridge.package import load
+
+NEW = 48
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--package", type=Path, default=CACHE / "smollm2-guard.gguf")
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--peak", choices=["steered", "unsteered"], help="(internal)")
+    options = parser.parse_args()
+    if not options.package.exists():
+        sys.exit(f"no package at {options.package}: run make bench-safety or make demo first")
+    model = open_smollm2()
+    package = load(options.package)
+    prompts = [e for e in data.from_corpus("test") if e.kind == "general"][: options.rounds]
+    if options.peak:
+        run(model, prompts[0], NEW, package if options.peak == "steered" else None)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+        return
+    result = {"hf": hf(model, package, prompts)}
+    peaks = {side: peak(options.package, side) for side in ("unsteered", "steered")}
+    result["hf"]["peak_memory_ratio"] = round(peaks["steered"] / peaks["unsteered"], 4)
+    finish(result)
+
+
+def run(model: Any, prompt: Any, new: int, package: Any) -> float:
+    """Seconds of one greedy generation of exactly `new` tokens."""
+    inputs = model._pad([model.render(prompt)])
+    options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
+    session = None if package is None else steer(model.model, package)
+    start = time.perf_counter()
+    with torch.inference_mode():
+        model.model.generate(**inputs, **options, pad_token_id=model.tokenizer.pad_token_id)
+    seconds = time.perf_counter() - start
+    if session is not None:
+        session.remove()
+        assert not session.outcomes[0].fired, f"fired on a harmless prompt: {prompt.text}"
+    return seconds
+
+
+def hf(model: Any, package: Any, prompts: Any) -> dict[str, float]:
+    quiet = []
+    for prompt in prompts:
+        try:
+            run(model, prompt, 1, package)
+            quiet.append(prompt)
+        except AssertionError as error:
+            say(str(error))
+    ratios: dict[str, list[float]] = {"ttft_ratio": [], "decode_ratio": []}
+    for i, prompt in enumerate(quiet):
+        first = alternate(i, lambda p, q=prompt: run(model, q, 1, p), package)
+        whole = alternate(i, lambda p, q=prompt: run(model, q, NEW, p), package)
+        ratios["ttft_ratio"].append(first[0] / first[1])
+        ratios["decode_ratio"].append((whole[0] - first[0]) / (whole[1] - first[1]))
+    found = {key: round(statistics.median(values), 4) for key, values in ratios.items()}
+    return {**found, "rounds": len(quiet)}
+
+
+def alternate(i: int, call: Callable[[Any], float], package: Any) -> tuple[float, float]:
+    """(unsteered, steered): the faster of three each, taking turns in who goes first."""
+    times: dict[bool, list[float]] = {True: [], False: []}
+    for k in range(3):
+        for steered in (True, False) if (i + k) % 2 else (False, True):
+            times[steered].append(call(package if steered else None))
+    return min(times[False]), min(times[True])
+
+
+def peak(package: Path, side: str) -> int:
+    """Peak resident memory of a fresh process that generates once."""
+    command = [sys.executable, __file__, "--package", str(package), "--peak", side]
+    output = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    return int(output.stdout.split()[-1])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+"""Training maths on made-up states, and the whole journey on a tiny model."""
+
+from __future__ import annotations
+
+import helpers
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from steerbridge import data, reference, stats  # noqa: E402
+from steerbridge.data import Example  # noqa: E402
+from steerbridge.encodings import plain  # noqa: E402
+from steerbridge.errors import DataError  # noqa: E402
+from steerbridge.package import SteeringPackage, parse  # noqa: E402
+from steerbridge.runtime import OutputHead  # noqa: E402
+from steerbridge.spec import Reading  # noqa: E402
+from steerbridge.training import head as heads  # noqa: E402
+from steerbridge.training import probes, recipe, search  # noqa: E402
+from steerbridge.training.head import HeadSettings  # noqa: E402
+from steerbridge.training.probes import Recipe  # noqa: E402
+from steerbridge.training.states import States, all_readings, capture  # noqa: E402
+
+pytestmark = pytest.mark.hf
+
+READING = Reading.model_validate(helpers.reading("layer_input[2]"))
+
+
+def separable(n=200, d=16, seed=0):
+    rng = np.random.default_rng(seed)
+    harmful = np.arange(n) % 2 == 0
+    x = rng.normal(size=(n, d)).astype(np.float32)
+    x[harmful, 0] += 4
+    return x, harmful
+
+
+@pytest.mark.parametrize("shape", ["linear", "mlp"])
+def test_a_probe_learns_and_its_spec_scores_the_same(shape):
+    x, harmful = separable()
+    rule = Recipe((READING,), shape, 1e-3)
+    fitted = probes.fit(x, harmful, np.ones(len(x)), rule, seed=0)
+    scores = fitted.scores(x)
+    assert stats.auroc(scores[harmful], scores[~harmful]) > 0.98
+    probe, tensors = probes.to_spec(fitted, rule, 0.5, "harm")
+    spec = parse(helpers.raw_spec(probes=[probe.model_dump(exclude_unset=True)], rules=[]))
+    package = SteeringPackage(spec, {**tensors, "h.W": helpers.package().tensors["h.W"]})
+    got = reference.score(package.spec.probes[0], package.tensors, x)
+    assert np.allclose(got, 1 / (1 + np.exp(-scores)), atol=1e-6)
+    assert (reference.fires(package.spec.probes[0], got) == (scores > 0.5)).all()
+
+
+def test_fits_are_deterministic():
+    x, harmful = separable()
+    fits = [
+        probes.fit(x, harmful, np.ones(len(x)), Recipe((READING,), "mlp", 1e-3), 7) for _ in "ab"
+    ]
+    for (a, b), (c, d) in zip(fits[0].layers, fits[1].layers, strict=True):
+        assert np.array_equal(a, c)
+        assert np.array_equal(b, d)
+
+
+def test_out_of_fold_scores_come_from_probes_that_did_not_see_the_row():
+    """Labels are noise: in-sample a probe with more inputs than rows is perfect, out of it not."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(60, 100)).astype(np.float32)
+    y = rng.random(60) < 0.5
+    rule = Recipe((READING,), "linear", 1e-6)
+    seen = probes.fit(x, y, np.ones(60), rule, 0).scores(x)
+    fresh = probes.out_of_fold(x, y, np.ones(60), np.arange(60) % 5, rule, 0)
+    assert stats.auroc(seen[y], seen[~y]) == 1.0
+    assert stats.auroc(fresh[y], fresh[~y]) < 0.75
+
+
+def test_calibration_holds_every_kind_s_target():
+    rng = np.random.default_rng(0)
+    scores = {"pair": rng.normal(size=300), "borderline": rng.normal(2, 1, size=100)}
+    threshold = probes.calibrate(scores, {"*": 0.01, "borderline": 0.05})
+    assert (scores["pair"] > threshold).mean() <= 0.01
+    assert (scores["borderline"] > threshold).mean() <= 0.05
+    below = np.nextafter(threshold, -np.inf)
+    assert (scores["borderline"] > below).mean() > 0.05  # the lowest that holds
+
+
+def test_auroc_counts_pairs_and_ties():
+    rng = np.random.default_rng(0)
+    a, b = rng.integers(0, 5, 30).astype(float), rng.integers(0, 5, 20).astype(float)
+    want = np.mean([(x > y) + 0.5 * (x == y) for x in a for y in b])
+    assert stats.auroc(a, b) == pytest.approx(want)
+
+
+def test_folds_keep_pairs_together_and_do_not_depend_on_the_order():
+    examples = [Example(f"t{i}", bool(i % 2), pair=f"p{i // 2}") for i in range(100)]
+    fold = data.folds(examples, 5, seed=0)
+    assert fold[::2] == fold[1::2]
+    assert set(fold) == set(range(5))
+    assert data.folds(examples[::-1], 5, seed=0) == fold[::-1]
+
+
+def head_problem(seed=0):
+    rng = np.random.default_rng(seed)
+    states = rng.normal(size=(12, 3, 16)).astype(np.float32) + np.eye(3, 16, dtype=np.float32) * 4
+    weight = rng.normal(size=(64, 16)).astype(np.float32)
+    return states, np.array([5, 9, 2]), OutputHead(weight, None, None)
+
+
+def test_the_head_learns_the_exact_loss():
+    states, target, head = head_problem()
+    settings = HeadSettings(steps=200, batch=12, learning_rate=0.3)
+    trained = heads.train_head(states, target, head, settings)
+    h = states.reshape(-1, 16).astype(np.float64)
+    labels = np.tile(target, 12)
+
+    def loss(w):
+        z = (h + trained.eps * h @ w.T) @ head.weight.T.astype(np.float64)
+        z -= z.max(axis=1, keepdims=True)
+        return float(np.mean(np.log(np.exp(z).sum(axis=1)) - z[np.arange(len(z)), labels]))
+
+    assert trained.loss_before == pytest.approx(loss(np.zeros((16, 16))), rel=1e-4)
+    assert trained.loss_after == pytest.approx(loss(trained.matrix.astype(np.float64)), abs=1e-4)
+    assert trained.loss_after < 0.05 * trained.loss_before
+
+
+def test_the_head_sees_bias_and_softcap():
+    h = torch.randn(4, 16)
+    weight, bias = np.ones((8, 16), np.float32), np.arange(8, dtype=np.float32)
+    got = heads.Logits(OutputHead(weight, bias, 3.0))(h)
+    want = 3.0 * torch.tanh((h.sum(1, keepdim=True) + torch.arange(8.0)) / 3.0)
+    assert torch.allclose(got, want, atol=1e-5)
+
+
+def test_low_rank_is_the_best_and_says_what_it_lost():
+    rng = np.random.default_rng(0)
+    matrix = (rng.normal(size=(16, 3)) @ rng.normal(size=(3, 16))).astype(np.float32)
+    cut = heads.low_rank(matrix, 3)
+    assert np.allclose(cut.u @ cut.v, matrix, atol=1e-4)
+    assert cut.error < 1e-5
+    one = heads.low_rank(matrix, 1)
+    measured = np.linalg.norm(one.u @ one.v - matrix) / np.linalg.norm(matrix)
+    assert one.error == pytest.approx(measured, rel=1e-4)
+    with pytest.raises(ValueError, match=r"1\.\.16"):
+        heads.low_rank(matrix, 17)
+
+
+class Tokens:
+    """The part of a tokenizer that training uses: words w0..w63 and no template."""
+
+    chat_template = None
+    pad_token_id, eos_token_id = 0, 2
+
+    def __call__(self, text, add_special_tokens=True):
+        return {"input_ids": [int(word[1:]) for word in text.split()]}
+
+    def decode(self, ids, skip_special_tokens=True):
+        return " ".join(f"w{i}" for i in ids)
+
+    def get_vocab(self):
+        return {f"w{i}": i for i in range(64)}
+
+
+@pytest.fixture
+def model():
+    from steerbridge_hf import HfModel
+
+    return HfModel(helpers.tiny(), Tokens())
+
+
+def made_up(n=120):
+    rng = np.random.default_rng(0)
+    examples = []
+    for i in range(n):
+        harmful = i % 2 == 0
+        body = rng.integers(10, 60, size=rng.integers(3, 9)).tolist()
+        words = [*body, 5 if harmful else 7]
+        examples.append(Example(" ".join(f"w{w}" for w in words), harmful, "pair", f"p{i // 2}"))
+    return examples
+
+
+def test_capture_equals_the_oracle_and_resumes(model, tmp_path):
+    examples, readings = made_up(20), all_readings(4)
+    whole = capture(model, examples, readings, tmp_path / "a").array.copy()
+    hidden = model.model(
+        torch.tensor([model.render(examples[3])]), output_hidden_states=True
+    ).hidden_states
+    for k, r in enumerate(readings):
+        want = reference.read(r, hidden[r.site.layer][0].detach().numpy())
+        assert np.allclose(whole[3, k], want, atol=1e-5)
+    again = capture(model, examples, readings, tmp_path / "a")  # nothing left to do
+    assert np.array_equal(again.array, whole)
+    with pytest.raises(DataError, match="prompts"):
+        capture(model, examples[:10], readings, tmp_path / "a")
+
+
+@pytest.mark.parametrize("kind", ["head_matrix", "add_vector", "project_out"])
+def test_the_journey_on_a_tiny_model_is_deterministic(model, tmp_path, kind):
+    settings = recipe.TrainSettings(
+        refusal="w5 w9 w11",
+        intervention=kind,
+        rank=2 if kind == "head_matrix" else None,
+        head=HeadSettings(steps=30, batch=8),
+        target_fpr={"*": 0.05},
+        validation_prompts=4,
+    )
+    examples = made_up()
+    made = [recipe.train(model, examples, settings, tmp_path / name) for name in "ab"]
+    one, two = (plain(p.spec) for p in made)
+    assert one.pop("created") <= two.pop("created")
+    assert one == two
+    assert dict(made[0].tensors) == dict(made[1].tensors)
+    found = made[0].spec.evidence.probes["harm"]
+    assert found["auroc"] > 0.9
+    assert set(made[0].spec.evidence.sas) == {str(r) for r in all_readings(4)}
+    answers = model.generate(examples[:10], made[0], max_new_tokens=2)
+    assert [a.outcome.fired for a in answers] == [e.harmful for e in examples[:10]]
+
+
+def test_too_few_prompts_are_refused(model, tmp_path):
+    with pytest.raises(DataError, match="harmful prompts"):
+        recipe.train(model, made_up(20), recipe.TrainSettings(), tmp_path)
+
+
+def test_awareness_needs_pairs():
+    examples = [Example("a", True), Example("b", False)]
+    states = States(np.zeros((2, 1, 4), np.float32), (READING,))
+    assert search.awareness(states, examples) == {str(READING): 0.0}
