@@ -19,10 +19,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from common import CACHE, ROOT, arguments, finish, open_smollm2, say
-from steerbridge_hf import steer
-
 from steerbridge import data
 from steerbridge.package import load
+from steerbridge_hf import steer
 
 NEW = 48
 

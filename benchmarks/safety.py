@@ -9,7 +9,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 from common import CACHE, arguments, finish, open_smollm2, say, splits
-
 from steerbridge.evaluation import measure
 from steerbridge.training.recipe import TrainSettings, train
 

@@ -20,7 +20,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from common import arguments, finish, open_smollm2, say
-
 from steerbridge import data
 from steerbridge.training import head as heads
 from steerbridge.training.head import HeadSettings

@@ -11,8 +11,6 @@ import sys
 import time
 from pathlib import Path
 
-from steerbridge_hf import open_model
-
 from steerbridge.cli.common import progress, smollm2
 from steerbridge.cli.generate import side_by_side
 from steerbridge.cli.inspect import sheet
@@ -20,6 +18,7 @@ from steerbridge.data import Example, from_corpus
 from steerbridge.evaluation import measure
 from steerbridge.package import load
 from steerbridge.training.recipe import TrainSettings, train
+from steerbridge_hf import open_model
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache"
 PROMPTS = [

@@ -3,9 +3,10 @@
 # --- README
 import sys
 
+from transformers import TextStreamer
+
 import steerbridge
 from steerbridge_hf import open_model, steer
-from transformers import TextStreamer
 
 package = steerbridge.load(sys.argv[1])  # a directory, a .gguf file or a hub id
 hf = open_model(sys.argv[2])  # or wrap your own: HfModel(model, tokenizer)

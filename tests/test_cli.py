@@ -6,8 +6,9 @@ import json
 import subprocess
 import sys
 
-import helpers
 import pytest
+
+import helpers
 
 
 def run(*args):

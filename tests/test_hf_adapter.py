@@ -5,15 +5,13 @@ from __future__ import annotations
 import copy
 import threading
 
-import helpers
 import numpy as np
 import pytest
 
+import helpers
+
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
-
-from steerbridge_hf import steer  # noqa: E402
-from steerbridge_hf.sites import facts, locate  # noqa: E402
 
 from steerbridge import reference  # noqa: E402
 from steerbridge.errors import (  # noqa: E402
@@ -24,6 +22,8 @@ from steerbridge.errors import (  # noqa: E402
     UnsupportedFeature,
 )
 from steerbridge.spec import parse_site  # noqa: E402
+from steerbridge_hf import steer  # noqa: E402
+from steerbridge_hf.sites import facts, locate  # noqa: E402
 
 pytestmark = pytest.mark.hf
 

@@ -8,11 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import helpers
 import jsonschema
 import pytest
 import tomllib
 
+import helpers
 from steerbridge.cli.schema import build
 from steerbridge.encodings import plain
 

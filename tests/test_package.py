@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import struct
 
-import helpers
 import numpy as np
 import pytest
 
+import helpers
 from steerbridge import encodings, gguf_file
 from steerbridge.errors import (
     BrokenPackage,

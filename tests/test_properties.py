@@ -5,10 +5,10 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-import helpers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import helpers
 from steerbridge import encodings
 from steerbridge.package import SteeringPackage, load, parse
 from steerbridge.spec import tensor_shapes

@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 
-import helpers
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+import helpers
 from steerbridge import reference
 from steerbridge.spec import parse_site
 from steerbridge.tensors import Tensor

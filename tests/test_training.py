@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import helpers
 import numpy as np
 import pytest
+
+import helpers
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")

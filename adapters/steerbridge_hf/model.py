@@ -49,6 +49,8 @@ def open_model(
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         **where, dtype=getattr(torch, dtype), **options
     )
+    if path.exists():
+        loaded.config.name_or_path = path.stem if path.is_file() else path.name
     loaded.to(device=torch.device(device))
     return HfModel(loaded.eval(), tokenizer)
 
