@@ -13,7 +13,7 @@ import helpers
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from steerbridge import reference  # noqa: E402
+from oracle import oracle  # noqa: E402
 from steerbridge.errors import (  # noqa: E402
     HookLost,
     ModelMismatch,
@@ -21,9 +21,8 @@ from steerbridge.errors import (  # noqa: E402
     SteeredCache,
     UnsupportedFeature,
 )
-from steerbridge.spec import parse_site  # noqa: E402
 from steerbridge_hf import steer  # noqa: E402
-from steerbridge_hf.sites import facts, locate  # noqa: E402
+from steerbridge_hf.sites import facts  # noqa: E402
 
 pytestmark = pytest.mark.hf
 
@@ -63,55 +62,6 @@ def batch(prompts=PROMPTS, side="left"):
         part = slice(width - len(p), width) if side == "left" else slice(0, len(p))
         ids[i, part], mask[i, part] = torch.tensor(p), 1
     return {"input_ids": ids, "attention_mask": mask}
-
-
-def states(model, ids, package=None, acting=()):
-    """Hidden states by depth of one unpadded prompt, steered as the oracle says, and logits."""
-    sites = locate(model)
-    found, prompt = {}, len(ids) if package is None else package
-    handles = []
-
-    def hook(depth):
-        def run(module, args, kwargs):
-            h = args[0] if args else kwargs["hidden_states"]
-            name = "head_input" if depth == 5 else f"layer_input[{depth}]"
-            new = h.clone()
-            rows = reference.steer(acting, hook.tensors, parse_site(name), h[0, prompt - 1 :])
-            new[0, prompt - 1 :] = torch.from_numpy(np.asarray(rows, np.float32))
-            found[depth] = h[0].detach().numpy()
-            return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
-
-        return run
-
-    hook.tensors = states.tensors
-    for depth in range(6):
-        handle = sites.at_depth(depth).register_forward_pre_hook(hook(depth), with_kwargs=True)
-        handles.append(handle)
-    with torch.no_grad():
-        logits = model(torch.tensor([ids]), use_cache=False).logits[0, -1]
-    for handle in handles:
-        handle.remove()
-    return found, logits
-
-
-def oracle(model, package, ids, new=NEW):
-    """Verdict and greedy tokens of one prompt, by the reference semantics, without a cache."""
-    states.tensors = package.tensors
-    hidden, _ = states(model, ids)
-    depth = package.spec.depth
-    inputs = {
-        p.id: reference.probe_input(p, package.tensors, lambda s: hidden[depth(s)])
-        for p in package.spec.probes
-    }
-    verdicts = reference.verdicts(package, inputs)
-    acting = reference.actions(package.spec, verdicts)
-    tokens = list(ids)
-    for _ in range(new):
-        _, logits = states(model, tokens, len(ids), acting)
-        tokens.append(int(logits.argmax()))
-        if tokens[-1] == 2:
-            break
-    return verdicts, tokens[len(ids) :]
 
 
 def half_fired(model, **fields):
@@ -156,7 +106,7 @@ def test_scores_verdicts_and_tokens_equal_the_oracle(family, acts, ids):
     plain = generate(model)
     assert [o.fired for o in session.outcomes] == fired
     for i, ids_ in enumerate(PROMPTS):
-        verdicts, want = oracle(model, package, ids_)
+        verdicts, want = oracle(model, package, ids_, NEW)
         assert session.outcomes[i].verdicts[0].score == pytest.approx(verdicts[0].score, abs=1e-4)
         assert session.outcomes[i].rules == (("r",) if fired[i] else ())
         assert tokens[i] == want
@@ -341,6 +291,29 @@ def test_remove_leaves_no_trace(llama):
     assert generate(llama) == plain
 
 
+def test_remove_puts_back_what_others_had_wrapped():
+    model = helpers.tiny()
+    plain = model.generate
+    object.__setattr__(model, "generate", lambda **kwargs: plain(**kwargs))
+    theirs = model.generate
+    with steer(model, helpers.package(facts(model))) as session:
+        generate(model)
+        assert session.outcomes
+    assert model.generate is theirs
+
+
+def test_a_lora_model_is_steered_through_its_base():
+    peft = pytest.importorskip("peft")
+    model = helpers.tiny()
+    config = peft.LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False)
+    wrapped = peft.get_peft_model(model, config).eval()
+    package, fired = half_fired(model)  # the adapter is inside: the base runs with it
+    with steer(wrapped, package) as session:
+        steered = generate(wrapped)
+    assert [o.fired for o in session.outcomes] == fired
+    assert steered != generate(wrapped)
+
+
 def test_unconditional_rules_act_everywhere_they_say(llama):
     probes, rules = [], [helpers.rule(None, ["v"])]
     everywhere = {**ADD, "position": "all_positions"}
@@ -471,7 +444,7 @@ def test_probe_kinds_in_torch_equal_the_oracle(llama):
     with steer(llama, package) as session:
         tokens = generate(llama)
     for i, ids in enumerate(PROMPTS):
-        verdicts, want = oracle(llama, package, ids)
+        verdicts, want = oracle(llama, package, ids, NEW)
         for got, expected in zip(session.outcomes[i].verdicts, verdicts, strict=True):
             assert got.score == pytest.approx(expected.score, abs=1e-4), got.probe
             assert got.fired == expected.fired

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import helpers
 from steerbridge import encodings
+from steerbridge.errors import PackageError
 from steerbridge.package import SteeringPackage, load, parse
 from steerbridge.spec import tensor_shapes
 from steerbridge.tensors import Tensor
@@ -114,3 +115,21 @@ def test_directory_and_gguf_hold_the_same_bits(package):
             assert (Path(name) / "dir" / part).read_bytes() == (
                 Path(name) / "again" / part
             ).read_bytes()
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data(), st.sampled_from(["one.gguf", "dir"]))
+def test_damaged_files_load_or_end_in_a_typed_error(data, name):
+    with tempfile.TemporaryDirectory() as folder:
+        target = helpers.package().save(Path(folder) / name)
+        part = data.draw(st.sampled_from(sorted(target.iterdir()))) if target.is_dir() else target
+        raw = bytearray(part.read_bytes())
+        for _ in range(data.draw(st.integers(1, 6))):
+            at = data.draw(st.integers(0, min(len(raw), 4096) - 1))
+            raw[at] = data.draw(st.integers(0, 255))
+        part.write_bytes(raw)
+        try:
+            loaded = load(target)
+        except PackageError:
+            return
+        assert isinstance(loaded, SteeringPackage)

@@ -88,6 +88,7 @@ class Session:
         self._plan = plan(self.package.spec)
         self._weights = Weights(self.package)
         self._handles: list[Any] = []
+        self._replaced: dict[str, Any] = {}
         self._here = threading.local()  # each thread generates for its own requests
         # Whose rows a KV cache holds that a bare forward call made.
         self._caches: WeakKeyDictionary[Any, Requests] = WeakKeyDictionary()
@@ -134,6 +135,8 @@ class Session:
             ("init_continuous_batching", self._refuse_continuous_batching),
         ):
             if (original := getattr(model, name, None)) is not None:
+                if name in model.__dict__:  # somebody else's wrapper: put back by remove()
+                    self._replaced[name] = original
                 wrapped = functools.wraps(original)(functools.partial(wrapper, original))
                 object.__setattr__(model, name, wrapped)
 
@@ -147,6 +150,8 @@ class Session:
         self._handles = []
         for name in (_OWNER, "generate", "generate_batch", "init_continuous_batching"):
             model.__dict__.pop(name, None)
+        model.__dict__.update(self._replaced)
+        self._replaced = {}
 
     def __enter__(self) -> Session:
         self.apply()
