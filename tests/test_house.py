@@ -6,11 +6,11 @@ import ast
 import json
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import jsonschema
 import pytest
-import tomllib
 
 import helpers
 from steerbridge.cli.schema import build
