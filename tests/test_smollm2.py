@@ -83,7 +83,7 @@ def test_a_trained_guard_refuses_what_it_should(model, tmp_path):
     examples += [e for e in corpus if e.kind == "general"][:120]
     settings = recipe.TrainSettings(
         probe="linear",
-        target_fpr={"*": 0.1}  # few prompts: a strict rate would silence the probe,
+        target_fpr={"*": 0.1},  # few prompts: a strict rate would silence the probe
         head=HeadSettings(steps=60),
         head_prompts=48,
         validation_prompts=8,
