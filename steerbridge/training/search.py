@@ -20,7 +20,7 @@ FOLDS = 5
 DECAY = 3e-3  # while readings are chosen, with the fast linear probe
 DECAYS = (3e-4, 1e-3, 3e-3)
 # Depths (as shares of the model) of the spread set. Prompts that only sound harmful are told
-# apart best by several depths together (measured on SmolLM2: benchmarks/README.md).
+# apart better by several depths together.
 SPREAD = {"prompt_end": (0.53, 0.73), "prompt_mean": (0.33, 0.53, 0.73)}
 
 
