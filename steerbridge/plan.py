@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 
-from steerbridge.spec import HeadMatrix, ImageMean, PromptMean, ScoreStrength, SteeringSpec
+from steerbridge.spec import HeadMatrix, ScoreStrength, SteeringSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,18 +35,11 @@ class Stop:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The stops of a spec by depth, and facts that decide what a runtime must support."""
+    """The stops of a spec by depth, the rules that need no probe, and the head's depth."""
 
     stops: tuple[Stop, ...]
     unconditional: tuple[int, ...]  # rules that hold before anything is read
-    reads_means: bool
-    reads_images: bool
     head_depth: int
-    acts_on_layers: bool
-
-    def stop(self, depth: int) -> Stop | None:
-        """The stop at this depth, if there is one."""
-        return next((s for s in self.stops if s.depth == depth), None)
 
 
 def plan(spec: SteeringSpec) -> Plan:
@@ -64,15 +57,11 @@ def plan(spec: SteeringSpec) -> Plan:
         Stop(d, *(tuple(part.get(d, ())) for part in (readings, probes, rules, acts)))  # type: ignore[arg-type]
         for d in depths
     )
-    positions = [r.position for p in spec.probes for r in p.readings]
     head = spec.base_model.num_layers + 1
     return Plan(
         stops=stops,
         unconditional=tuple(rules.get(-1, ())),
-        reads_means=any(isinstance(p, PromptMean | ImageMean) for p in positions),
-        reads_images=any(isinstance(p, ImageMean) for p in positions),
         head_depth=head,
-        acts_on_layers=any(depth != head for depth in acts),
     )
 
 
