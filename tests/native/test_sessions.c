@@ -300,6 +300,117 @@ static void test_shared(const golden *g) {
     steerhook_session_free(t.session);
 }
 
+/* Rows leave the cache: only a cut into a prompt ends its request. */
+static void test_cut(const golden *g) {
+    const golden_request *r = &g->requests[0];
+    int32_t n = r->n_prompt;
+    toy t;
+    toy_row rows[128];
+    toy_new(&t, g, 512, 2);
+    CHECK(r->n_rows >= n + 2);
+    prompt_rows(r, 0, rows);
+    rows[n] = rows[n + 1] = (toy_row){r, 0, n, true};
+    rows[n + 1].row = n + 1;
+    begin(&t, 0, r);
+    CHECK_STATUS(toy_decode(&t, rows, 2, false), STEERHOOK_OK);
+    CHECK_STATUS(steerhook_request_cut(t.session, 0, 2, -1), STEERHOOK_OK); /* nothing there */
+    CHECK_STATUS(steerhook_request_cut(t.session, 1, 0, -1), STEERHOOK_OK); /* another sequence */
+    CHECK_STATUS(toy_decode(&t, rows + 2, n - 2, false), STEERHOOK_OK);
+    CHECK_STATUS(steerhook_request_cut(t.session, 0, n, -1), STEERHOOK_OK);
+    CHECK_STATUS(toy_decode(&t, rows + n, 2, false), STEERHOOK_OK);
+    CHECK_STATUS(steerhook_request_cut(t.session, 0, n + 1, -1), STEERHOOK_OK); /* a draft row */
+    CHECK_STATUS(toy_decode(&t, rows + n + 1, 1, false), STEERHOOK_OK);
+    CHECK_STATUS(steerhook_request_cut(t.session, 0, 1, 3), STEERHOOK_OK); /* a context shift */
+    CHECK_STATUS(toy_decode(&t, rows + n + 1, 1, false), STEERHOOK_OK);
+    CHECK_STATUS(steerhook_request_cut(t.session, 0, n - 1, -1), STEERHOOK_OK);
+    CHECK_STATUS(toy_decode(&t, rows + n - 1, 1, false), STEERHOOK_NO_REQUEST);
+    steerhook_session_clear(t.session);
+    begin(&t, 0, r);
+    CHECK_STATUS(toy_decode(&t, rows, 2, false), STEERHOOK_OK);
+    CHECK_STATUS(steerhook_request_cut(t.session, -1, 0, 1), STEERHOOK_OK); /* of an open prompt */
+    CHECK_STATUS(toy_decode(&t, rows + 2, 1, false), STEERHOOK_NO_REQUEST);
+    CHECK_STATUS(steerhook_request_cut(t.session, 2, 0, -1), STEERHOOK_NO_REQUEST);
+    steerhook_session_clear(t.session);
+    CHECK_STATUS(steerhook_request_cut(t.session, 2, 0, -1), STEERHOOK_SEQUENCE);
+    CHECK_STATUS(steerhook_request_cut(NULL, 0, 0, -1), STEERHOOK_ARGUMENT);
+    steerhook_session_free(t.session);
+}
+
+/* scored's first rule always steers layer 3: rows of its requests from the prompt end on serve no
+ * later prompt, as long as they are in the cache. Its probes read the last two rows. */
+static void test_steered_cache(const golden *g) {
+    const golden_request *r = &g->requests[0];
+    int32_t n = r->n_prompt;
+    toy t;
+    toy_row rows[128];
+    toy_new(&t, g, 512, 3);
+    CHECK(steerhook_first_steered(t.session, 0) == -1);
+    CHECK(steerhook_first_steered(NULL, 0) == -1 && steerhook_first_steered(t.session, 9) == -1);
+    begin(&t, 0, r);
+    CHECK_STATUS(toy_decode(&t, rows, prompt_rows(r, 0, rows), false), STEERHOOK_OK);
+    CHECK(steerhook_first_steered(t.session, 0) == n - 1);
+    CHECK_STATUS(steerhook_request_copy(t.session, 0, 1), STEERHOOK_OK);
+    CHECK_STATUS(steerhook_request_end(t.session, 0), STEERHOOK_OK);
+    CHECK_STATUS(steerhook_request_copy(t.session, 0, 2), STEERHOOK_NO_REQUEST);
+    for (int32_t seq = 0; seq < 3; seq++) {
+        CHECK_STATUS(steerhook_request_begin(t.session, seq, n, n + 3), STEERHOOK_STEERED);
+    }
+    CHECK_STATUS(steerhook_request_cut(t.session, 0, n, -1), STEERHOOK_OK);
+    CHECK(steerhook_first_steered(t.session, 0) == n - 1);
+    CHECK_STATUS(steerhook_request_cut(t.session, 0, n - 1, -1), STEERHOOK_OK);
+    CHECK(steerhook_first_steered(t.session, 0) == -1);
+    CHECK_STATUS(steerhook_request_begin(t.session, 1, n - 1, n + 3), STEERHOOK_OK);
+    CHECK_STATUS(steerhook_session_clear(t.session), STEERHOOK_OK);
+    CHECK(steerhook_first_steered(t.session, 2) == -1);
+    steerhook_session_free(t.session);
+}
+
+/* While paused every node is left alone and nothing can be decoded as a request. */
+static void test_pause(const golden *g) {
+    const golden_request *r = &g->requests[0];
+    const steerhook_batch batch = {.n_tokens = r->n_prompt};
+    struct ggml_tensor head = {"result_norm", 0, NULL};
+    toy t;
+    toy_new(&t, g, 64, 1);
+    begin(&t, 0, r);
+    CHECK_STATUS(steerhook_pause(t.session, true), STEERHOOK_OK);
+    CHECK(!steerhook_eval(&head, true, t.session) && steerhook_eval(&head, false, t.session));
+    CHECK_STATUS(steerhook_batch_begin(t.session, &batch), STEERHOOK_ORDER);
+    CHECK_STATUS(steerhook_pause(t.session, true), STEERHOOK_ORDER); /* it failed */
+    CHECK_STATUS(steerhook_pause(t.session, false), STEERHOOK_OK);
+    check_failed(&t, STEERHOOK_ORDER);
+    begin(&t, 0, r);
+    CHECK_STATUS(steerhook_batch_begin(t.session, &batch), STEERHOOK_OK);
+    CHECK_STATUS(steerhook_pause(t.session, true), STEERHOOK_ORDER);
+    CHECK_STATUS(steerhook_batch_cancel(t.session), STEERHOOK_OK);
+    CHECK_STATUS(steerhook_pause(NULL, true), STEERHOOK_ARGUMENT);
+    steerhook_session_free(t.session);
+}
+
+/* head_guard's probe reads depth 2 at the prompt end: its reading is that very row. */
+static void test_readings(const golden *g) {
+    const golden_request *r = &g->requests[0];
+    double out[64];
+    toy t;
+    toy_row rows[128];
+    toy_new(&t, g, 64, 1);
+    begin(&t, 0, r);
+    CHECK(g->d <= 64 && steerhook_readings(t.session, 0, "p", out, 64) == 0);
+    CHECK_STATUS(toy_decode(&t, rows, prompt_rows(r, 0, rows), false), STEERHOOK_OK);
+    CHECK(steerhook_readings(t.session, 0, "p", NULL, 0) == g->d);
+    out[1] = -7.0;
+    CHECK(steerhook_readings(t.session, 0, "p", out, 1) == g->d && out[1] == -7.0);
+    CHECK(steerhook_readings(t.session, 0, "p", out, 64) == g->d);
+    for (int32_t i = 0; i < g->d; i++) {
+        CHECK(out[i] == (double)r->input[2][(r->n_prompt - 1) * g->d + i]);
+    }
+    CHECK(steerhook_readings(t.session, 1, "p", out, 64) == -(int64_t)STEERHOOK_ARGUMENT);
+    CHECK(steerhook_readings(t.session, 0, "nobody", out, 64) == -(int64_t)STEERHOOK_ARGUMENT);
+    CHECK(steerhook_readings(t.session, 0, "p", NULL, 64) == -(int64_t)STEERHOOK_ARGUMENT);
+    CHECK(steerhook_readings(NULL, 0, "p", out, 64) == -(int64_t)STEERHOOK_ARGUMENT);
+    steerhook_session_free(t.session);
+}
+
 static void test_batches(const golden *g) {
     toy t;
     toy_new(&t, g, 8, 2);
@@ -337,6 +448,7 @@ void test_sessions(const char *directory) {
     golden *head = golden_load(directory, "head_guard-f32");
     golden *layer = golden_load(directory, "layer_guard-f32");
     golden *image = golden_load(directory, "image_guard-f16");
+    golden *scored = golden_load(directory, "scored-f32");
     test_models(head);
     test_requests(layer);
     test_cached(head);
@@ -348,7 +460,12 @@ void test_sessions(const char *directory) {
     test_shared(layer);
     test_shared(head);
     test_batches(layer);
+    test_cut(head);
+    test_steered_cache(scored);
+    test_pause(head);
+    test_readings(head);
     golden_free(head);
     golden_free(layer);
     golden_free(image);
+    golden_free(scored);
 }

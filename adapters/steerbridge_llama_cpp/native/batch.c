@@ -192,8 +192,10 @@ steerhook_status steerhook_batch_begin(steerhook_session *s, const steerhook_bat
     if (status != STEERHOOK_OK) {
         return status;
     }
-    if (s->batch.open) {
-        return sh_session_fail(s, STEERHOOK_ORDER, "batch: expected the last one to have ended");
+    if (s->batch.open || s->paused) {
+        return sh_session_fail(s, STEERHOOK_ORDER, "batch: expected %s",
+                               s->paused ? "a session that is not paused"
+                                         : "the last one to have ended");
     }
     if (batch == NULL || batch->n_tokens < 1 || batch->n_tokens >= MAX_ROWS ||
         (batch->n_seq_id == NULL) != (batch->seq_id == NULL)) {

@@ -273,6 +273,9 @@ static bool deliver(steerhook_session *s, struct ggml_tensor *node) {
 
 bool steerhook_eval(struct ggml_tensor *node, bool ask, void *session) {
     steerhook_session *s = session;
+    if (s->paused) {
+        return !ask; /* nothing is wanted, and nothing is stopped */
+    }
     if (s->status != STEERHOOK_OK) {
         return ask; /* cut the graph at the next node, then stop it */
     }

@@ -108,6 +108,13 @@ steerhook_status steerhook_request_begin(steerhook_session *s, int32_t seq, int3
     if (status != STEERHOOK_OK) {
         return status;
     }
+    if (request->clean > 0 && n_cached >= request->clean) {
+        return sh_session_refuse(s, STEERHOOK_STEERED,
+                                 "prompt: expected %ld cached rows at most, found %ld; later ones "
+                                 "were steered for another prompt",
+                                 (long)request->clean - 1, (long)n_cached);
+    }
+    request->clean = 0;
     request->open = true;
     request->n_cached = n_cached;
     request->n_prompt = n_prompt;
@@ -125,6 +132,7 @@ steerhook_status steerhook_request_copy(steerhook_session *s, int32_t from, int3
     const sh_request *source = &s->requests[from];
     sh_request *target = &s->requests[to];
     target->open = target->acting = false;
+    target->clean = source->clean;
     if (!source->open) {
         return sh_session_refuse(s, STEERHOOK_NO_REQUEST, "copy: no open request on sequence %ld",
                                  (long)from);
@@ -144,6 +152,33 @@ steerhook_status steerhook_request_copy(steerhook_session *s, int32_t from, int3
     memcpy(copy.probes, source->probes, (size_t)s->package->n_probes * sizeof *copy.probes);
     memcpy(copy.rules, source->rules, (size_t)s->package->n_rules * sizeof *copy.rules);
     *target = copy;
+    return STEERHOOK_OK;
+}
+
+static void cut(sh_request *request, int64_t from, int64_t to) {
+    if (to < 0 && from < request->clean) {
+        request->clean = 0; /* the steered rows went */
+    }
+    bool tail = to < 0 || to >= request->count;
+    if (!request->open || from >= request->count || (!tail && to <= from)) {
+        return;
+    }
+    if (from >= request->n_prompt) {
+        request->count = tail ? from : request->count;
+    } else if (tail || request->count < request->n_prompt) {
+        request->open = request->acting = false;
+    }
+}
+
+steerhook_status steerhook_request_cut(steerhook_session *s, int32_t seq, int32_t from,
+                                       int32_t to) {
+    steerhook_status status = may_change(s, seq < 0 ? 0 : seq);
+    if (status != STEERHOOK_OK) {
+        return status;
+    }
+    for (int32_t i = seq < 0 ? 0 : seq; i < (seq < 0 ? s->model.n_seq_max : seq + 1); i++) {
+        cut(&s->requests[i], from < 0 ? 0 : from, to);
+    }
     return STEERHOOK_OK;
 }
 
@@ -194,6 +229,18 @@ static steerhook_status check_strength(steerhook_session *s, const sh_rule *rule
     return STEERHOOK_OK;
 }
 
+/* Whether the rule rewrites rows that stay in the cache. An intervention at all positions has no
+ * condition: every request of the session would see its rows the same. */
+static bool leaves_rows(const steerhook_session *s, const sh_rule *rule) {
+    for (int32_t i = 0; i < rule->n_interventions; i++) {
+        const sh_intervention *x = &s->package->interventions[rule->interventions[i]];
+        if (x->type != SH_HEAD_MATRIX && !x->all_positions) {
+            return true;
+        }
+    }
+    return false;
+}
+
 steerhook_status sh_decide_rules(steerhook_session *s, sh_request *request) {
     for (int32_t r = 0; r < s->package->n_rules; r++) {
         const sh_rule *rule = &s->package->rules[r];
@@ -213,6 +260,9 @@ steerhook_status sh_decide_rules(steerhook_session *s, sh_request *request) {
             return status;
         }
         request->acting = true;
+        if (leaves_rows(s, rule)) {
+            request->clean = request->n_prompt;
+        }
     }
     return STEERHOOK_OK;
 }

@@ -11,8 +11,8 @@ enum { MAX_SEQUENCES = 1 << 16, MAX_LAYERS = 1 << 16 };
 const char *steerhook_status_name(steerhook_status status) {
     static const char *const names[] = {
         "OK",         "ARGUMENT", "MEMORY",    "MODEL",      "SITE",
-        "SEQUENCE",   "NO_REQUEST", "CACHED",  "PROMPT",     "NO_OUTPUT",
-        "SHARED_ROW", "ROWS",     "HOOK_LOST", "STRENGTH",   "ORDER"};
+        "SEQUENCE",   "NO_REQUEST", "CACHED",  "STEERED",    "PROMPT",
+        "NO_OUTPUT",  "SHARED_ROW", "ROWS",     "HOOK_LOST", "STRENGTH",   "ORDER"};
     size_t index = (size_t)status;
     return index < sizeof names / sizeof *names ? names[index] : "UNKNOWN";
 }
@@ -124,6 +124,7 @@ steerhook_status steerhook_session_clear(steerhook_session *s) {
     for (int32_t i = 0; i < s->model.n_seq_max; i++) {
         sh_request *request = &s->requests[i];
         request->open = request->acting = false;
+        request->clean = 0;
         if (request->probes != NULL) {
             memset(request->probes, 0, (size_t)s->package->n_probes * sizeof *request->probes);
             memset(request->rules, 0, (size_t)s->package->n_rules * sizeof *request->rules);
@@ -136,6 +137,29 @@ steerhook_status steerhook_session_clear(steerhook_session *s) {
 
 /* ---- settings ---- */
 
+steerhook_status steerhook_pause(steerhook_session *s, bool paused) {
+    if (s == NULL) {
+        return STEERHOOK_ARGUMENT;
+    }
+    if (paused && s->status != STEERHOOK_OK) {
+        return s->status;
+    }
+    if (s->batch.open) {
+        return sh_session_refuse(s, STEERHOOK_ORDER, "pause: expected no open batch");
+    }
+    s->paused = paused;
+    return STEERHOOK_OK;
+}
+
+static int32_t find_probe(const steerhook_session *s, const char *id) {
+    for (int32_t i = 0; id != NULL && i < s->package->n_probes; i++) {
+        if (strcmp(s->package->probes[i].id, id) == 0) {
+            return i;
+        }
+    }
+    return -1;
+}
+
 steerhook_status steerhook_set_threshold(steerhook_session *s, const char *probe,
                                          double threshold) {
     steerhook_status status = sh_session_check(s);
@@ -145,14 +169,13 @@ steerhook_status steerhook_set_threshold(steerhook_session *s, const char *probe
     if (probe == NULL || !isfinite(threshold)) {
         return sh_session_refuse(s, STEERHOOK_ARGUMENT, "threshold: expected a finite number");
     }
-    for (int32_t i = 0; i < s->package->n_probes; i++) {
-        if (strcmp(s->package->probes[i].id, probe) == 0) {
-            s->thresholds[i] = threshold;
-            return STEERHOOK_OK;
-        }
+    int32_t index = find_probe(s, probe);
+    if (index < 0) {
+        return sh_session_refuse(s, STEERHOOK_ARGUMENT, "threshold: no probe %s",
+                                 sh_quote((sh_text){probe, strlen(probe)}).text);
     }
-    return sh_session_refuse(s, STEERHOOK_ARGUMENT, "threshold: no probe %s",
-                             sh_quote((sh_text){probe, strlen(probe)}).text);
+    s->thresholds[index] = threshold;
+    return STEERHOOK_OK;
 }
 
 steerhook_status steerhook_calibrate(steerhook_session *s, const char *runtime,
@@ -218,4 +241,31 @@ int32_t steerhook_rules(const steerhook_session *s, int32_t seq, steerhook_rule_
                                         state.strength};
     }
     return s->package->n_rules;
+}
+
+int32_t steerhook_first_steered(const steerhook_session *s, int32_t seq) {
+    return s == NULL || !has_sequence(s, seq) ? -1 : s->requests[seq].clean - 1;
+}
+
+int64_t steerhook_readings(const steerhook_session *s, int32_t seq, const char *probe,
+                           double *out, int64_t max) {
+    steerhook_status status = sh_session_check(s);
+    if (status != STEERHOOK_OK) {
+        return -(int64_t)status;
+    }
+    int32_t index = find_probe(s, probe);
+    if (!has_sequence(s, seq) || index < 0 || max < 0 || (out == NULL && max > 0)) {
+        return -(int64_t)STEERHOOK_ARGUMENT;
+    }
+    const sh_request *request = &s->requests[seq];
+    if (request->probes == NULL || !request->probes[index].known) {
+        return 0;
+    }
+    int64_t d = s->package->n_embd;
+    int64_t count = s->package->probes[index].n_readings * d;
+    const double *values = request->values + s->first_slot[index] * d;
+    for (int64_t i = 0; i < count && i < max; i++) {
+        out[i] = values[i];
+    }
+    return count;
 }

@@ -54,6 +54,8 @@ typedef struct {
     int64_t count;        /* rows so far, cached ones included */
     int64_t batch_count;  /* the same after the open batch */
     int32_t last_row;     /* its latest row in the batch being begun; -1: none */
+    int32_t clean;        /* cached rows before the first steered one; 0: no row is steered.
+                             Belongs to the cache, so it outlives the request. */
     double *values;       /* readings, n_embd each; sums while a mean is running */
     sh_progress *progress;
     sh_decision *probes;
@@ -82,6 +84,7 @@ struct steerhook_session {
     steerhook_model model;
     steerhook_ggml ggml;
     steerhook_status status; /* not OK: failed */
+    bool paused;
     char error[256];
     double *thresholds;
     int32_t n_slots; /* readings of all probes */

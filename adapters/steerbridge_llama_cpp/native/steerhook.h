@@ -58,6 +58,7 @@ typedef enum {
     STEERHOOK_SEQUENCE,   /* a sequence id outside 0..n_seq_max-1, or twice in a row */
     STEERHOOK_NO_REQUEST, /* rows of a sequence without an open request */
     STEERHOOK_CACHED,     /* a reading needs a prompt row that is in the cache already */
+    STEERHOOK_STEERED,    /* cached rows of the prompt were steered at a layer, for another one */
     STEERHOOK_PROMPT,     /* a prompt without rows to evaluate, or too short for a reading */
     STEERHOOK_NO_OUTPUT,  /* a wanted row of the last block or the head is no output row */
     STEERHOOK_SHARED_ROW, /* a row of several sequences whose requests differ */
@@ -125,6 +126,10 @@ STEERHOOK_API steerhook_status steerhook_session_clear(steerhook_session *sessio
 /* The text of the last refusal or error of this session; "" if there was none. */
 STEERHOOK_API const char *steerhook_session_error(const steerhook_session *session);
 
+/* While paused the callback answers no for every node and no batch may be announced: for work on
+ * the same context that generates nothing (embeddings). Refused while a batch is open. */
+STEERHOOK_API steerhook_status steerhook_pause(steerhook_session *session, bool paused);
+
 /* The evaluation callback (ggml_backend_sched_eval_callback); `session` is the user data. */
 STEERHOOK_API bool steerhook_eval(struct ggml_tensor *tensor, bool ask, void *session);
 
@@ -149,6 +154,17 @@ STEERHOOK_API steerhook_status steerhook_request_begin(steerhook_session *sessio
  * to the cache. Ends an older request of `to`. */
 STEERHOOK_API steerhook_status steerhook_request_copy(steerhook_session *session, int32_t from,
                                                       int32_t to);
+
+/* Rows `from` to `to` - 1 of a sequence leave the cache (`to` < 0: all from `from` on; `seq` < 0:
+ * of every sequence): what llama_memory_seq_rm and llama_memory_clear do. A request that loses rows
+ * of its prompt has ended, unless its prompt was complete and rows behind the gap stay (a context
+ * shift). */
+STEERHOOK_API steerhook_status steerhook_request_cut(steerhook_session *session, int32_t seq,
+                                                     int32_t from, int32_t to);
+
+/* The first row in the cache of a sequence that was steered at a layer from a prompt end on: no
+ * later request may use it or rows behind it. -1 if there is none. */
+STEERHOOK_API int32_t steerhook_first_steered(const steerhook_session *session, int32_t seq);
 
 /* Verdicts stay readable until the next request of the sequence. */
 STEERHOOK_API steerhook_status steerhook_request_end(steerhook_session *session, int32_t seq);
@@ -196,6 +212,13 @@ typedef struct {
 /* The same for rules: one for each rule of the package, decided or not. */
 STEERHOOK_API int32_t steerhook_rules(const steerhook_session *session, int32_t seq,
                                       steerhook_rule_state *out, int32_t max);
+
+/* What a probe of the sequence's latest request read, before standardisation: its readings one
+ * after the other, n_embd values each. Writes up to `max` values and returns how many there are; 0
+ * until the prompt has ended, -status on an error. A reading without rows (image_mean of a request
+ * without images) is zeros. `out` may be NULL if `max` is 0. */
+STEERHOOK_API int64_t steerhook_readings(const steerhook_session *session, int32_t seq,
+                                         const char *probe, double *out, int64_t max);
 
 #ifdef __cplusplus
 }
