@@ -6,8 +6,9 @@ is the name of the runtime on the command line. The core never imports an adapte
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Protocol
@@ -37,6 +38,13 @@ class Outcome:
     def fired(self) -> bool:
         """True if any probe fired."""
         return any(v.fired for v in self.verdicts)
+
+    def as_json(self) -> dict[str, Any]:
+        """For responses and logs; a score that is not finite is null, as JSON has none."""
+        verdicts = [asdict(v) for v in self.verdicts]
+        for verdict in verdicts:
+            verdict["score"] = verdict["score"] if math.isfinite(verdict["score"]) else None
+        return {"fired": self.fired, "rules": list(self.rules), "verdicts": verdicts}
 
 
 @dataclass(frozen=True, slots=True)

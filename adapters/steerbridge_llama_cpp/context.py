@@ -1,0 +1,212 @@
+"""A llama.cpp context with a package inside: for decoding loops of your own.
+
+    context = SteeredContext(package, model=model, params=params)
+    context.begin(seq, n_cached, n_prompt)     for each request
+    context.decode(batch)                      any rows of any sequences
+    context.outcome(seq)                       once its prompt has ended
+
+`Llama` keeps such a context when it is steered (see `session.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Callable, Collection, Iterator
+from importlib.metadata import version
+from typing import Any, Final
+
+import llama_cpp
+from llama_cpp import _internals as internals
+
+from steerbridge.errors import SteeringFailed, UnsupportedFeature
+from steerbridge.package import SteeringPackage
+from steerbridge.runtime import Outcome
+from steerbridge_llama_cpp.facts import facts_for, quantisation
+from steerbridge_llama_cpp.native import RUNTIME, NativeSession, Shape
+
+REQUIRES: Final = ((0, 3, 36), (0, 4))
+"""Versions of llama-cpp-python, from and below: its internals are what is steered."""
+
+
+class SteeredContext(internals.LlamaContext):
+    """A `LlamaContext` whose batches, and cuts of whose KV cache, libsteerhook knows.
+
+    Args:
+        package: checked against the model; thresholds calibrated for its quantisation under
+            the runtime name `llama.cpp` are used if the package holds any.
+        model: a `LlamaModel` (`Llama._model`).
+        params: `llama_context_params`; their evaluation callback is replaced. With several
+            sequences the KV cache must be unified.
+        ignore: names of base-model fields that may differ (see `fingerprint.CHECKED`).
+        after_batch: called after every batch that was decoded.
+
+    Raises:
+        ModelMismatch: the package was made for another model.
+        UnsupportedFeature: a site that llama.cpp does not show, a KV cache that is not
+            unified, an encoder, another version of llama-cpp-python.
+    """
+
+    def __init__(
+        self,
+        package: SteeringPackage,
+        *,
+        model: Any,
+        params: Any,
+        ignore: Collection[str] = (),
+        after_batch: Callable[[], None] = lambda: None,
+        verbose: bool = False,
+    ) -> None:
+        check_version()
+        if params.n_seq_max > 1 and not params.kv_unified:
+            raise UnsupportedFeature(
+                RUNTIME, f"{params.n_seq_max} sequences without a unified KV cache", "kv_unified"
+            )
+        if llama_cpp.llama_model_has_encoder(model.model):
+            raise UnsupportedFeature(RUNTIME, "models with an encoder")
+        if params.cb_eval:
+            raise UnsupportedFeature(RUNTIME, "another evaluation callback on the context")
+        self.unchecked = package.check(facts_for(model, package.spec.base_model), ignore)
+        self.package = package.calibrated(RUNTIME, quantisation(model))
+        shape = Shape(
+            model.n_embd(),
+            llama_cpp.llama_model_n_layer(model.model),
+            min(params.n_ubatch or params.n_batch, params.n_batch),
+            params.n_seq_max,
+        )
+        # Held here because the callback uses it as long as the context lives.
+        self.native = NativeSession(self.package, shape, llama_cpp.llama_cpp._lib)
+        params = type(params).from_buffer_copy(params)
+        function, data = self.native.callback
+        params.cb_eval = llama_cpp.ggml_backend_sched_eval_callback(function)
+        params.cb_eval_user_data = data
+        self.failed = False
+        """A batch went wrong: only `recover` helps."""
+        self._after_batch = after_batch
+        super().__init__(model=model, params=params, verbose=verbose)
+        self._check_ubatch(shape)
+
+    def _check_ubatch(self, shape: Shape) -> None:
+        found = llama_cpp.llama_n_ubatch(self.ctx)
+        if found != shape.n_ubatch:
+            self.close()  # type: ignore[no-untyped-call]
+            raise UnsupportedFeature(RUNTIME, f"n_ubatch {shape.n_ubatch} became {found}")
+
+    # -------------------------------------------------------- requests
+
+    def begin(self, seq: int, n_cached: int, n_prompt: int) -> None:
+        """A prompt of `n_prompt` rows starts on a sequence; `n_cached` are in the KV cache.
+
+        Raises:
+            RowMappingLost: a row that a probe reads is cached, or there is nothing to evaluate.
+            SteeredCache: a cached row was steered at a layer for an earlier request.
+        """
+        self.native.begin(seq, n_cached, n_prompt)
+
+    def copy(self, source: int, target: int) -> None:
+        """The request of `source` as it stands also for `target`; copy the KV cache yourself."""
+        self.native.copy(source, target)
+
+    def end(self, seq: int) -> None:
+        """No more rows of this sequence's request will come."""
+        self.native.end(seq)
+
+    def outcome(self, seq: int) -> Outcome | None:
+        """What was decided for the latest request of a sequence; None before its prompt ended."""
+        return self.native.outcome(seq)
+
+    def recover(self) -> None:
+        """Forget every request and any failure; the KV cache is emptied."""
+        self.native.clear()
+        self.failed = False
+        self.kv_cache_clear()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """For work that generates nothing (embeddings): not steered. Ends every request."""
+        self.native.pause(True)
+        try:
+            yield
+        finally:
+            self.native.pause(False)
+            self.native.cut(-1, 0, -1)
+
+    # -------------------------------------------------------- batches
+
+    def decode(self, batch: Any) -> None:
+        """`llama_decode` of a `LlamaBatch`, steered.
+
+        Raises:
+            SteeringFailed: a row belongs to no request or a node was not seen. No logits of
+                this batch may be used; `recover` before the next.
+            RuntimeError: llama_decode failed.
+        """
+        if self.native.is_paused:
+            super().decode(batch)
+            return
+        inner = batch.batch
+        every = None
+        if self.params.embeddings:  # llama.cpp then makes every row an output
+            every = (ctypes.c_int8 * inner.n_tokens)(*[1] * inner.n_tokens)
+        self.failed = True  # until all of it went well
+        self.native.batch_begin(inner, every_output=every)
+        if code := llama_cpp.llama_decode(self.ctx, inner):
+            self.native.batch_cancel()
+            self.failed = False
+            raise RuntimeError(f"llama_decode returned {code}")
+        self.native.batch_end()
+        self.failed = False
+        self._after_batch()
+
+    def encode(self, batch: Any) -> None:  # noqa: ARG002
+        """Refused: see the class."""
+        raise UnsupportedFeature(RUNTIME, "llama_encode")
+
+    # -------------------------------------------------------- the KV cache
+
+    def kv_cache_clear(self) -> None:
+        super().kv_cache_clear()  # type: ignore[no-untyped-call]
+        self._cut(-1, 0, -1)
+
+    def kv_cache_seq_rm(self, seq_id: int, p0: int, p1: int) -> bool:
+        removed: bool = super().kv_cache_seq_rm(seq_id, p0, p1)
+        if removed:
+            self._cut(max(seq_id, 0), max(p0, 0), p1)
+        return removed
+
+    def kv_cache_seq_cp(self, seq_id_src: int, seq_id_dst: int, p0: int, p1: int) -> None:
+        """Copies cells, not the request: `copy` or `begin` says whose rows they are."""
+        super().kv_cache_seq_cp(seq_id_src, seq_id_dst, p0, p1)
+        self.native.end(seq_id_dst)
+
+    def kv_cache_seq_keep(self, seq_id: int) -> None:
+        super().kv_cache_seq_keep(seq_id)
+        for other in range(self.params.n_seq_max):
+            if other != seq_id:
+                self._cut(other, 0, -1)
+
+    def _cut(self, seq: int, start: int, stop: int) -> None:
+        if not self.failed and not self.native.is_paused:
+            self.native.cut(seq, start, stop)
+
+
+def check_version() -> None:
+    """Raise UnsupportedFeature for a version of llama-cpp-python that was not made for."""
+    found = version("llama-cpp-python")
+    numbers = tuple(int(part) for part in found.split(".")[:3] if part.isdecimal())
+    low, high = REQUIRES
+    if not low <= numbers < high:
+        want = f">={'.'.join(map(str, low))},<{'.'.join(map(str, high))}"
+        raise UnsupportedFeature(RUNTIME, f"llama-cpp-python {found}", f"install {want}")
+
+
+def set_lora(context: Any, adapter: Any, scale: float) -> None:
+    """Put a LoRA adapter on a context.
+
+    Raises:
+        SteeringFailed: llama.cpp refused it.
+    """
+    adapters = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(adapter)
+    scales = (ctypes.c_float * 1)(scale)
+    if llama_cpp.llama_set_adapters_lora(context.ctx, adapters, 1, scales):
+        raise SteeringFailed("llama.cpp did not take the LoRA adapter again")

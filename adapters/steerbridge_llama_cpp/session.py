@@ -1,0 +1,250 @@
+"""A package attached to one `llama_cpp.Llama`: where its requests begin and end.
+
+The road of one request: `generate` says that a prompt comes (`expect`); the first `eval` opens
+it with the number of rows that the KV cache holds already; every batch passes through
+`SteeredContext.decode`; at the prompt end the outcome is kept and told. Nothing here patches
+llama_cpp: the session gives one object another context and a subclass of its class.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Sequence
+from types import TracebackType
+from typing import Any
+
+import llama_cpp
+from llama_cpp import _internals as internals
+
+from steerbridge.errors import RowMappingLost, SteeredCache, SteeringFailed, UnsupportedFeature
+from steerbridge.package import SteeringPackage
+from steerbridge.runtime import Outcome
+from steerbridge.spec import HeadMatrix, PromptEnd
+from steerbridge_llama_cpp.context import SteeredContext, set_lora
+from steerbridge_llama_cpp.native import RUNTIME
+
+OnOutcome = Callable[[tuple[Outcome, ...]], None]
+
+
+class Session:
+    """Steers every request of one `Llama`. `apply` and `remove` are inverses, and idempotent."""
+
+    def __init__(
+        self,
+        llama: llama_cpp.Llama,
+        package: SteeringPackage,
+        ignore: Collection[str] = (),
+        on_outcome: OnOutcome | None = None,
+    ) -> None:
+        self.llama: Any = llama
+        self.package = package
+        self.unchecked: tuple[str, ...] = ()
+        self.outcomes: tuple[Outcome, ...] = ()
+        """What was decided for the last prompt that ended (one, or none yet)."""
+        self._ignore = ignore
+        self._on_outcome = on_outcome
+        self._reach = _Reach(package)
+        self._context: SteeredContext | None = None
+        self._expected = False  # the next eval holds a prompt
+        self._generating = False
+        self._prompt = 0  # rows of the open prompt; 0: no request is open
+        self._told = True
+
+    # -------------------------------------------------------- attach and detach
+
+    def apply(self) -> None:
+        """Attach. The KV cache starts empty. Does nothing when attached."""
+        from steerbridge_llama_cpp.llama import steered_class
+
+        if self._context is not None:
+            return
+        if self.llama.__dict__.get("steering_session") is not None:
+            raise UnsupportedFeature(RUNTIME, "this Llama is steered already", "remove() first")
+        if self._reach.layers and self.llama.cache is not None:
+            raise UnsupportedFeature(RUNTIME, _NO_STATE_CACHE, "set_cache(None) first")
+        self._context = self._replace_context(steered=True)
+        self.unchecked, self.package = self._context.unchecked, self._context.package
+        self.llama.__class__ = steered_class(type(self.llama))
+        self.llama.steering_session = self
+
+    def remove(self) -> None:
+        """Detach: the `Llama` is an ordinary one, with an empty KV cache. Idempotent."""
+        from steerbridge_llama_cpp.llama import plain_class
+
+        if self._context is None:
+            return
+        self._context = None
+        del self.llama.__dict__["steering_session"]
+        self.llama.__class__ = plain_class(type(self.llama))
+        self._replace_context(steered=False)
+
+    def _replace_context(self, *, steered: bool) -> Any:
+        llama = self.llama
+        llama._ctx.close()
+        try:
+            context = self._new_context(steered)
+        except Exception:
+            llama._ctx = self._new_context(False)  # leave something that works
+            raise
+        llama._ctx = llama._stack.enter_context(contextlib.closing(context))
+        llama.n_tokens = 0
+        llama._requires_eval = True
+        return context
+
+    def _new_context(self, steered: bool) -> Any:
+        llama = self.llama
+        options = {
+            "model": llama._model,
+            "params": llama.context_params,
+            "verbose": llama.verbose,
+        }
+        context = (
+            SteeredContext(self.package, ignore=self._ignore, after_batch=self._tell, **options)
+            if steered
+            else internals.LlamaContext(**options)
+        )
+        if llama._lora_adapter is not None:
+            set_lora(context, llama._lora_adapter, llama.lora_scale)
+        return context
+
+    def __enter__(self) -> Session:
+        self.apply()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.remove()
+
+    @property
+    def context(self) -> SteeredContext:
+        """The Llama's context.
+
+        Raises:
+            UnsupportedFeature: not attached.
+        """
+        if self._context is None:
+            raise UnsupportedFeature(RUNTIME, "the package is not attached", "apply() first")
+        return self._context
+
+    # -------------------------------------------------------- what Llama's methods call
+
+    def expect(self, tokens: Sequence[int], reset: bool) -> list[int]:
+        """Announce a prompt: the next `eval` is its rest. Returns the tokens to evaluate.
+
+        Cuts the cache back so that every row that a probe reads will be evaluated, and no row
+        that an earlier request steered at a layer is used again.
+        """
+        llama = self.llama
+        if self.context.failed:
+            self.recover()
+        given = list(tokens)
+        whole = given if reset else [*llama.input_ids[: llama.n_tokens].tolist(), *given]
+        keep = self._reach.cacheable(len(whole))
+        if (steered := self.context.native.first_steered(0)) is not None:
+            keep = min(keep, steered)
+        if llama.n_tokens > keep:
+            if llama._is_recurrent or llama._is_hybrid:
+                keep = 0  # their state cannot be cut
+                llama.reset()
+            llama.n_tokens = keep
+            llama._requires_eval = True
+        self._expected = True
+        return given if reset else whole[llama.n_tokens :]
+
+    @contextlib.contextmanager
+    def generating(self) -> Iterator[None]:
+        """While `generate` runs, rows behind a prompt may come several at a time (drafts)."""
+        self._generating = True
+        try:
+            yield
+        finally:
+            self._generating = self._expected = False
+
+    def before_eval(self, rows: int) -> None:
+        """Open the request that the coming rows start, or refuse rows of no request."""
+        if self.context.failed:
+            raise SteeringFailed("the last request failed; reset() before the next")
+        cached: int = self.llama.n_tokens
+        if self._expected or cached == 0:
+            self._expected = False
+            self._prompt, self._told, self.outcomes = 0, False, ()
+            self.context.begin(0, cached, cached + rows)
+            self._prompt = cached + rows
+        elif not 0 < self._prompt <= cached:
+            raise RowMappingLost(
+                f"{rows} rows behind {cached} cached ones belong to no known request; "
+                "use generate() or reset()"
+            )
+        elif rows != 1 and not self._generating:
+            raise RowMappingLost(
+                f"eval of {rows} tokens behind a prompt may be a new turn; use generate()"
+            )
+
+    def recover(self) -> None:
+        """Forget a failed request: empty cache, no open request."""
+        self.context.recover()
+        self._prompt = 0
+        self.llama.n_tokens = 0
+        self.llama._requires_eval = True
+
+    def loaded(self) -> None:
+        """A saved state replaced the cache: its rows belong to no open request."""
+        self.context.native.clear()
+        self.context.failed = False
+        self._prompt = 0
+
+    def refuse_steered_cache(self) -> None:
+        """Raise SteeredCache if the KV cache holds rows that were steered at a layer."""
+        row = self.context.native.first_steered(0)
+        if row is not None and row < self.llama.n_tokens:
+            raise SteeredCache(
+                f"the KV cache holds rows steered at a layer (from row {row} on); saved, they "
+                "would serve requests that are not steered"
+            )
+
+    def refuse_state_cache(self) -> None:
+        """Raise UnsupportedFeature if states of this session must not be kept for others."""
+        if self._reach.layers:
+            raise UnsupportedFeature(RUNTIME, _NO_STATE_CACHE)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """For work on the context that generates nothing (embeddings)."""
+        if self.context.failed:
+            self.recover()
+        self._prompt = 0
+        with self.context.paused():
+            yield
+
+    def _tell(self) -> None:
+        """Keep and report the outcome once the prompt has ended; called after each batch."""
+        if self._told or (found := self.context.outcome(0)) is None:
+            return
+        self._told, self.outcomes = True, (found,)
+        if self._on_outcome is not None:
+            self._on_outcome(self.outcomes)
+
+
+_NO_STATE_CACHE = (
+    "a cache of saved states, with a package that steers at layers: its states would carry "
+    "steered rows to other requests"
+)
+
+
+class _Reach:
+    """Which rows of a prompt a package reads, and whether it writes before the head."""
+
+    def __init__(self, package: SteeringPackage) -> None:
+        spec = package.spec
+        positions = [r.position for p in spec.probes for r in p.readings]
+        self._whole = any(not isinstance(p, PromptEnd) for p in positions)
+        self._offset = min((p.offset for p in positions if isinstance(p, PromptEnd)), default=0)
+        self.layers = any(not isinstance(x, HeadMatrix) for x in spec.interventions)
+
+    def cacheable(self, prompt: int) -> int:
+        """How many rows of a prompt may come from the cache: no probe reads them."""
+        return 0 if self._whole else max(0, prompt - 1 + self._offset)
