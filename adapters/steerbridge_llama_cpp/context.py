@@ -57,6 +57,7 @@ class SteeredContext(internals.LlamaContext):
         after_batch: Callable[[], None] = lambda: None,
         verbose: bool = False,
     ) -> None:
+        self._exit_stack = contextlib.ExitStack()  # what __del__ needs if this is refused
         check_version()
         if params.n_seq_max > 1 and not params.kv_unified:
             raise UnsupportedFeature(
@@ -80,8 +81,7 @@ class SteeredContext(internals.LlamaContext):
         function, data = self.native.callback
         params.cb_eval = llama_cpp.ggml_backend_sched_eval_callback(function)
         params.cb_eval_user_data = data
-        self.failed = False
-        """A batch went wrong: only `recover` helps."""
+        self._decoding = False
         self._after_batch = after_batch
         super().__init__(model=model, params=params, verbose=verbose)
         self._check_ubatch(shape)
@@ -115,11 +115,20 @@ class SteeredContext(internals.LlamaContext):
         """What was decided for the latest request of a sequence; None before its prompt ended."""
         return self.native.outcome(seq)
 
+    @property
+    def failed(self) -> bool:
+        """True if a batch went wrong, or was interrupted: only `recover` helps."""
+        return self._decoding or self.native.failed
+
     def recover(self) -> None:
         """Forget every request and any failure; the KV cache is emptied."""
-        self.native.clear()
-        self.failed = False
+        self.forget()
         self.kv_cache_clear()
+
+    def forget(self) -> None:
+        """Forget every request and any failure: the cache holds rows of none of them."""
+        self.native.clear()
+        self._decoding = False
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -148,14 +157,14 @@ class SteeredContext(internals.LlamaContext):
         every = None
         if self.params.embeddings:  # llama.cpp then makes every row an output
             every = (ctypes.c_int8 * inner.n_tokens)(*[1] * inner.n_tokens)
-        self.failed = True  # until all of it went well
+        self._decoding = True  # until all of it went well
         self.native.batch_begin(inner, every_output=every)
         if code := llama_cpp.llama_decode(self.ctx, inner):
             self.native.batch_cancel()
-            self.failed = False
+            self._decoding = False
             raise RuntimeError(f"llama_decode returned {code}")
         self.native.batch_end()
-        self.failed = False
+        self._decoding = False
         self._after_batch()
 
     def encode(self, batch: Any) -> None:  # noqa: ARG002

@@ -117,6 +117,7 @@ def _load() -> Any:
         ("session_new", pointer, [pointer, pointer, pointer, c_char_p, c_size_t]),
         ("session_free", None, [pointer]),
         ("session_clear", c_int32, [pointer]),
+        ("session_status", c_int32, [pointer]),
         ("session_error", c_char_p, [pointer]),
         ("pause", c_int32, [pointer, c_bool]),
         ("request_begin", c_int32, [pointer, c_int32, c_int32, c_int32]),
@@ -204,6 +205,11 @@ class NativeSession:
         function = ctypes.cast(self._library.steerhook_eval, c_void_p).value
         assert function is not None
         return function, self._session
+
+    @property
+    def failed(self) -> bool:
+        """True after an error in a batch: only `clear` helps."""
+        return bool(self._library.steerhook_session_status(self._session))
 
     # -------------------------------------------------------- requests
 

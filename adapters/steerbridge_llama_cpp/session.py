@@ -193,8 +193,7 @@ class Session:
 
     def loaded(self) -> None:
         """A saved state replaced the cache: its rows belong to no open request."""
-        self.context.native.clear()
-        self.context.failed = False
+        self.context.forget()
         self._prompt = 0
 
     def refuse_steered_cache(self) -> None:

@@ -23,6 +23,7 @@ static void check_failed(toy *t, steerhook_status status) {
     steerhook_verdict verdict;
     struct ggml_tensor other = {"ffn_out-0", 0, NULL};
     CHECK(steerhook_session_error(t->session)[0] != '\0');
+    CHECK_STATUS(steerhook_session_status(t->session), status);
     CHECK_STATUS(steerhook_batch_begin(t->session, &batch), status);
     CHECK_STATUS(steerhook_batch_end(t->session), status);
     CHECK_STATUS(steerhook_batch_cancel(t->session), status);

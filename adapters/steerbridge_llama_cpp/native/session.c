@@ -42,6 +42,10 @@ steerhook_status sh_session_fail(steerhook_session *s, steerhook_status status,
     return status;
 }
 
+steerhook_status steerhook_session_status(const steerhook_session *s) {
+    return sh_session_check(s);
+}
+
 const char *steerhook_session_error(const steerhook_session *s) {
     return s == NULL ? "no session" : s->error;
 }

@@ -123,6 +123,9 @@ STEERHOOK_API void steerhook_session_free(steerhook_session *session);
  * KV cache as well. */
 STEERHOOK_API steerhook_status steerhook_session_clear(steerhook_session *session);
 
+/* STEERHOOK_OK, or the error that made the session fail. */
+STEERHOOK_API steerhook_status steerhook_session_status(const steerhook_session *session);
+
 /* The text of the last refusal or error of this session; "" if there was none. */
 STEERHOOK_API const char *steerhook_session_error(const steerhook_session *session);
 
