@@ -55,6 +55,14 @@ def open_smollm2() -> Any:
     return open_model(smollm2())
 
 
+def smollm2_f32() -> Path:
+    """SmolLM2's weights as an F32 GGUF file, written once."""
+    from steerbridge_llama_cpp.dequantise import dequantise
+
+    path = CACHE / "models" / "SmolLM2-135M-Instruct.F32.gguf"
+    return path if path.is_file() else dequantise(smollm2(), path)
+
+
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 

@@ -361,6 +361,29 @@ def test_compiled_models_are_steered_or_stop(when):
     assert [o.fired for o in session.outcomes] == fired
 
 
+@pytest.mark.parametrize("how", ["module", "in place", "forward"])
+def test_code_compiled_before_is_traced_again(how):
+    """A bare call of an already traced model is steered, and plain again after `remove`."""
+    model = helpers.tiny()
+    package = helpers.package(facts(model), probes=[helpers.linear_probe(threshold=-1e9)])
+    ids = torch.tensor([PROMPTS[0]])
+    compiled = model
+    if how == "module":
+        compiled = torch.compile(model, backend="eager")
+    elif how == "in place":
+        model.compile(backend="eager")
+    else:
+        model.forward = torch.compile(model.forward, backend="eager")
+    with torch.no_grad():
+        plain = compiled(ids).logits
+        with steer(model, package) as session:
+            steered = compiled(ids).logits
+            assert session.outcomes[0].fired
+        assert not torch.equal(steered[:, -1], plain[:, -1])
+        assert torch.equal(steered[:, :-1], plain[:, :-1])
+        assert torch.equal(compiled(ids).logits, plain)
+
+
 def test_a_compiled_call_without_hooks_stops_generation():
     model = helpers.tiny()
     package, _ = half_fired(model)

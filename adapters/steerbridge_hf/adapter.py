@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 import threading
 from collections.abc import Callable, Collection
 from types import TracebackType
@@ -109,6 +110,7 @@ class Session:
             return
         if owner is not None:
             raise UnsupportedFeature(RUNTIME, "the model is steered already", "remove() first")
+        _drop_compiled_code()
         hook: Any = torch.compiler.disable
         self._handles = [
             model.register_forward_pre_hook(hook(self._before_forward), with_kwargs=True),
@@ -152,6 +154,7 @@ class Session:
             model.__dict__.pop(name, None)
         model.__dict__.update(self._replaced)
         self._replaced = {}
+        _drop_compiled_code()
 
     def __enter__(self) -> Session:
         self.apply()
@@ -389,6 +392,12 @@ class _StopGuard(_Guard, StoppingCriteria):
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
         self.check(self._before + input_ids.shape[1] - 1)
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def _drop_compiled_code() -> None:
+    """Have torch.compile trace again: code traced before knows nothing of hooks (or still does)."""
+    if "torch._dynamo" in sys.modules:  # nothing was compiled before it is imported
+        torch.compiler.reset()
 
 
 def quantisation(model: Any) -> str:

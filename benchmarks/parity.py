@@ -1,0 +1,196 @@
+"""`make parity`: the same package, prompts and weights in transformers and in llama.cpp.
+
+A guard is trained on the shipped prompts; its probe, with the threshold at the median of the
+scores so that half of the prompts fire, stands before four interventions: the head as trained,
+the head at low rank, a vector and a projection. Verdicts and 48 greedy tokens are compared with
+transformers on the same F32 weights, scores with the numpy reference too. Q4_1 is the model as
+shipped: transformers computes with the dequantised weights, llama.cpp with quantised activations.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent))
+from common import CACHE, arguments, finish, open_smollm2, say, smollm2_f32
+from steerbridge import reference
+from steerbridge.cli.common import smollm2
+from steerbridge.data import Example, from_corpus
+from steerbridge.package import SteeringPackage, load
+from steerbridge.runtime import Generation
+from steerbridge.spec import AddVector, DenseMatrix, LayerOutput, LowRankMatrix, ProjectOut, Target
+from steerbridge.tensors import Tensor
+from steerbridge.training import head as heads
+from steerbridge.training import recipe
+from steerbridge.training.head import HeadSettings
+from steerbridge_llama_cpp import open_model
+
+LAYER = 22  # where the vectors act: deep enough for every reading of the probe
+RANK = 32
+NEW = 48
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--prompts", type=int, default=104)
+    options = parser.parse_args()
+    hf = open_smollm2()
+    prompts = chosen(options.prompts)
+    packages = variants(at_median(trained(hf), hf, prompts), hf)
+    want = {name: hf.generate(prompts, p, max_new_tokens=NEW) for name, p in packages.items()}
+    say("transformers done")
+    result: dict[str, Any] = {"prompts": len(prompts), "new_tokens": NEW}
+    result["fired"] = share(a.outcome.fired for a in want["dense"])
+    result["reference"] = {"score_max_diff": against_reference(packages["dense"], hf, prompts, want)}
+    result["llama_cpp"] = {}
+    for quantisation, model in (
+        ("f32", lambda: open_model(smollm2_f32(), n_ctx=512, type_k=0, type_v=0)),
+        ("q4_1", lambda: open_model(smollm2(), n_ctx=512)),
+    ):
+        opened = model()
+        got = {name: opened.generate(prompts, p, max_new_tokens=NEW) for name, p in packages.items()}
+        result["llama_cpp"][quantisation] = compared(want, got)
+        say(f"llama.cpp {quantisation}: {result['llama_cpp'][quantisation]}")
+    finish(result)
+
+
+def chosen(count: int) -> list[Example]:
+    """Short prompts of the test split, harmful and harmless in turn."""
+    sides = [
+        [e for e in from_corpus("test") if e.harmful == harmful and len(e.text) < 120]
+        for harmful in (True, False)
+    ]
+    half = count // 2
+    picked = [[side[i * len(side) // half] for i in range(half)] for side in sides]
+    return [e for pair in zip(*picked, strict=True) for e in pair]
+
+
+def trained(hf: Any) -> SteeringPackage:
+    """A guard on a part of the shipped prompts, kept in the cache."""
+    path = CACHE / "parity-guard.gguf"
+    if not path.exists():
+        examples = [e for e in from_corpus("train") if len(e.text) < 120]
+        pairs = [e for e in examples if e.kind == "pair"][:400]
+        general = [e for e in examples if e.kind == "general"][:200]
+        settings = recipe.TrainSettings(head=HeadSettings(steps=80), head_prompts=64)
+        recipe.train(hf, [*pairs, *general], settings, CACHE / "parity").save(path)
+    return load(path)
+
+
+def at_median(package: SteeringPackage, hf: Any, prompts: Sequence[Example]) -> SteeringPackage:
+    """The package with the threshold in the middle of the two median scores."""
+    answers = hf.generate(prompts, package, max_new_tokens=1)
+    scores = sorted(a.outcome.verdicts[0].score for a in answers)
+    middle = float(np.mean(scores[len(scores) // 2 - 1 : len(scores) // 2 + 1]))
+    (probe,) = package.spec.probes
+    probes = (probe.model_copy(update={"threshold": middle}),)
+    return SteeringPackage(package.spec.model_copy(update={"probes": probes}), package.tensors)
+
+
+def variants(package: SteeringPackage, hf: Any) -> dict[str, SteeringPackage]:
+    """The package with each kind of intervention in the place of its head."""
+    head: Any = package.spec.interventions[0]
+    assert isinstance(head.weight, DenseMatrix)
+    cut = heads.low_rank(package.tensors[head.weight.matrix].float32(), RANK)
+    low = LowRankMatrix(form="low_rank", u="u", v="v")
+    direction = mean_difference(hf)
+    target = Target(site=LayerOutput(stream="layer_output", layer=LAYER), vector="direction")
+    common: dict[str, Any] = {"position": "from_prompt_end", "targets": (target,), "id": head.id}
+    unit = direction / np.linalg.norm(direction)
+    return {
+        "dense": package,
+        "low_rank": with_act(
+            package,
+            head.model_copy(update={"weight": low}),
+            {"u": Tensor.of(cut.u), "v": Tensor.of(cut.v)},
+        ),
+        "vector": with_act(
+            package,
+            AddVector(type="add_vector", alpha=2.0, **common),
+            {"direction": Tensor.of(direction)},
+        ),
+        "projection": with_act(
+            package,
+            ProjectOut(type="project_out", alpha=1.0, **common),
+            {"direction": Tensor.of(unit)},
+        ),
+    }
+
+
+def mean_difference(hf: Any) -> Any:
+    """Mean of harmful minus mean of harmless states at the prompt end of the layer."""
+    reading = next(
+        r
+        for r in recipe.all_readings(hf.facts.num_layers)
+        if str(r) == f"layer_input[{LAYER + 1}] @ prompt_end"
+    )
+    examples = [e for e in from_corpus("train") if e.kind == "pair"][:200]
+    states = np.empty((len(examples), 1, hf.facts.hidden_size), np.float32)
+    hf.capture(examples, [reading], states)
+    harmful = np.array([e.harmful for e in examples])
+    return states[harmful, 0].mean(axis=0) - states[~harmful, 0].mean(axis=0)
+
+
+def with_act(package: SteeringPackage, act: Any, tensors: Mapping[str, Tensor]) -> SteeringPackage:
+    spec = package.spec.model_copy(update={"interventions": (act,)})
+    return SteeringPackage(spec, {**package.tensors, **tensors})
+
+
+def against_reference(
+    package: SteeringPackage, hf: Any, prompts: Sequence[Example], answers: Mapping[str, Any]
+) -> float:
+    """Largest difference of a score between the HF adapter and the numpy oracle."""
+    (probe,) = package.spec.probes
+    states = np.empty((len(prompts), len(probe.readings), hf.facts.hidden_size), np.float32)
+    hf.capture(prompts, probe.readings, states)
+    want = reference.score(probe, package.tensors, states.reshape(len(prompts), -1))
+    got = [a.outcome.verdicts[0].score for a in answers["dense"]]
+    return float(np.abs(want - got).max())
+
+
+def compared(
+    want: Mapping[str, Sequence[Generation]], got: Mapping[str, Sequence[Generation]]
+) -> dict[str, Any]:
+    """Shares over all variants, and the share of equal tokens of each."""
+    pairs = {name: list(zip(want[name], got[name], strict=True)) for name in want}
+    every = [pair for found in pairs.values() for pair in found]
+    scores = [[a.outcome.verdicts[0].score for a in pair if a.outcome] for pair in every]
+    differences = np.abs(np.diff(np.array(scores), axis=1))
+    return {
+        "score_max_diff": float(differences.max()),
+        "score_mean_diff": float(differences.mean()),
+        "verdicts_equal": share(fired(a) == fired(b) for a, b in every),
+        "tokens_equal": share(a.tokens == b.tokens for a, b in every),
+        "tokens_equal_by_intervention": {
+            name: share(a.tokens == b.tokens for a, b in found) for name, found in pairs.items()
+        },
+        "leading_tokens_equal": round(float(np.mean([leading(a, b) for a, b in every])), 4),
+    }
+
+
+def fired(answer: Generation) -> bool:
+    return answer.outcome is not None and answer.outcome.fired
+
+
+def leading(a: Generation, b: Generation) -> float:
+    """Share of an answer's tokens before the first one that differs."""
+    same = 0
+    for x, y in zip(a.tokens, b.tokens, strict=False):
+        if x != y:
+            break
+        same += 1
+    return same / max(len(a.tokens), len(b.tokens))
+
+
+def share(values: Any) -> float:
+    found = list(values)
+    return round(sum(found) / len(found), 4)
+
+
+if __name__ == "__main__":
+    main()
