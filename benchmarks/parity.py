@@ -46,14 +46,18 @@ def main() -> None:
     say("transformers done")
     result: dict[str, Any] = {"prompts": len(prompts), "new_tokens": NEW}
     result["fired"] = share(a.outcome.fired for a in want["dense"])
-    result["reference"] = {"score_max_diff": against_reference(packages["dense"], hf, prompts, want)}
+    result["reference"] = {
+        "score_max_diff": against_reference(packages["dense"], hf, prompts, want)
+    }
     result["llama_cpp"] = {}
     for quantisation, model in (
         ("f32", lambda: open_model(smollm2_f32(), n_ctx=512, type_k=0, type_v=0)),
         ("q4_1", lambda: open_model(smollm2(), n_ctx=512)),
     ):
         opened = model()
-        got = {name: opened.generate(prompts, p, max_new_tokens=NEW) for name, p in packages.items()}
+        got = {
+            name: opened.generate(prompts, p, max_new_tokens=NEW) for name, p in packages.items()
+        }
         result["llama_cpp"][quantisation] = compared(want, got)
         say(f"llama.cpp {quantisation}: {result['llama_cpp'][quantisation]}")
     finish(result)
@@ -142,14 +146,14 @@ def with_act(package: SteeringPackage, act: Any, tensors: Mapping[str, Tensor]) 
 
 
 def against_reference(
-    package: SteeringPackage, hf: Any, prompts: Sequence[Example], answers: Mapping[str, Any]
+    package: SteeringPackage, hf: Any, prompts: Sequence[Example], answers: Sequence[Any]
 ) -> float:
     """Largest difference of a score between the HF adapter and the numpy oracle."""
     (probe,) = package.spec.probes
     states = np.empty((len(prompts), len(probe.readings), hf.facts.hidden_size), np.float32)
     hf.capture(prompts, probe.readings, states)
     want = reference.score(probe, package.tensors, states.reshape(len(prompts), -1))
-    got = [a.outcome.verdicts[0].score for a in answers["dense"]]
+    got = [a.outcome.verdicts[0].score for a in answers]
     return float(np.abs(want - got).max())
 
 

@@ -77,6 +77,10 @@ class LoadedModel(Protocol):
         """Name of the weights' storage, as in `calibrations` (F32, BF16, Q4_1, ...)."""
         ...
 
+    def render(self, prompt: Example) -> list[int]:
+        """Token ids of a prompt, its chat template and generation prompt included."""
+        ...
+
     def generate(
         self,
         prompts: Sequence[Example],

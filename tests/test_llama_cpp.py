@@ -139,8 +139,7 @@ def test_capture_reads_what_transformers_reads(smollm2_path, smollm2_f32_path):
     from steerbridge_hf import open_model as open_hf
 
     prompts = [Example("Name a colour.", False), Example("How do I bake a plain cake?", False)]
-    readings = [*all_readings(30)[::5], *all_readings(30)[-3:]]
-    readings += [r.model_copy(update={"position": r.position}) for r in all_readings(30)] * 1
+    readings = all_readings(30, boundary=-5)
     found, want = (np.empty((2, len(readings), 576), np.float32) for _ in range(2))
     open_model(smollm2_f32_path, n_ctx=256, type_k=0, type_v=0).capture(prompts, readings, found)
     open_hf(smollm2_path).capture(prompts, readings, want)
@@ -304,7 +303,9 @@ def test_a_prompt_that_is_cached_to_its_end_is_probed(llama, make):
 
 
 def test_a_turn_on_what_was_evaluated_is_a_request(llama, make):
-    with steer(llama, make(True, [reading("layer_input[22]", {"type": "prompt_end", "offset": -3})])):
+    with steer(
+        llama, make(True, [reading("layer_input[22]", {"type": "prompt_end", "offset": -3})])
+    ):
         whole = answer(llama, tokens(llama, TEXT + " red"))
         llama.reset()
         llama.eval(tokens(llama))
@@ -350,29 +351,28 @@ def test_speculative_decoding_gives_the_same_tokens(smollm2_path, llama, make):
         assert session.outcomes[0].fired
 
 
-def test_a_head_leaves_the_cache_alone_and_a_vector_does_not_share_it(llama, make):
-    """Steered by the head, a cache serves other requests; steered rows of a layer never do."""
-    more = TEXT + " red and then some more"
+@pytest.mark.parametrize("act", [None, VECTOR], ids=["head", "layer"])
+def test_cached_rows_serve_a_later_request_unless_they_were_steered(llama, make, monkeypatch, act):
+    """A head leaves the cache alone, so its rows are shared; a vector's rows never are."""
+    prompt, longer = tokens(llama), tokens(llama, TEXT + " red and then some more")
     llama.reset()
-    want = answer(llama, tokens(llama, more))
-    for package in (make(True), make(True, act=VECTOR)):
-        with steer(llama, package) as session:
-            answer(llama, tokens(llama))
-            quiet = make(False, act=package.spec.intervention(package.spec.interventions[0].id)
-                         .model_dump(exclude_unset=True))  # fmt: skip
-            native = session.context.native
-            row = native.first_steered(0)
-            assert row == (len(tokens(llama)) - 1 if package.spec.interventions[0].id == "v" else None)
-            used = []
-            evaluate = llama._ctx.decode
-            llama._ctx.decode = lambda b: (used.append(b.batch.n_tokens), evaluate(b))
-            answer(llama, tokens(llama, more), 1)
-            del llama._ctx.decode
-            cached = len(tokens(llama, more)) - used[0]
-            assert cached == (len(tokens(llama)) - (row is not None))
-        assert quiet
-    llama.reset()
-    assert answer(llama, tokens(llama, more)) == want
+    plain = answer(llama, longer)
+    evaluated = []
+    with steer(llama, make(True, act=act)) as session:
+        llama.reset()
+        want = answer(llama, longer)
+        llama.reset()
+        answer(llama, prompt)
+        first = session.context.native.first_steered(0)
+        assert first == (None if act is None else len(prompt) - 1)
+        decode = llama._ctx.decode
+        monkeypatch.setattr(
+            llama._ctx, "decode", lambda b: (evaluated.append(b.batch.n_tokens), decode(b))
+        )
+        assert answer(llama, longer) == want != plain
+        monkeypatch.undo()
+    assert len(longer) - evaluated[0] == (len(prompt) if act is None else first)
+    assert answer(llama, longer) == plain
 
 
 def test_llama_cache_and_saved_states(llama, make):
@@ -427,7 +427,7 @@ def test_sampling_options_act_on_steered_logits(llama, make):
     """Grammar, bias, stop words and a seed: the head changes what they choose from."""
     from llama_cpp import LlamaGrammar
 
-    digits = LlamaGrammar.from_string('root ::= [0-9]+', verbose=False)
+    digits = LlamaGrammar.from_string("root ::= [0-9]+", verbose=False)
     options = {"max_tokens": 6, "temperature": 0.0}
     with steer(llama, make(True)) as session:
         found = llama(TEXT, grammar=digits, **options)["choices"][0]["text"]
@@ -515,7 +515,9 @@ def test_sites_and_readings_that_llama_cpp_lacks_are_refused(llama, make):
         answer(llama, tokens(llama), 1)  # no image: zeros, as the spec says
         assert session.outcomes[0].verdicts[0].score == 0.0
     with (
-        steer(llama, make(True, [reading("layer_input[9]", {"type": "prompt_end", "offset": -40})])),
+        steer(
+            llama, make(True, [reading("layer_input[9]", {"type": "prompt_end", "offset": -40})])
+        ),
         pytest.raises(RowMappingLost, match="a prompt of 41 rows"),
     ):
         answer(llama, tokens(llama), 1)

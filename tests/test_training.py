@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -21,7 +23,7 @@ from steerbridge.training import head as heads  # noqa: E402
 from steerbridge.training import probes, recipe, search  # noqa: E402
 from steerbridge.training.head import HeadSettings  # noqa: E402
 from steerbridge.training.probes import Recipe  # noqa: E402
-from steerbridge.training.states import States, all_readings, capture  # noqa: E402
+from steerbridge.training.states import States, all_readings, capture, turn_end  # noqa: E402
 
 pytestmark = pytest.mark.hf
 
@@ -81,6 +83,37 @@ def test_calibration_holds_every_kind_s_target():
     assert (scores["borderline"] > threshold).mean() <= 0.05
     below = np.nextafter(threshold, -np.inf)
     assert (scores["borderline"] > below).mean() > 0.05  # the lowest that holds
+
+
+@pytest.mark.parametrize("shape", ["linear", "mlp"])
+def test_platt_calibrates_and_moves_no_decision(shape):
+    """Scores seven times too sure: slope and shift give back the true odds."""
+    rng = np.random.default_rng(0)
+    odds = rng.normal(scale=2, size=20000)
+    harmful = rng.random(20000) < 1 / (1 + np.exp(-odds))
+    slope, shift = probes.platt(7 * odds + 3, harmful, np.ones(20000))
+    assert slope == pytest.approx(1 / 7, rel=0.05)
+    assert shift == pytest.approx(-3 / 7, abs=0.1)
+    x, labels = separable()
+    fitted = probes.fit(x, labels, np.ones(len(x)), Recipe((READING,), shape, 1e-3), 0)
+    moved = fitted.rescaled(slope, shift).scores(x)
+    assert np.allclose(moved, slope * fitted.scores(x) + shift, atol=1e-5)
+
+
+def test_the_end_of_the_turn_is_what_the_template_begins_with():
+    class Model:
+        def __init__(self, template):
+            self.facts = FACTS if template else helpers.FACTS
+
+        def render(self, prompt):
+            return [1, *map(ord, prompt.text), 90, 10, 91, 92, 10]
+
+    FACTS = replace(helpers.FACTS, chat_template_sha256="0" * 64)
+    prompts = [Example(t, False) for t in ("one", "two", "three")]
+    assert turn_end(Model(True), prompts) == -4
+    assert turn_end(Model(False), prompts) == 0
+    offsets = [getattr(r.position, "offset", None) for r in all_readings(3, -4)]
+    assert offsets == [0, 0, -4, -4, None, None]
 
 
 def test_auroc_counts_pairs_and_ties():

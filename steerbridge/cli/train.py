@@ -32,7 +32,7 @@ def train(
     ] = 0.01,
     borderline_fpr: Annotated[
         float, typer.Option(help="The same for prompts that only sound harmful.", min=0, max=0.5)
-    ] = 0.05,
+    ] = 0.02,
     seed: Annotated[int, typer.Option(help="Same seed, same package.")] = 0,
     name: Annotated[str, typer.Option(help="Name of the package.")] = "steerbridge-guard",
     cache: Annotated[

@@ -47,6 +47,14 @@ class Fitted:
         odds = y[:, 0] - y[:, 1] if y.shape[1] == 2 else y[:, 0]
         return np.asarray(odds, np.float64)
 
+    def rescaled(self, slope: float, shift: float) -> Fitted:
+        """The probe with log-odds slope * y + shift: the same decisions on another scale."""
+        *inner, (weight, bias) = self.layers
+        moved = slope * bias
+        moved[0] += shift  # class 0 of two, or the only output
+        last = np.asarray(slope * weight, np.float32), np.asarray(moved, np.float32)
+        return Fitted(self.mean, self.scale, (*inner, last))
+
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
@@ -130,6 +138,29 @@ def out_of_fold(
         fitted = fit(x_NI[~held], harmful_N[~held], weight_N[~held], recipe, seed)
         scores[held] = fitted.scores(x_NI[held])
     return scores
+
+
+def platt(
+    scores_N: NDArray[np.float64],
+    harmful_N: NDArray[np.bool_],
+    weight_N: NDArray[np.float64],
+    steps: int = 50,
+) -> tuple[float, float]:
+    """(slope, shift) that make out-of-fold log-odds calibrated (Platt 1999), classes balanced.
+
+    A probe is far surer of the examples that it was fitted on; without this, thresholds lie at
+    0.999 and more, where probabilities have no digits left.
+    """
+    w = _balanced(weight_N, harmful_N).astype(np.float64)
+    x = np.stack([scores_N, np.ones_like(scores_N)])
+    theta = np.array([1.0, 0.0])
+    for _ in range(steps):  # Newton; convex in two variables
+        p = 1 / (1 + np.exp(-np.clip(theta @ x, -500, 500)))
+        gradient = x @ (w * (p - harmful_N)) + 1e-9 * theta
+        hessian = (x * (w * p * (1 - p))) @ x.T + 1e-9 * np.eye(2)
+        step = np.linalg.solve(hessian, gradient)
+        theta = theta - step / max(1.0, float(np.abs(step).max()))
+    return float(max(theta[0], 1e-3)), float(theta[1])
 
 
 # ---------------------------------------------------------------- choosing

@@ -47,7 +47,7 @@ from steerbridge.training import probes, search
 from steerbridge.training.head import HeadSettings
 from steerbridge.training.probes import Shape
 from steerbridge.training.search import FOLDS, Found
-from steerbridge.training.states import States, all_readings, capture
+from steerbridge.training.states import States, all_readings, capture, turn_end
 
 Kind = Literal["head_matrix", "add_vector", "project_out"]
 Say = Callable[[str, int, int], None]  # (what, done, total)
@@ -68,8 +68,8 @@ class TrainSettings:
     name: str = "steerbridge-guard"
     refusal: str = DEFAULT_REFUSAL
     probe: Shape = "mlp"
-    target_fpr: Mapping[str, float] = field(default_factory=lambda: {"*": 0.01, "borderline": 0.05})
-    emphasis: Mapping[str, float] = field(default_factory=lambda: {"borderline": 8.0})
+    target_fpr: Mapping[str, float] = field(default_factory=lambda: {"*": 0.01, "borderline": 0.02})
+    emphasis: Mapping[str, float] = field(default_factory=lambda: {"borderline": 8.0, "twin": 0.3})
     intervention: Kind = "head_matrix"
     rank: int | None = None
     head: HeadSettings = field(default_factory=HeadSettings)
@@ -95,7 +95,7 @@ def train(
         DataError: too few prompts of either label, or a capture of something else in `workdir`.
     """
     _check(examples)
-    readings = all_readings(model.facts.num_layers)
+    readings = all_readings(model.facts.num_layers, turn_end(model, examples))
     states = capture(
         model, examples, readings, workdir / "capture", lambda a, b: say("capture", a, b)
     )
@@ -154,15 +154,13 @@ def _search(
 def _probe(
     states: States, examples: Sequence[Example], found: Found, settings: TrainSettings
 ) -> tuple[Any, dict[str, Tensor]]:
-    best = found.best
+    best, harmful, weights = found.best, _labels(examples), _weights(examples, settings)
     fitted = probes.fit(
-        states.of(best.recipe.readings),
-        _labels(examples),
-        _weights(examples, settings),
-        best.recipe,
-        settings.seed,
+        states.of(best.recipe.readings), harmful, weights, best.recipe, settings.seed
     )
-    return probes.to_spec(fitted, best.recipe, best.threshold, "harm")
+    slope, shift = probes.platt(best.scores, harmful, weights)
+    threshold = slope * best.threshold + shift
+    return probes.to_spec(fitted.rescaled(slope, shift), best.recipe, threshold, "harm")
 
 
 # ---------------------------------------------------------------- interventions
@@ -337,7 +335,6 @@ def _with_evidence(
             "harm": {
                 **best.report(),
                 "out_of_fold": True,
-                "threshold_log_odds": best.threshold,
                 "fpr": {
                     k: round(float((s > best.threshold).mean()), 5) for k, s in harmless.items()
                 },

@@ -11,17 +11,20 @@ from numpy.typing import NDArray
 
 from steerbridge import reference, stats
 from steerbridge.data import Example
-from steerbridge.spec import LayerInput, Reading
+from steerbridge.spec import LayerInput, PromptEnd, Reading
 from steerbridge.training import probes
 from steerbridge.training.probes import Recipe, Shape
 from steerbridge.training.states import States
 
 FOLDS = 5
 DECAY = 3e-3  # while readings are chosen, with the fast linear probe
-DECAYS = (3e-4, 1e-3, 3e-3)
-# Depths (as shares of the model) of the spread set. Prompts that only sound harmful are told
-# apart better by several depths together.
-SPREAD = {"prompt_end": (0.53, 0.73), "prompt_mean": (0.33, 0.53, 0.73)}
+DECAYS = (3e-3, 1e-2)
+# Depths (as shares of the model) of two spread sets. Prompts that only sound harmful are told
+# apart better by several places together.
+SPREADS: tuple[Mapping[str, tuple[float, ...]], ...] = (
+    {"end": (0.73,), "turn": (0.6,), "mean": (0.5,)},
+    {"end": (0.53, 0.73), "turn": (0.47, 0.6, 0.73), "mean": (0.5,)},
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,18 +118,31 @@ def _sets(first: Sequence[Candidate]) -> list[tuple[Reading, ...]]:
     singles = [c.recipe.readings[0] for c in ranked]
     best: dict[str, Reading] = {}
     for reading in singles:
-        best.setdefault(reading.position.type, reading)
-    spread = [_nearest(singles, kind, at) for kind, shares in SPREAD.items() for at in shares]
-    sets = [(singles[0],), tuple(best.values()), tuple(r for r in spread if r is not None)]
-    return list(dict.fromkeys(s for s in sets if s))
+        best.setdefault(_role(reading), reading)
+    spreads = (
+        tuple(
+            found
+            for role, shares in spread.items()
+            for share in shares
+            if (found := _nearest(singles, role, share)) is not None
+        )
+        for spread in SPREADS
+    )
+    sets = [(singles[0],), tuple(best.values()), *map(tuple, map(dict.fromkeys, spreads))]
+    return list(dict.fromkeys(sets))
 
 
-def _nearest(readings: Sequence[Reading], kind: str, share: float) -> Reading | None:
-    """The reading of this position nearest to a share of the depth."""
+def _role(reading: Reading) -> str:
+    """What a position stands for: the `end` of the prompt, of the user's `turn`, or a `mean`."""
+    if isinstance(reading.position, PromptEnd):
+        return "turn" if reading.position.offset else "end"
+    return "mean"
+
+
+def _nearest(readings: Sequence[Reading], role: str, share: float) -> Reading | None:
+    """The reading of this role nearest to a share of the depth."""
     layers = {
-        r.site.layer: r
-        for r in readings
-        if isinstance(r.site, LayerInput) and r.position.type == kind
+        r.site.layer: r for r in readings if isinstance(r.site, LayerInput) and _role(r) == role
     }
     if not layers:
         return None

@@ -38,17 +38,40 @@ class States:
         return np.concatenate([self.array[:, k] for k in index], axis=1)
 
 
-def all_readings(num_layers: int) -> tuple[Reading, ...]:
-    """`layer_input[1..n-1]` at the prompt end and as a mean over the prompt.
+def all_readings(num_layers: int, boundary: int = 0) -> tuple[Reading, ...]:
+    """`layer_input[1..n-1]` at the prompt end, at an earlier boundary, and as a mean.
 
-    Layer 0 is the embedding of the template's last token, the same for every prompt; the
-    input of the final norm exists for output rows only in some runtimes.
+    `boundary` is an offset from the prompt end (see `turn_end`); 0 adds none. Layer 0 is the
+    embedding of the template's last token, the same for every prompt; the input of the final
+    norm exists for output rows only in some runtimes.
     """
+    positions: list[PromptEnd | PromptMean] = [
+        PromptEnd(type="prompt_end"),
+        PromptMean(type="prompt_mean"),
+    ]
+    if boundary:
+        positions.insert(1, PromptEnd(type="prompt_end", offset=boundary))
     return tuple(
         Reading(site=LayerInput(stream="layer_input", layer=layer), position=position)
-        for position in (PromptEnd(type="prompt_end"), PromptMean(type="prompt_mean"))
+        for position in positions
         for layer in range(1, num_layers)
     )
+
+
+def turn_end(model: LoadedModel, examples: Sequence[Example]) -> int:
+    """Offset from the prompt end to the first token that the template puts behind every prompt.
+
+    That token (`<|im_end|>` in ChatML) closes the user's turn, and what the model gathered of
+    the turn can be read there more sharply than behind the generation prompt. 0 without a
+    template.
+    """
+    if model.facts.chat_template_sha256 is None:
+        return 0
+    rows = [model.render(e) for e in examples[:: max(1, len(examples) // 64)]]
+    same = 0
+    while same < min(map(len, rows)) and len({row[-1 - same] for row in rows}) == 1:
+        same += 1
+    return -max(0, same - 1)
 
 
 def capture(
