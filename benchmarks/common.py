@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,17 @@ def smollm2_f32() -> Path:
 
     path = CACHE / "models" / "SmolLM2-135M-Instruct.F32.gguf"
     return path if path.is_file() else dequantise(smollm2(), path)
+
+
+def alternate(round: int, runs: Mapping[str, Callable[[], float]]) -> dict[str, float]:
+    """Seconds of each run: the fastest of three, the runs taking turns in who goes first."""
+    names = list(runs)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for k in range(3):
+        turn = (round + k) % len(names)
+        for name in names[turn:] + names[:turn]:
+            times[name].append(runs[name]())
+    return {name: min(found) for name, found in times.items()}
 
 
 def say(text: str) -> None:

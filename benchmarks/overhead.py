@@ -1,7 +1,8 @@
 """`make bench-overhead`: what the guard costs on harmless prompts.
 
 Steered and unsteered runs alternate in one process; ratios are unsteered over steered time
-(1 means free), medians over the rounds. Time to first token is a generation of one token.
+(1 means free), medians over the rounds. Time to first token is a generation of one token. A
+runtime is left out only if its extra is not installed.
 """
 
 from __future__ import annotations
@@ -11,14 +12,15 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import CACHE, ROOT, arguments, finish, open_smollm2, say
+from common import CACHE, ROOT, alternate, arguments, finish, open_smollm2, say
 from steerbridge import data
 from steerbridge.package import load
 from steerbridge_hf import steer
@@ -41,9 +43,14 @@ def main() -> None:
         run(model, prompts[0], NEW, package if options.peak == "steered" else None)
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
         return
-    result = {"hf": hf(model, package, prompts)}
+    result: dict[str, Any] = {"hf": hf(model, package, prompts)}
     peaks = {side: peak(options.package, side) for side in ("unsteered", "steered")}
     result["hf"]["peak_memory_ratio"] = round(peaks["steered"] / peaks["unsteered"], 4)
+    say(str(result))
+    if find_spec("llama_cpp"):
+        import overhead_llama_cpp
+
+        result["llama_cpp"] = overhead_llama_cpp.measure(package, prompts)
     finish(result)
 
 
@@ -72,21 +79,14 @@ def hf(model: Any, package: Any, prompts: Any) -> dict[str, float]:
             say(str(error))
     ratios: dict[str, list[float]] = {"ttft_ratio": [], "decode_ratio": []}
     for i, prompt in enumerate(quiet):
-        first = alternate(i, lambda p, q=prompt: run(model, q, 1, p), package)
-        whole = alternate(i, lambda p, q=prompt: run(model, q, NEW, p), package)
-        ratios["ttft_ratio"].append(first[0] / first[1])
-        ratios["decode_ratio"].append((whole[0] - first[0]) / (whole[1] - first[1]))
+        sides = {"plain": None, "steered": package}
+        first = alternate(i, {s: partial(run, model, prompt, 1, p) for s, p in sides.items()})
+        whole = alternate(i, {s: partial(run, model, prompt, NEW, p) for s, p in sides.items()})
+        ratios["ttft_ratio"].append(first["plain"] / first["steered"])
+        decode = {s: whole[s] - first[s] for s in sides}
+        ratios["decode_ratio"].append(decode["plain"] / decode["steered"])
     found = {key: round(statistics.median(values), 4) for key, values in ratios.items()}
     return {**found, "rounds": len(quiet)}
-
-
-def alternate(i: int, call: Callable[[Any], float], package: Any) -> tuple[float, float]:
-    """(unsteered, steered): the faster of three each, taking turns in who goes first."""
-    times: dict[bool, list[float]] = {True: [], False: []}
-    for k in range(3):
-        for steered in (True, False) if (i + k) % 2 else (False, True):
-            times[steered].append(call(package if steered else None))
-    return min(times[False]), min(times[True])
 
 
 def peak(package: Path, side: str) -> int:

@@ -12,7 +12,7 @@ import helpers
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from steerbridge import data, reference, stats  # noqa: E402
+from steerbridge import calibration, data, reference, stats  # noqa: E402
 from steerbridge.data import Example  # noqa: E402
 from steerbridge.encodings import plain  # noqa: E402
 from steerbridge.errors import DataError  # noqa: E402
@@ -78,7 +78,7 @@ def test_out_of_fold_scores_come_from_probes_that_did_not_see_the_row():
 def test_calibration_holds_every_kind_s_target():
     rng = np.random.default_rng(0)
     scores = {"pair": rng.normal(size=300), "borderline": rng.normal(2, 1, size=100)}
-    threshold = probes.calibrate(scores, {"*": 0.01, "borderline": 0.05})
+    threshold = calibration.threshold(scores, {"*": 0.01, "borderline": 0.05})
     assert (scores["pair"] > threshold).mean() <= 0.01
     assert (scores["borderline"] > threshold).mean() <= 0.05
     below = np.nextafter(threshold, -np.inf)

@@ -11,7 +11,7 @@ import sys
 
 import typer
 
-from steerbridge.cli import evaluate, generate, inspect, schema, train
+from steerbridge.cli import calibrate, evaluate, generate, inspect, schema, train
 from steerbridge.errors import SteerbridgeError
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app.command("train")(train.train)
 app.command("inspect")(inspect.inspect)
 app.command("generate")(generate.generate)
 app.command("eval")(evaluate.evaluate)
+app.command("calibrate")(calibrate.calibrate)
 app.command("schema")(schema.schema)
 
 

@@ -1,15 +1,15 @@
-"""Fit probes on captured readings, choose among readings, calibrate the threshold.
+"""Fit probes on captured readings.
 
 Everything that is chosen is chosen on out-of-fold scores: each example is scored by a probe
-that never saw it, nor its pair partner. The threshold comes from the same scores, kind by
-kind of harmless prompt, so that no kind of ordinary prompt pays for another.
+that never saw it, nor its pair partner. The threshold comes from the same scores (see
+`steerbridge.calibration`).
 
 Shapes: N examples, I = K * D inputs of a probe.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -161,29 +161,6 @@ def platt(
         step = np.linalg.solve(hessian, gradient)
         theta = theta - step / max(1.0, float(np.abs(step).max()))
     return float(max(theta[0], 1e-3)), float(theta[1])
-
-
-# ---------------------------------------------------------------- choosing
-
-
-def calibrate(harmless: Mapping[str, NDArray[np.float64]], target: Mapping[str, float]) -> float:
-    """The lowest threshold (comparator >) that holds every kind's false-positive target.
-
-    For a kind of n prompts at most floor(target * n) may fire.
-    """
-    limits = []
-    for kind, scores in harmless.items():
-        allowed = int(target.get(kind, target["*"]) * len(scores))
-        limits.append(np.sort(scores)[len(scores) - 1 - allowed])
-    return float(max(limits))
-
-
-def by_kind(
-    scores: NDArray[np.float64], kinds: Sequence[str], chosen: NDArray[np.bool_]
-) -> dict[str, NDArray[np.float64]]:
-    """The chosen scores split by kind of prompt."""
-    names = np.asarray(kinds)
-    return {kind: scores[chosen & (names == kind)] for kind in sorted(set(names[chosen]))}
 
 
 # ---------------------------------------------------------------- into the package

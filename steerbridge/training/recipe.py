@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from steerbridge import data
+from steerbridge import calibration, data
 from steerbridge.data import Example
 from steerbridge.errors import DataError, Problem
 from steerbridge.evaluation.judge import refuses, well_formed
@@ -327,7 +327,7 @@ def _with_evidence(
 ) -> SteeringPackage:
     best = found.best
     kinds = [e.kind for e in examples]
-    harmless = probes.by_kind(best.scores, kinds, ~_labels(examples))
+    harmless = calibration.by_kind(best.scores, kinds, ~_labels(examples))
     ranked = sorted(found.second_round, key=lambda c: c.detection, reverse=True)
     evidence = Evidence(
         sas={reading: round(value, 6) for reading, value in found.sas.items()},

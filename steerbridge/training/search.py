@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from steerbridge import reference, stats
+from steerbridge import calibration, reference, stats
 from steerbridge.data import Example
 from steerbridge.spec import LayerInput, PromptEnd, Reading
 from steerbridge.training import probes
@@ -75,10 +75,10 @@ class Problem:
         )
         seen = ~np.isnan(scores)
         kinds = [e.kind for e in self.examples]
-        threshold = probes.calibrate(
-            probes.by_kind(scores, kinds, seen & ~self.harmful), self.target
+        threshold = calibration.threshold(
+            calibration.by_kind(scores, kinds, seen & ~self.harmful), self.target
         )
-        harm = probes.by_kind(scores, kinds, seen & self.harmful)
+        harm = calibration.by_kind(scores, kinds, seen & self.harmful)
         return Candidate(
             recipe,
             scores,

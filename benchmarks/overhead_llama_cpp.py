@@ -1,0 +1,148 @@
+"""The llama.cpp part of `make bench-overhead`: SmolLM2 as shipped (Q4_1), greedy.
+
+Five Llamas take turns: plain; the guard on prompts that do not fire; the guard made to fire,
+its head at low rank; and a callback in plain Python that does the same work, quiet and fired.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import statistics
+import time
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import llama_cpp
+import numpy as np
+from llama_cpp import _internals as internals
+
+from common import alternate, say
+from steerbridge.cli.common import smollm2
+from steerbridge.package import SteeringPackage
+from steerbridge.spec import DenseMatrix, LowRankMatrix
+from steerbridge.tensors import Tensor
+from steerbridge.training import head as heads
+from steerbridge_llama_cpp import LlamaCppModel, steer
+
+NEW = 48
+RANK = 32
+
+
+def measure(package: SteeringPackage, prompts: Sequence[Any]) -> dict[str, Any]:
+    """Ratios of plain over steered time; see the module's text."""
+    fired = always(low_rank(package))
+    llamas = {
+        name: llama_cpp.Llama(str(smollm2()), n_ctx=2048, verbose=False)
+        for name in ("plain", "quiet", "fired", "python_quiet", "python_fired")
+    }
+    render = LlamaCppModel(llamas["plain"]).render
+    session = steer(llamas["quiet"], package)
+    steer(llamas["fired"], fired)
+    peers = [
+        PythonCallback(llamas["python_quiet"], package, fires=False),
+        PythonCallback(llamas["python_fired"], fired, fires=True),
+    ]
+    times: dict[str, list[dict[str, float]]] = {"first": [], "decode": []}
+    for i, prompt in enumerate(prompts):
+        tokens = render(prompt)
+        run(llamas["quiet"], tokens, 1)
+        if session.outcomes[0].fired:
+            say(f"fired on a harmless prompt: {prompt.text}")
+            continue
+        first = alternate(i, {n: partial(run, m, tokens, 1) for n, m in llamas.items()})
+        whole = alternate(i, {n: partial(run, m, tokens, NEW) for n, m in llamas.items()})
+        times["first"].append(first)
+        times["decode"].append({n: whole[n] - first[n] for n in llamas})
+    assert all(p.calls for p in peers)
+    return {
+        "ttft_ratio": ratio(times["first"], "quiet"),
+        "decode_ratio": ratio(times["decode"], "quiet"),
+        "fired_ttft_ratio": ratio(times["first"], "fired"),
+        "fired_decode_ratio": ratio(times["decode"], "fired"),
+        "python_callback_quiet_ratio": ratio(times["decode"], "python_quiet"),
+        "python_callback_ratio": ratio(times["decode"], "python_fired"),
+        "rank": RANK,
+        "rounds": len(times["first"]),
+    }
+
+
+def ratio(rounds: Sequence[dict[str, float]], name: str) -> float:
+    return round(statistics.median(r["plain"] / r[name] for r in rounds), 4)
+
+
+def run(llama: Any, tokens: list[int], new: int) -> float:
+    """Seconds of one greedy generation of exactly `new` tokens, the prompt evaluated afresh."""
+    llama.reset()
+    start = time.perf_counter()
+    for count, _ in enumerate(llama.generate(tokens, temp=0.0), 1):
+        if count == new:
+            break
+    return time.perf_counter() - start
+
+
+def low_rank(package: SteeringPackage) -> SteeringPackage:
+    head: Any = package.spec.interventions[0]
+    if not isinstance(head.weight, DenseMatrix):
+        return package
+    cut = heads.low_rank(package.tensors[head.weight.matrix].float32(), RANK)
+    act = head.model_copy(update={"weight": LowRankMatrix(form="low_rank", u="u", v="v")})
+    spec = package.spec.model_copy(update={"interventions": (act,)})
+    return SteeringPackage(spec, {**package.tensors, "u": Tensor.of(cut.u), "v": Tensor.of(cut.v)})
+
+
+def always(package: SteeringPackage) -> SteeringPackage:
+    probes = tuple(p.model_copy(update={"threshold": -1.0}) for p in package.spec.probes)
+    return SteeringPackage(package.spec.model_copy(update={"probes": probes}), package.tensors)
+
+
+class PythonCallback:
+    """The same work in a ctypes callback: read the probe's sites at the prompt end, write the head.
+
+    What one would write by hand. It looks at names only, so it reads whole nodes.
+    """
+
+    def __init__(self, llama: Any, package: SteeringPackage, *, fires: bool) -> None:
+        self._package, self._fires, self.calls = package, fires, 0
+        self._llama = llama
+        self._ggml = llama_cpp.llama_cpp._lib
+        self._ggml.ggml_get_name.restype = ctypes.c_char_p
+        self._ggml.ggml_nbytes.restype = ctypes.c_size_t
+        for name in ("ggml_get_name", "ggml_nbytes"):
+            getattr(self._ggml, name).argtypes = [ctypes.c_void_p]
+        for name in ("ggml_backend_tensor_get", "ggml_backend_tensor_set"):
+            arguments = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]
+            getattr(self._ggml, name).argtypes = arguments
+        spec = package.spec
+        self._reads = {
+            f"l_out-{spec.depth(r.site) - 1}".encode() for p in spec.probes for r in p.readings
+        }
+        if fires:
+            head: Any = spec.interventions[0]
+            u, v = (package.tensors[n].float32() for n in (head.weight.u, head.weight.v))
+            self._head = u, v, np.float32(head.eps)
+        self._callback = llama_cpp.ggml_backend_sched_eval_callback(self._call)
+        params = type(llama.context_params).from_buffer_copy(llama.context_params)
+        params.cb_eval = self._callback
+        llama._ctx.close()
+        llama._ctx = internals.LlamaContext(model=llama._model, params=params, verbose=False)
+
+    def _call(self, node: int, ask: bool, _data: Any) -> bool:
+        name = self._ggml.ggml_get_name(node)
+        prompt = self._llama.n_tokens == 0
+        wanted = (prompt and name in self._reads) or (self._fires and name == b"result_norm")
+        if ask or not wanted:
+            return wanted if ask else True
+        self.calls += 1
+        size = self._ggml.ggml_nbytes(node)
+        h = np.empty(size // 4, np.float32)
+        self._ggml.ggml_backend_tensor_get(node, h.ctypes.data, 0, size)
+        if name == b"result_norm":
+            rows = h.reshape(-1, self._package.spec.base_model.hidden_size)
+            new = self._steered(rows)
+            self._ggml.ggml_backend_tensor_set(node, new.ctypes.data, 0, size)
+        return True
+
+    def _steered(self, rows: Any) -> Any:
+        u, v, eps = self._head
+        return np.ascontiguousarray(rows + eps * (rows @ v.T) @ u.T)

@@ -1,0 +1,161 @@
+"""Thresholds: the lowest ones that hold false-positive targets, for any runtime's hidden states.
+
+A quantised model computes other hidden states than the one a probe was trained on, so a
+threshold can be fitted again on what the runtime itself computes for harmless prompts that
+were not trained on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from steerbridge import data, reference
+from steerbridge.data import Example
+from steerbridge.errors import DataError, Problem
+from steerbridge.package import SteeringPackage
+from steerbridge.runtime import LoadedModel, Progress
+from steerbridge.spec import Calibration, Probe
+
+Scores = NDArray[np.float64]
+
+
+def threshold(harmless: Mapping[str, Scores], target: Mapping[str, float]) -> float:
+    """The lowest threshold (comparator >) that holds every kind's false-positive target.
+
+    For a kind of n prompts at most floor(target * n) may fire; `*` is the target of kinds that
+    `target` does not name.
+    """
+    limits = []
+    for kind, scores in harmless.items():
+        allowed = int(target.get(kind, target["*"]) * len(scores))
+        limits.append(np.sort(scores)[len(scores) - 1 - allowed])
+    return float(max(limits))
+
+
+def by_kind(scores: Scores, kinds: Sequence[str], chosen: NDArray[np.bool_]) -> dict[str, Scores]:
+    """The chosen scores split by kind of prompt."""
+    names = np.asarray(kinds)
+    return {kind: scores[chosen & (names == kind)] for kind in sorted(set(names[chosen]))}
+
+
+def scores(
+    model: LoadedModel,
+    package: SteeringPackage,
+    examples: Sequence[Example],
+    progress: Progress | None = None,
+) -> dict[str, Scores]:
+    """Scores [N] of every probe on what the runtime computes, by probe id."""
+    readings = list(dict.fromkeys(r for p in package.spec.probes for r in p.readings))
+    states = np.empty((len(examples), len(readings), model.facts.hidden_size), np.float32)
+    model.capture(examples, readings, states, progress)
+    found = {}
+    for probe in package.spec.probes:
+        x = np.concatenate([states[:, readings.index(r)] for r in probe.readings], axis=1)
+        found[probe.id] = reference.score(probe, package.tensors, x)
+    return found
+
+
+def fit(
+    model: LoadedModel,
+    runtime: str,
+    package: SteeringPackage,
+    examples: Sequence[Example],
+    target: Mapping[str, float],
+    *,
+    baseline: Mapping[str, Scores] | None = None,
+    progress: Progress | None = None,
+) -> Calibration:
+    """Fit the threshold of every probe to harmless prompts as this runtime computes them.
+
+    Args:
+        examples: prompts that were not trained on; harmful ones are only measured.
+        target: share of harmless prompts that may fire, by kind (`*`: any other).
+        baseline: scores of the same prompts elsewhere, to report how far they moved.
+
+    Raises:
+        DataError: no harmless prompts, or scores that are not finite.
+    """
+    harmful = np.array([e.harmful for e in examples], bool)
+    if harmful.all():
+        raise DataError(Problem("examples", "harmless prompts to calibrate on", "none"))
+    found = scores(model, package, examples, progress)
+    kinds = [e.kind for e in examples]
+    fitted: dict[str, float] = {}
+    evidence: dict[str, Any] = {}
+    for probe in package.spec.probes:
+        values = found[probe.id]
+        if not np.isfinite(values).all():
+            raise DataError(Problem(f"scores of {probe.id}", "finite numbers", "NaN or infinity"))
+        limit = _limit(probe, by_kind(values, kinds, ~harmful), target)
+        after = probe.model_copy(update={"threshold": limit})
+        fitted[probe.id] = limit
+        evidence[probe.id] = {
+            "before": _rates(probe, values, kinds, harmful),
+            "after": _rates(after, values, kinds, harmful),
+        }
+        if baseline is not None:
+            evidence[probe.id]["shift"] = _shift(probe, after, baseline[probe.id], values)
+    return Calibration(
+        runtime=runtime,
+        quantisation=model.quantisation,
+        thresholds=fitted,
+        evidence={
+            "target_fpr": dict(target),
+            "data_sha256": data.sha256(examples),
+            "prompts": len(examples),
+            "probes": evidence,
+        },
+    )
+
+
+def with_calibration(package: SteeringPackage, fitted: Calibration) -> SteeringPackage:
+    """The package with this calibration in the place of an older one for the same runtime."""
+    kept = tuple(
+        c
+        for c in package.spec.calibrations
+        if (c.runtime, c.quantisation) != (fitted.runtime, fitted.quantisation)
+    )
+    spec = package.spec.model_copy(update={"calibrations": (*kept, fitted)})
+    return SteeringPackage(spec, package.tensors)
+
+
+def _limit(probe: Probe, harmless: Mapping[str, Scores], target: Mapping[str, float]) -> float:
+    """The threshold for the probe's own comparator."""
+    if probe.comparator in (">", ">="):
+        limit, outwards = threshold(harmless, target), np.inf
+    else:
+        limit, outwards = -threshold({k: -s for k, s in harmless.items()}, target), -np.inf
+    # At most the allowed ones lie beyond the limit; those on it must not fire either.
+    return float(np.nextafter(limit, outwards)) if "=" in probe.comparator else limit
+
+
+def _rates(
+    probe: Probe, values: Scores, kinds: Sequence[str], harmful: NDArray[np.bool_]
+) -> dict[str, Any]:
+    """Threshold, share of harmless prompts that fire and of harmful ones, by kind."""
+    fired = reference.fires(probe, values).astype(np.float64)
+
+    def shares(chosen: NDArray[np.bool_]) -> dict[str, float]:
+        return {k: round(float(v.mean()), 5) for k, v in by_kind(fired, kinds, chosen).items()}
+
+    return {
+        "threshold": probe.threshold,
+        "fpr": shares(~harmful),
+        "detection": shares(harmful) if harmful.any() else {},
+    }
+
+
+def _shift(before: Probe, after: Probe, old: Scores, new: Scores) -> dict[str, float]:
+    """How far the scores moved, and the share of verdicts that agree with the baseline's."""
+    want = reference.fires(before, old)
+    return {
+        "score_mean_abs": float(np.abs(new - old).mean()),
+        "score_max_abs": float(np.abs(new - old).max()),
+        "score_mean": float((new - old).mean()),
+        "verdicts_equal_before": float((reference.fires(before, new) == want).mean()),
+        "verdicts_equal_after": float((reference.fires(after, new) == want).mean()),
+    }
