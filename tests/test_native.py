@@ -13,18 +13,37 @@ ROOT = Path(__file__).resolve().parent.parent
 NATIVE = ROOT / "adapters" / "steerbridge_llama_cpp" / "native"
 
 
-@pytest.mark.skipif(not shutil.which("cmake") or not shutil.which("cc"), reason="no C compiler")
-@pytest.mark.parametrize("sanitize", ["", "address,undefined"], ids=["plain", "sanitized"])
-def test_native_hook_agrees_with_the_oracle(tmp_path, sanitize):
-    golden, build = tmp_path / "golden", tmp_path / "build"
-    golden.mkdir()
-    run(sys.executable, ROOT / "tests" / "native" / "make_golden.py", golden)
-    flags = [f"-DCMAKE_C_FLAGS=-fsanitize={sanitize}"] if sanitize else []
-    options = ["-DSTEERHOOK_TESTS=ON", f"-DSTEERHOOK_GOLDEN={golden}", *flags]
-    run("cmake", "-S", NATIVE, "-B", build, *options)
-    run("cmake", "--build", build)
-    output = run("ctest", "--verbose", cwd=build)
-    assert "ok: 15 packages" in output
+pytestmark = pytest.mark.skipif(
+    not shutil.which("cmake") or not shutil.which("cc"), reason="no C compiler"
+)
+FUZZED = 200_000  # inputs of the short pass; `make fuzz` runs ten millions
+
+
+@pytest.fixture(scope="module")
+def golden(tmp_path_factory):
+    """Packages, states and what the numpy oracle makes of them."""
+    folder = tmp_path_factory.mktemp("golden")
+    run(sys.executable, ROOT / "tests" / "native" / "make_golden.py", folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["OFF", "ON"], ids=["plain", "sanitized"])
+def build(request, golden, tmp_path_factory):
+    """A build of the C tests; the sanitizers are address and undefined."""
+    folder = tmp_path_factory.mktemp("build")
+    options = ["-DSTEERHOOK_TESTS=ON", f"-DSTEERHOOK_GOLDEN={golden}"]
+    run("cmake", "-S", NATIVE, "-B", folder, *options, f"-DSTEERHOOK_SANITIZE={request.param}")
+    run("cmake", "--build", folder, "--parallel", "2")
+    return folder
+
+
+def test_the_native_hook_agrees_with_the_oracle(build):
+    assert "ok: 15 packages" in run("ctest", "--verbose", cwd=build)
+
+
+def test_the_package_reader_survives_strangers(build, golden):
+    seeds = sorted((golden / "seeds").glob("*.gguf"))
+    assert f"ok: {FUZZED} inputs" in run(build / "fuzz_short", FUZZED, 1, *seeds)
 
 
 def run(*command, cwd=ROOT):

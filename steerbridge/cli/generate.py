@@ -46,8 +46,8 @@ def _answer(row: measure.Row) -> dict[str, Any]:
     return {k: v for k, v in row.as_json().items() if k not in ("harmful", "kind")}
 
 
-def side_by_side(row: measure.Row) -> list[str]:
-    """A prompt, its verdicts and both answers as lines of text."""
+def side_by_side(row: measure.Row, runtime: str = "") -> list[str]:
+    """A prompt, its verdicts and both answers as lines of text; `runtime` says who answered."""
     outcome = row.steered.outcome
     verdicts = [
         f"{v.probe} {v.score:.4f} {'fired' if v.fired else 'quiet'} (threshold {v.threshold:.4f})"
@@ -56,6 +56,7 @@ def side_by_side(row: measure.Row) -> list[str]:
     return [
         "",
         f"prompt    {row.example.text}",
+        *([f"runtime   {runtime}"] if runtime else []),
         f"verdict   {'; '.join(verdicts) or 'no probe'}",
         f"unsteered {_one_line(row.plain.text)}",
         f"steered   {_one_line(row.steered.text)}",
