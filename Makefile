@@ -4,7 +4,7 @@ PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.set-up
 BASE ?= python3
 
-.PHONY: setup demo test lint schema parity fuzz bench-safety bench-train bench-overhead clean
+.PHONY: setup demo test lint schema parity fuzz bench-safety bench-train bench-overhead bench-kernels clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -48,7 +48,7 @@ schema: setup
 	@$(PYTHON) -m steerbridge.cli schema > docs/steering_config.schema.json
 	@echo '{"schema": "docs/steering_config.schema.json"}'
 
-bench-safety bench-train bench-overhead: bench-%: setup
+bench-safety bench-train bench-overhead bench-kernels: bench-%: setup
 	@$(PYTHON) benchmarks/$*.py
 
 clean:

@@ -4,7 +4,9 @@ A guard is trained on the shipped prompts; its probe, with the threshold at the 
 scores so that half of the prompts fire, stands before four interventions: the head as trained,
 the head at low rank, a vector and a projection. Verdicts and 48 greedy tokens are compared with
 transformers on the same F32 weights, scores with the numpy reference too. Q4_1 is the model as
-shipped: transformers computes with the dequantised weights, llama.cpp with quantised activations.
+shipped: transformers computes with the dequantised weights, llama.cpp with quantised activations;
+`calibration` shows how far that moves the scores, and false positives and detection on prompts of
+the test split before and after `calibrate`.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 from common import CACHE, arguments, finish, open_smollm2, say, smollm2_f32
-from steerbridge import reference
+from steerbridge import calibration, reference
 from steerbridge.cli.common import smollm2
 from steerbridge.data import Example, from_corpus
 from steerbridge.package import SteeringPackage, load
@@ -41,7 +43,8 @@ def main() -> None:
     options = parser.parse_args()
     hf = open_smollm2()
     prompts = chosen(options.prompts)
-    packages = variants(at_median(trained(hf), hf, prompts), hf)
+    guard = trained(hf)
+    packages = variants(at_median(guard, hf, prompts), hf)
     want = {name: hf.generate(prompts, p, max_new_tokens=NEW) for name, p in packages.items()}
     say("transformers done")
     result: dict[str, Any] = {"prompts": len(prompts), "new_tokens": NEW}
@@ -60,6 +63,7 @@ def main() -> None:
         }
         result["llama_cpp"][quantisation] = compared(want, got)
         say(f"llama.cpp {quantisation}: {result['llama_cpp'][quantisation]}")
+    result["calibration"] = recalibrated(guard, hf, opened)
     finish(result)
 
 
@@ -175,6 +179,31 @@ def compared(
         },
         "leading_tokens_equal": round(float(np.mean([leading(a, b) for a, b in every])), 4),
     }
+
+
+def recalibrated(guard: SteeringPackage, hf: Any, quantised: Any) -> dict[str, Any]:
+    """The guard's threshold fitted for Q4_1 on validation prompts, measured on test prompts."""
+    fitting, test = (short(split) for split in ("validation", "test"))
+    here = calibration.scores(hf, guard, fitting)
+    target = {"*": 0.01, "borderline": 0.02}
+    fitted = calibration.fit(quantised, "llama.cpp", guard, fitting, target, baseline=here)
+    after = calibration.with_calibration(guard, fitted).calibrated("llama.cpp", "Q4_1")
+    harmful = np.array([e.harmful for e in test])
+    there = calibration.scores(quantised, guard, test)["harm"]
+    evidence: Any = fitted.evidence
+    result: dict[str, Any] = {"shift": evidence["probes"]["harm"]["shift"], "test": {}}
+    for when, package in (("before", guard), ("after", after)):
+        fires = reference.fires(package.spec.probes[0], there)
+        result["test"][when] = {
+            "threshold": round(package.spec.probes[0].threshold, 6),
+            "fpr": share(fires[~harmful]),
+            "detection": share(fires[harmful]),
+        }
+    return result
+
+
+def short(split: str) -> list[Example]:
+    return [e for e in from_corpus(split) if len(e.text) < 400]
 
 
 def fired(answer: Generation) -> bool:

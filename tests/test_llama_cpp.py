@@ -479,6 +479,36 @@ def test_steered_llama_is_the_short_form(smollm2_path, make, tmp_path):
     assert "steering" not in short(TEXT, max_tokens=2)
 
 
+def test_contexts_in_threads_do_not_meet(smollm2_path, make):
+    """Two Llamas with two packages at once: each answers as it does alone."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    packages = [make(True), make(True, act=VECTOR)]
+
+    def alone(package):
+        with steer(new_llama(smollm2_path), package) as session:
+            found = [answer(session.llama, tokens(session.llama, t)) for t in (TEXT, "The sea is")]
+            return found, session.outcomes[0].verdicts[0].score
+
+    want = [alone(p) for p in packages]
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(alone, packages)) == want
+
+
+def test_the_command_line_answers_in_llama_cpp(smollm2_path, make, tmp_path):
+    import json
+
+    from test_cli import run
+
+    path = make(True).save(tmp_path / "guard.gguf")
+    options = ["--runtime", "llama.cpp", "--model", smollm2_path, "--max-new-tokens", "4"]
+    got = run("generate", path, "Name a colour.", *options, "--json")
+    assert got.returncode == 0, got.stderr
+    (found,) = json.loads(got.stdout)["answers"]
+    assert found["fired"]
+    assert found["steered"] != found["unsteered"]
+
+
 # ---------------------------------------------------------------- fail closed
 
 
