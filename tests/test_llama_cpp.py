@@ -538,6 +538,12 @@ def test_a_package_for_another_model_is_refused(llama, make):
     assert answer(llama, tokens(llama), 1)  # still works
 
 
+def test_images_are_refused_before_anything_is_evaluated(llama, make):
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+    with steer(llama, make(True)), pytest.raises(UnsupportedFeature, match="image_url"):
+        llama.create_chat_completion([{"role": "user", "content": [image]}])
+
+
 def test_sites_and_readings_that_llama_cpp_lacks_are_refused(llama, make):
     with pytest.raises(UnsupportedFeature, match=r"layer_input\[0\]"):
         steer(llama, make(True, [reading("layer_input[0]")]))

@@ -72,7 +72,7 @@ class SteeredContext(internals.LlamaContext):
         shape = Shape(
             model.n_embd(),
             llama_cpp.llama_model_n_layer(model.model),
-            min(params.n_ubatch or params.n_batch, params.n_batch),
+            _n_ubatch(params),
             params.n_seq_max,
         )
         # Held here because the callback uses it as long as the context lives.
@@ -197,6 +197,12 @@ class SteeredContext(internals.LlamaContext):
     def _cut(self, seq: int, start: int, stop: int) -> None:
         if not self.failed and not self.native.is_paused:
             self.native.cut(seq, start, stop)
+
+
+def _n_ubatch(params: Any) -> int:
+    """Rows of a micro-batch as llama.cpp settles them; the context is asked again when it is."""
+    n_batch = min(params.n_batch, params.n_ctx or params.n_batch)
+    return int(min(params.n_ubatch or n_batch, n_batch))
 
 
 def check_version() -> None:

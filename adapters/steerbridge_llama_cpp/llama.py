@@ -9,7 +9,9 @@ from typing import Any
 
 import llama_cpp
 
+from steerbridge.errors import UnsupportedFeature
 from steerbridge.package import SteeringPackage, load
+from steerbridge_llama_cpp.native import RUNTIME
 from steerbridge_llama_cpp.session import OnOutcome, Session
 
 _GENERATE = inspect.signature(llama_cpp.Llama.generate)
@@ -104,7 +106,17 @@ class _Steering:
         return self._tagged(super().create_completion(*args, **kwargs))  # type: ignore[misc]
 
     def create_chat_completion(self, *args: Any, **kwargs: Any) -> Any:
-        """See `Llama.create_chat_completion`; with the field `steering` too."""
+        """See `Llama.create_chat_completion`; with the field `steering` too.
+
+        Raises:
+            UnsupportedFeature: a message holds something other than text.
+        """
+        messages = args[0] if args else kwargs.get("messages", [])
+        for message in messages:
+            parts = message.get("content")
+            for part in parts if isinstance(parts, list) else []:
+                if part.get("type") != "text":
+                    raise UnsupportedFeature(RUNTIME, f"message parts of type {part.get('type')!r}")
         return self._tagged(super().create_chat_completion(*args, **kwargs))  # type: ignore[misc]
 
     def _tagged(self, result: Any) -> Any:
