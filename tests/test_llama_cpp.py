@@ -31,7 +31,7 @@ VECTOR = {
     "id": "v",
     "type": "add_vector",
     "position": "from_prompt_end",
-    "alpha": 9.0,
+    "alpha": 60.0,
     "targets": [{"site": helpers.site("layer_output[25]"), "vector": "v"}],
 }
 AT = [reading("layer_input[22]")]
