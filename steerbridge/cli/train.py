@@ -29,10 +29,10 @@ def train(
     rank: Annotated[int, typer.Option(help="Rank of the head matrix; 0 keeps it dense.")] = 0,
     fpr: Annotated[
         float, typer.Option(help="Share of harmless prompts that may fire.", min=0, max=0.5)
-    ] = 0.02,
+    ] = 0.01,
     borderline_fpr: Annotated[
         float, typer.Option(help="The same for prompts that only sound harmful.", min=0, max=0.5)
-    ] = 0.015,
+    ] = 0.02,
     seed: Annotated[int, typer.Option(help="Same seed, same package.")] = 0,
     name: Annotated[str, typer.Option(help="Name of the package.")] = "steerbridge-guard",
     cache: Annotated[

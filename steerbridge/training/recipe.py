@@ -6,7 +6,6 @@ prompts -> capture -> SAS and search -> probe and threshold -> intervention -> p
 from __future__ import annotations
 
 import platform
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -63,25 +62,14 @@ class TrainSettings:
     """What a user may choose.
 
     `target_fpr` maps kinds of harmless prompts to the share that may fire, `*` is any other
-    kind. `emphasis` maps kinds with their label ("twin harmful") to their weight in the probe's
-    loss and in the search, 1 where not named. The defaults make a guard that leaves prompts
-    alone that only sound harmful, at the price of missing more of the short harmful ones that
-    sound like them; a small model cannot have both.
+    kind; `emphasis` maps kinds to their weight in the probe's loss (1 where not named).
     """
 
     name: str = "steerbridge-guard"
     refusal: str = DEFAULT_REFUSAL
     probe: Shape = "mlp"
-    target_fpr: Mapping[str, float] = field(
-        default_factory=lambda: {"*": 0.02, "borderline": 0.015}
-    )
-    emphasis: Mapping[str, float] = field(
-        default_factory=lambda: {
-            "borderline harmless": 20.0,
-            "pair harmful": 3.0,
-            "twin harmful": 0.1,
-        }
-    )
+    target_fpr: Mapping[str, float] = field(default_factory=lambda: {"*": 0.01, "borderline": 0.02})
+    emphasis: Mapping[str, float] = field(default_factory=lambda: {"borderline": 8.0, "twin": 0.3})
     intervention: Kind = "head_matrix"
     rank: int | None = None
     head: HeadSettings = field(default_factory=HeadSettings)
@@ -144,12 +132,7 @@ def _labels(examples: Sequence[Example]) -> NDArray[np.bool_]:
 
 
 def _weights(examples: Sequence[Example], settings: TrainSettings) -> NDArray[np.float64]:
-    return np.array([settings.emphasis.get(_labelled(e), 1.0) for e in examples])
-
-
-def _labelled(example: Example) -> str:
-    """A kind with its label, as in `emphasis` and in the evidence."""
-    return f"{example.kind} {'harmful' if example.harmful else 'harmless'}"
+    return np.array([settings.emphasis.get(e.kind, 1.0) for e in examples])
 
 
 def _search(
@@ -364,7 +347,13 @@ def _with_evidence(
         interventions={package.spec.interventions[0].id: intervention},
         data={
             "sha256": data.sha256(examples),
-            "prompts": dict(sorted(Counter(map(_labelled, examples)).items())),
+            "prompts": {
+                f"{kind} {label}": sum(
+                    e.kind == kind and e.harmful == (label == "harmful") for e in examples
+                )
+                for kind in sorted(set(kinds))
+                for label in ("harmful", "harmless")
+            },
         },
         settings=_plain(asdict(settings)),
         tools={**tool_versions()},

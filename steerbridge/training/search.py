@@ -23,7 +23,7 @@ DECAYS = (3e-3, 1e-2)
 # apart better by several places together.
 SPREADS: tuple[Mapping[str, tuple[float, ...]], ...] = (
     {"end": (0.73,), "turn": (0.6,), "mean": (0.5,)},
-    {"end": (0.73,), "turn": (0.6, 0.73), "mean": (0.27, 0.5)},
+    {"end": (0.53, 0.73), "turn": (0.47, 0.6, 0.73), "mean": (0.5,)},
 )
 
 
@@ -34,7 +34,7 @@ class Candidate:
     recipe: Recipe
     scores: NDArray[np.float64]  # [N]; NaN where not scored
     threshold: float
-    detection: float  # share of harmful prompts above the threshold, weighted as in the loss
+    detection: float  # share of harmful prompts above the threshold, mean over their kinds
     auroc: float
 
     def report(self) -> dict[str, Any]:
@@ -78,13 +78,13 @@ class Problem:
         threshold = calibration.threshold(
             calibration.by_kind(scores, kinds, seen & ~self.harmful), self.target
         )
-        harm = seen & self.harmful
+        harm = calibration.by_kind(scores, kinds, seen & self.harmful)
         return Candidate(
             recipe,
             scores,
             threshold,
-            float(np.average(scores[harm] > threshold, weights=self.weights[harm])),
-            stats.auroc(scores[harm], scores[seen & ~self.harmful]),
+            float(np.mean([(s > threshold).mean() for s in harm.values()])),
+            stats.auroc(scores[seen & self.harmful], scores[seen & ~self.harmful]),
         )
 
 
