@@ -50,7 +50,7 @@ def main() -> None:
     result: dict[str, Any] = {"prompts": len(prompts), "new_tokens": NEW}
     result["fired"] = share(a.outcome.fired for a in want["dense"])
     result["reference"] = {
-        "score_max_diff": against_reference(packages["dense"], hf, prompts, want)
+        "score_max_diff": against_reference(packages["dense"], hf, prompts, want["dense"])
     }
     result["llama_cpp"] = {}
     for quantisation, model in (
