@@ -7,11 +7,13 @@ is the name of the runtime on the command line. The core never imports an adapte
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, Protocol
+from types import TracebackType
+from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,6 +66,30 @@ class OutputHead:
     weight: NDArray[Any]  # [V, D]
     bias: Float32 | None  # [V]
     softcap: float | None
+
+
+class Attachment(ABC):
+    """A package attached to a runtime's object. `apply` and `remove` are inverses, idempotent."""
+
+    @abstractmethod
+    def apply(self) -> None:
+        """Attach; does nothing when attached."""
+
+    @abstractmethod
+    def remove(self) -> None:
+        """Detach, leaving no trace; does nothing when detached."""
+
+    def __enter__(self) -> Self:
+        self.apply()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.remove()
 
 
 class LoadedModel(Protocol):

@@ -337,6 +337,43 @@ def test_rows_that_belong_to_no_request_are_refused(llama, make):
             answer(llama, [])
 
 
+def test_a_generator_that_was_left_behind_does_not_go_on(llama, make):
+    """Its cache is another request's by now; and closing it late disturbs that one in nothing."""
+    with steer(llama, make(True)) as session:
+        want = answer(llama, tokens(llama, "The sea is"))
+        left = [llama.generate(tokens(llama), temp=0.0) for _ in "ab"]
+        for stream in left:
+            next(stream)
+        later = llama.generate(tokens(llama, "The sea is"), temp=0.0)
+        found = [next(later)]
+        with pytest.raises(RowMappingLost, match="another generate"):
+            next(left[0])
+        left[1].close()
+        assert session.outcomes[0].fired
+        assert found + [next(later) for _ in want[1:]] == want
+
+
+def test_a_generator_closed_between_announcement_and_prompt_changes_nothing(llama, make):
+    """The new prompt's last row alone is evaluated: it must not pass for an old answer's."""
+    package = make(True)
+    with steer(llama, package) as session:
+        old = llama.generate(tokens(llama), temp=0.0)
+        next(old)
+        init = llama._init_sampler
+
+        def closing(*args, **kwargs):
+            old.close()
+            return init(*args, **kwargs)
+
+        llama._init_sampler = closing
+        try:
+            session.outcomes = ()
+            answer(llama, tokens(llama), 1)
+            assert session.outcomes[0].fired
+        finally:
+            del llama._init_sampler
+
+
 def test_speculative_decoding_gives_the_same_tokens(smollm2_path, llama, make):
     from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
@@ -509,6 +546,30 @@ def test_the_command_line_answers_in_llama_cpp(smollm2_path, make, tmp_path):
     assert found["steered"] != found["unsteered"]
 
 
+def test_a_lora_stays_on(smollm2_path, llama, make, tmp_path):
+    """Quiet, a steered Llama with a LoRA answers as it does without the package."""
+    import gguf
+
+    rng = np.random.default_rng(0)
+    writer = gguf.GGUFWriter(tmp_path / "lora.gguf", "llama")
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", 4.0)
+    for part, shape in (("lora_a", (4, 576)), ("lora_b", (576, 4))):
+        values = rng.normal(size=shape).astype(np.float32)
+        writer.add_tensor(f"blk.3.attn_q.weight.{part}", values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    adapted = new_llama(smollm2_path, lora_path=str(tmp_path / "lora.gguf"))
+    want = answer(adapted, tokens(adapted))
+    assert want != answer(llama, tokens(llama))
+    with steer(adapted, make(False)):
+        assert answer(adapted, tokens(adapted)) == want
+    assert answer(adapted, tokens(adapted)) == want
+
+
 # ---------------------------------------------------------------- fail closed
 
 
@@ -533,9 +594,10 @@ def test_a_lost_hook_stops_generation(llama, make):
 
 def test_a_package_for_another_model_is_refused(llama, make):
     other = helpers.package(ModelFacts("llama", 576, 31, 49152, name="deeper"))
+    before = answer(llama, tokens(llama))
     with pytest.raises(ModelMismatch, match="num_layers"):
         steer(llama, other)
-    assert answer(llama, tokens(llama), 1)  # still works
+    assert answer(llama, tokens(llama)) == before  # on a fresh context, and it knows
 
 
 def test_images_are_refused_before_anything_is_evaluated(llama, make):

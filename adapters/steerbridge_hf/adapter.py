@@ -14,7 +14,6 @@ import inspect
 import sys
 import threading
 from collections.abc import Callable, Collection
-from types import TracebackType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -30,7 +29,7 @@ from steerbridge.errors import (
 )
 from steerbridge.package import SteeringPackage
 from steerbridge.plan import Stop, plan
-from steerbridge.runtime import Outcome
+from steerbridge.runtime import Attachment, Outcome
 from steerbridge_hf.kernels import Weights
 from steerbridge_hf.request import Requests, Step
 from steerbridge_hf.sites import RUNTIME, facts, locate
@@ -68,7 +67,7 @@ def steer(
     return session
 
 
-class Session:
+class Session(Attachment):
     """A package attached to a model. `apply` and `remove` are exact inverses, and idempotent."""
 
     def __init__(
@@ -155,18 +154,6 @@ class Session:
         model.__dict__.update(self._replaced)
         self._replaced = {}
         _drop_compiled_code()
-
-    def __enter__(self) -> Session:
-        self.apply()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.remove()
 
     # -------------------------------------------------------- generate
 

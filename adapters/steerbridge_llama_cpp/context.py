@@ -19,7 +19,7 @@ from typing import Any, Final
 import llama_cpp
 from llama_cpp import _internals as internals
 
-from steerbridge.errors import SteeringFailed, UnsupportedFeature
+from steerbridge.errors import RowMappingLost, SteeringFailed, UnsupportedFeature
 from steerbridge.package import SteeringPackage
 from steerbridge.runtime import Outcome
 from steerbridge_llama_cpp.facts import facts_for, quantisation
@@ -184,8 +184,13 @@ class SteeredContext(internals.LlamaContext):
         return removed
 
     def kv_cache_seq_cp(self, seq_id_src: int, seq_id_dst: int, p0: int, p1: int) -> None:
-        """Copies cells, not the request: `copy` or `begin` says whose rows they are."""
+        """Copies cells, not the request: `copy` or `begin` says whose rows they are.
+
+        What is known of steered rows goes with the cells.
+        """
         super().kv_cache_seq_cp(seq_id_src, seq_id_dst, p0, p1)
+        with contextlib.suppress(RowMappingLost):  # no open request: the mark was taken over
+            self.native.copy(seq_id_src, seq_id_dst)
         self.native.end(seq_id_dst)
 
     def kv_cache_seq_keep(self, seq_id: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Collection, Generator, Iterator, Sequence
 from pathlib import Path
@@ -45,6 +46,14 @@ def steer(
     return session
 
 
+def _next(generator: Any, sent: Any) -> int | None:
+    """The generator's next token; None at its end."""
+    try:
+        return int(generator.send(sent))
+    except StopIteration:
+        return None
+
+
 class _Steering:
     """The methods of `Llama` that a session must know of; mixed in before the class itself."""
 
@@ -57,9 +66,13 @@ class _Steering:
         session = self.steering_session
         bound = _GENERATE.bind(self, tokens, *args, **kwargs).arguments
         del bound["self"]
-        bound["tokens"] = session.expect(tokens, bound.get("reset", True))
-        with session.generating():
-            yield from super().generate(**bound)  # type: ignore[misc]
+        with session.request(tokens, bound.get("reset", True)) as running:
+            bound["tokens"] = running.tokens
+            with contextlib.closing(super().generate(**bound)) as inner:  # type: ignore[misc]
+                sent = None
+                while (token := _next(inner, sent)) is not None:
+                    sent = yield token
+                    session.check(running)
 
     def eval(self, tokens: Sequence[int]) -> None:
         """See `Llama.eval`; on an empty cache the tokens are a prompt."""

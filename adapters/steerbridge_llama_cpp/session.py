@@ -1,6 +1,6 @@
 """A package attached to one `llama_cpp.Llama`: where its requests begin and end.
 
-The road of one request: `generate` says that a prompt comes (`expect`); the first `eval` opens
+The road of one request: `generate` says that a prompt comes (`request`); the first `eval` opens
 it with the number of rows that the KV cache holds already; every batch passes through
 `SteeredContext.decode`; at the prompt end the outcome is kept and told. Nothing here patches
 llama_cpp: the session gives one object another context and a subclass of its class.
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Sequence
-from types import TracebackType
+from dataclasses import dataclass
 from typing import Any
 
 import llama_cpp
@@ -18,7 +18,7 @@ from llama_cpp import _internals as internals
 
 from steerbridge.errors import RowMappingLost, SteeredCache, SteeringFailed, UnsupportedFeature
 from steerbridge.package import SteeringPackage
-from steerbridge.runtime import Outcome
+from steerbridge.runtime import Attachment, Outcome
 from steerbridge.spec import HeadMatrix, PromptEnd
 from steerbridge_llama_cpp.context import SteeredContext, set_lora
 from steerbridge_llama_cpp.native import RUNTIME
@@ -26,7 +26,14 @@ from steerbridge_llama_cpp.native import RUNTIME
 OnOutcome = Callable[[tuple[Outcome, ...]], None]
 
 
-class Session:
+@dataclass(frozen=True, slots=True, eq=False)
+class Running:
+    """One `generate()` under way, and the tokens of its prompt that are to be evaluated."""
+
+    tokens: list[int]
+
+
+class Session(Attachment):
     """Steers every request of one `Llama`. `apply` and `remove` are inverses, and idempotent."""
 
     def __init__(
@@ -45,8 +52,8 @@ class Session:
         self._on_outcome = on_outcome
         self._reach = _Reach(package)
         self._context: SteeredContext | None = None
-        self._expected = False  # the next eval holds a prompt
-        self._generating = False
+        self._current: Running | None = None
+        self._expected = False  # its next eval holds its prompt
         self._prompt = 0  # rows of the open prompt; 0: no request is open
         self._told = True
 
@@ -81,14 +88,14 @@ class Session:
     def _replace_context(self, *, steered: bool) -> Any:
         llama = self.llama
         llama._ctx.close()
+        llama.n_tokens = 0  # its cache went, whatever follows
+        llama._requires_eval = True
         try:
             context = self._new_context(steered)
         except Exception:
             llama._ctx = self._new_context(False)  # leave something that works
             raise
         llama._ctx = llama._stack.enter_context(contextlib.closing(context))
-        llama.n_tokens = 0
-        llama._requires_eval = True
         return context
 
     def _new_context(self, steered: bool) -> Any:
@@ -107,18 +114,6 @@ class Session:
             set_lora(context, llama._lora_adapter, llama.lora_scale)
         return context
 
-    def __enter__(self) -> Session:
-        self.apply()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.remove()
-
     @property
     def context(self) -> SteeredContext:
         """The Llama's context.
@@ -132,8 +127,31 @@ class Session:
 
     # -------------------------------------------------------- what Llama's methods call
 
-    def expect(self, tokens: Sequence[int], reset: bool) -> list[int]:
-        """Announce a prompt: the next `eval` is its rest. Returns the tokens to evaluate.
+    @contextlib.contextmanager
+    def request(self, tokens: Sequence[int], reset: bool) -> Iterator[Running]:
+        """One `generate()`: its next `eval` is the rest of its prompt.
+
+        While it runs, rows behind the prompt may come several at a time (drafts). A generator
+        that was left behind changes nothing of a later one, whenever it is closed.
+        """
+        running = self._current = Running(self._rest(tokens, reset))
+        self._expected = True
+        try:
+            yield running
+        finally:
+            if self._current is running:
+                self._current, self._expected = None, False
+
+    def check(self, running: Running) -> None:
+        """Raise RowMappingLost if another `generate()` has taken the cache since."""
+        if self._current is not running:
+            raise RowMappingLost(
+                "another generate() started on this Llama, so its cache holds other rows; "
+                "finish one before the next"
+            )
+
+    def _rest(self, tokens: Sequence[int], reset: bool) -> list[int]:
+        """The tokens to evaluate of a prompt.
 
         Cuts the cache back so that every row that a probe reads will be evaluated, and no row
         that an earlier request steered at a layer is used again.
@@ -152,17 +170,7 @@ class Session:
                 llama.reset()
             llama.n_tokens = keep
             llama._requires_eval = True
-        self._expected = True
         return given if reset else whole[llama.n_tokens :]
-
-    @contextlib.contextmanager
-    def generating(self) -> Iterator[None]:
-        """While `generate` runs, rows behind a prompt may come several at a time (drafts)."""
-        self._generating = True
-        try:
-            yield
-        finally:
-            self._generating = self._expected = False
 
     def before_eval(self, rows: int) -> None:
         """Open the request that the coming rows start, or refuse rows of no request."""
@@ -179,7 +187,7 @@ class Session:
                 f"{rows} rows behind {cached} cached ones belong to no known request; "
                 "use generate() or reset()"
             )
-        elif rows != 1 and not self._generating:
+        elif rows != 1 and self._current is None:
             raise RowMappingLost(
                 f"eval of {rows} tokens behind a prompt may be a new turn; use generate()"
             )

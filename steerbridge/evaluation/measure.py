@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ class Row:
             "unsteered": self.plain.text,
             "steered": self.steered.text,
             "fired": self.fired,
-            "verdicts": [asdict(v) for v in outcome.verdicts] if outcome else [],
+            "verdicts": outcome.as_json()["verdicts"] if outcome else [],
         }
 
 

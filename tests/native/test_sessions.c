@@ -360,6 +360,14 @@ static void test_steered_cache(const golden *g) {
     CHECK(steerhook_first_steered(t.session, 0) == n - 1);
     CHECK_STATUS(steerhook_request_cut(t.session, 0, n - 1, -1), STEERHOOK_OK);
     CHECK(steerhook_first_steered(t.session, 0) == -1);
+    /* A copy onto a sequence with steered rows of its own leaves its mark, and so the other way. */
+    CHECK_STATUS(steerhook_request_copy(t.session, 0, 1), STEERHOOK_NO_REQUEST);
+    CHECK(steerhook_first_steered(t.session, 1) == n - 1);
+    /* Rows in front of steered ones go: these move up. */
+    CHECK_STATUS(steerhook_request_cut(t.session, 2, 1, 2), STEERHOOK_OK);
+    CHECK(steerhook_first_steered(t.session, 2) == 1);
+    CHECK_STATUS(steerhook_request_cut(t.session, 2, n, n + 1), STEERHOOK_OK);
+    CHECK(steerhook_first_steered(t.session, 2) == 1);
     CHECK_STATUS(steerhook_request_begin(t.session, 1, n - 1, n + 3), STEERHOOK_OK);
     CHECK_STATUS(steerhook_session_clear(t.session), STEERHOOK_OK);
     CHECK(steerhook_first_steered(t.session, 2) == -1);

@@ -12,7 +12,8 @@
 #endif
 #endif
 #if defined(__x86_64__) && defined(__ELF__) && defined(__GLIBC__) && defined(__has_attribute) && \
-    !defined(SANITIZED) && !defined(STEERHOOK_PORTABLE) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+    !defined(SANITIZED) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__) &&     \
+    !defined(STEERHOOK_PORTABLE)
 #if __has_attribute(target_clones)
 #define MULTIVERSION __attribute__((target_clones("avx512f", "avx2", "default")))
 #endif

@@ -123,6 +123,13 @@ steerhook_status steerhook_request_begin(steerhook_session *s, int32_t seq, int3
     return sh_decide_rules(s, request);
 }
 
+/* The lower of two marks, 0 being none. */
+static void keep_mark(sh_request *request, int32_t clean) {
+    if (clean > 0 && (request->clean == 0 || clean < request->clean)) {
+        request->clean = clean;
+    }
+}
+
 steerhook_status steerhook_request_copy(steerhook_session *s, int32_t from, int32_t to) {
     steerhook_status status = may_change(s, from);
     status = status == STEERHOOK_OK ? may_change(s, to) : status;
@@ -132,7 +139,7 @@ steerhook_status steerhook_request_copy(steerhook_session *s, int32_t from, int3
     const sh_request *source = &s->requests[from];
     sh_request *target = &s->requests[to];
     target->open = target->acting = false;
-    target->clean = source->clean;
+    keep_mark(target, source->clean); /* the target may hold steered rows of its own */
     if (!source->open) {
         return sh_session_refuse(s, STEERHOOK_NO_REQUEST, "copy: no open request on sequence %ld",
                                  (long)from);
@@ -141,6 +148,7 @@ steerhook_status steerhook_request_copy(steerhook_session *s, int32_t from, int3
         return sh_session_refuse(s, STEERHOOK_MEMORY, "request: no memory");
     }
     sh_request copy = *source;
+    copy.clean = target->clean;
     size_t slots = (size_t)s->n_slots;
     copy.values = target->values;
     copy.progress = target->progress;
@@ -158,6 +166,8 @@ steerhook_status steerhook_request_copy(steerhook_session *s, int32_t from, int3
 static void cut(sh_request *request, int64_t from, int64_t to) {
     if (to < 0 && from < request->clean) {
         request->clean = 0; /* the steered rows went */
+    } else if (to > from && from < request->clean) {
+        request->clean = (int32_t)from + 1; /* rows behind the gap move up, steered ones too */
     }
     bool tail = to < 0 || to >= request->count;
     if (!request->open || from >= request->count || (!tail && to <= from)) {
