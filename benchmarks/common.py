@@ -13,6 +13,10 @@ from typing import Any
 from steerbridge import data
 from steerbridge.cli.common import smollm2
 from steerbridge.data import Example
+from steerbridge.package import SteeringPackage
+from steerbridge.spec import DenseMatrix, LowRankMatrix
+from steerbridge.tensors import Tensor
+from steerbridge.training import head as heads
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache"
@@ -62,6 +66,28 @@ def smollm2_f32() -> Path:
 
     path = CACHE / "models" / "SmolLM2-135M-Instruct.F32.gguf"
     return path if path.is_file() else dequantise(smollm2(), path)
+
+
+def with_threshold(package: SteeringPackage, threshold: float) -> SteeringPackage:
+    """The package whose every probe has this threshold."""
+    probes = tuple(p.model_copy(update={"threshold": threshold}) for p in package.spec.probes)
+    return SteeringPackage(package.spec.model_copy(update={"probes": probes}), package.tensors)
+
+
+def with_act(package: SteeringPackage, act: Any, tensors: Mapping[str, Tensor]) -> SteeringPackage:
+    """The package with this intervention, of the same id, in the place of its own."""
+    spec = package.spec.model_copy(update={"interventions": (act,)})
+    return SteeringPackage(spec, {**package.tensors, **tensors})
+
+
+def low_rank(package: SteeringPackage, rank: int) -> SteeringPackage:
+    """The package with its dense head cut to a rank; as it is if its head is of low rank."""
+    head: Any = package.spec.interventions[0]
+    if not isinstance(head.weight, DenseMatrix):
+        return package
+    cut = heads.low_rank(package.tensors[head.weight.matrix].float32(), rank)
+    act = head.model_copy(update={"weight": LowRankMatrix(form="low_rank", u="u", v="v")})
+    return with_act(package, act, {"u": Tensor.of(cut.u), "v": Tensor.of(cut.v)})
 
 
 def alternate(round: int, runs: Mapping[str, Callable[[], float]]) -> dict[str, float]:

@@ -17,12 +17,9 @@ import llama_cpp
 import numpy as np
 from llama_cpp import _internals as internals
 
-from common import alternate, say
+from common import alternate, low_rank, say, with_threshold
 from steerbridge.cli.common import smollm2
 from steerbridge.package import SteeringPackage
-from steerbridge.spec import DenseMatrix, LowRankMatrix
-from steerbridge.tensors import Tensor
-from steerbridge.training import head as heads
 from steerbridge_llama_cpp import LlamaCppModel, steer
 
 NEW = 48
@@ -31,7 +28,7 @@ RANK = 32
 
 def measure(package: SteeringPackage, prompts: Sequence[Any]) -> dict[str, Any]:
     """Ratios of plain over steered time; see the module's text."""
-    fired = always(low_rank(package))
+    fired = with_threshold(low_rank(package, RANK), -1.0)
     llamas = {
         name: llama_cpp.Llama(str(smollm2()), n_ctx=2048, verbose=False)
         for name in ("plain", "quiet", "fired", "python_quiet", "python_fired")
@@ -79,21 +76,6 @@ def run(llama: Any, tokens: list[int], new: int) -> float:
         if count == new:
             break
     return time.perf_counter() - start
-
-
-def low_rank(package: SteeringPackage) -> SteeringPackage:
-    head: Any = package.spec.interventions[0]
-    if not isinstance(head.weight, DenseMatrix):
-        return package
-    cut = heads.low_rank(package.tensors[head.weight.matrix].float32(), RANK)
-    act = head.model_copy(update={"weight": LowRankMatrix(form="low_rank", u="u", v="v")})
-    spec = package.spec.model_copy(update={"interventions": (act,)})
-    return SteeringPackage(spec, {**package.tensors, "u": Tensor.of(cut.u), "v": Tensor.of(cut.v)})
-
-
-def always(package: SteeringPackage) -> SteeringPackage:
-    probes = tuple(p.model_copy(update={"threshold": -1.0}) for p in package.spec.probes)
-    return SteeringPackage(package.spec.model_copy(update={"probes": probes}), package.tensors)
 
 
 class PythonCallback:

@@ -19,20 +19,28 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import CACHE, arguments, finish, open_smollm2, say, smollm2_f32
+from common import (
+    CACHE,
+    arguments,
+    finish,
+    low_rank,
+    open_smollm2,
+    say,
+    smollm2_f32,
+    with_act,
+    with_threshold,
+)
 from steerbridge import calibration, reference
 from steerbridge.cli.common import smollm2
 from steerbridge.data import Example, from_corpus
 from steerbridge.package import SteeringPackage, load
 from steerbridge.runtime import Generation
-from steerbridge.spec import AddVector, DenseMatrix, LayerOutput, LowRankMatrix, ProjectOut, Target
+from steerbridge.spec import AddVector, LayerOutput, ProjectOut, Target
 from steerbridge.tensors import Tensor
-from steerbridge.training import head as heads
 from steerbridge.training import recipe
 from steerbridge.training.head import HeadSettings
 from steerbridge_llama_cpp import open_model
 
-LAYER = 22  # where the vectors act: deep enough for every reading of the probe
 RANK = 32
 NEW = 48
 
@@ -95,28 +103,21 @@ def at_median(package: SteeringPackage, hf: Any, prompts: Sequence[Example]) -> 
     answers = hf.generate(prompts, package, max_new_tokens=1)
     scores = sorted(a.outcome.verdicts[0].score for a in answers)
     middle = float(np.mean(scores[len(scores) // 2 - 1 : len(scores) // 2 + 1]))
-    (probe,) = package.spec.probes
-    probes = (probe.model_copy(update={"threshold": middle}),)
-    return SteeringPackage(package.spec.model_copy(update={"probes": probes}), package.tensors)
+    return with_threshold(package, middle)
 
 
 def variants(package: SteeringPackage, hf: Any) -> dict[str, SteeringPackage]:
     """The package with each kind of intervention in the place of its head."""
     head: Any = package.spec.interventions[0]
-    assert isinstance(head.weight, DenseMatrix)
-    cut = heads.low_rank(package.tensors[head.weight.matrix].float32(), RANK)
-    low = LowRankMatrix(form="low_rank", u="u", v="v")
-    direction = mean_difference(hf)
-    target = Target(site=LayerOutput(stream="layer_output", layer=LAYER), vector="direction")
+    # Where the probe reads last: the earliest place that may be steered by it.
+    depth = max(package.spec.depth(r.site) for p in package.spec.probes for r in p.readings)
+    direction = mean_difference(hf, depth)
+    target = Target(site=LayerOutput(stream="layer_output", layer=depth - 1), vector="direction")
     common: dict[str, Any] = {"position": "from_prompt_end", "targets": (target,), "id": head.id}
     unit = direction / np.linalg.norm(direction)
     return {
         "dense": package,
-        "low_rank": with_act(
-            package,
-            head.model_copy(update={"weight": low}),
-            {"u": Tensor.of(cut.u), "v": Tensor.of(cut.v)},
-        ),
+        "low_rank": low_rank(package, RANK),
         "vector": with_act(
             package,
             AddVector(type="add_vector", alpha=2.0, **common),
@@ -130,23 +131,18 @@ def variants(package: SteeringPackage, hf: Any) -> dict[str, SteeringPackage]:
     }
 
 
-def mean_difference(hf: Any) -> Any:
+def mean_difference(hf: Any, layer: int) -> Any:
     """Mean of harmful minus mean of harmless states at the prompt end of the layer."""
     reading = next(
         r
         for r in recipe.all_readings(hf.facts.num_layers)
-        if str(r) == f"layer_input[{LAYER + 1}] @ prompt_end"
+        if str(r) == f"layer_input[{layer}] @ prompt_end"
     )
     examples = [e for e in from_corpus("train") if e.kind == "pair"][:200]
     states = np.empty((len(examples), 1, hf.facts.hidden_size), np.float32)
     hf.capture(examples, [reading], states)
     harmful = np.array([e.harmful for e in examples])
     return states[harmful, 0].mean(axis=0) - states[~harmful, 0].mean(axis=0)
-
-
-def with_act(package: SteeringPackage, act: Any, tensors: Mapping[str, Tensor]) -> SteeringPackage:
-    spec = package.spec.model_copy(update={"interventions": (act,)})
-    return SteeringPackage(spec, {**package.tensors, **tensors})
 
 
 def against_reference(

@@ -15,7 +15,7 @@ from typing import Any
 
 import steerbridge_hf
 import steerbridge_llama_cpp
-from steerbridge.cli.common import progress, smollm2
+from steerbridge.cli.common import smollm2, steps
 from steerbridge.cli.generate import side_by_side
 from steerbridge.cli.inspect import sheet
 from steerbridge.data import Example, from_corpus
@@ -47,7 +47,7 @@ def main() -> None:
     }
     for i in range(len(PROMPTS)):
         for name, found in rows.items():
-            print("\n".join([*side_by_side(found[i], name)]))
+            print("\n".join(side_by_side(found[i], name)))
     print(json.dumps(summary(path, rows, start)))
 
 
@@ -55,12 +55,7 @@ def trained(hf: Any) -> Path:
     """A package trained on the shipped prompts, as a directory and as one GGUF file."""
     examples = from_corpus("train") + from_corpus("validation")
     print(f"training on {len(examples)} prompts", file=sys.stderr)
-    bars: dict[str, Any] = {}
-
-    def say(what: str, done: int, total: int) -> None:
-        bars.setdefault(what, progress(what))(done, total)
-
-    package = train(hf, examples, TrainSettings(name="smollm2-demo"), CACHE / "demo", say)
+    package = train(hf, examples, TrainSettings(name="smollm2-demo"), CACHE / "demo", steps())
     package.save(CACHE / "smollm2-demo")
     return package.save(CACHE / "smollm2-demo.gguf")
 

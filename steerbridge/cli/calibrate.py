@@ -14,19 +14,13 @@ from steerbridge.package import load
 
 
 def calibrate(
-    package: Annotated[str, typer.Argument(help="Directory, .gguf file or hub id.")],
+    package: common.Package,
     model: common.Model = "smollm2",
     runtime: common.Runtime = "llama.cpp",
     data: common.Data = [],
-    corpus: Annotated[
-        str, typer.Option(help="Splits of the shipped prompts to add, joined by +; or none.")
-    ] = "none",
-    fpr: Annotated[
-        float, typer.Option(help="Share of harmless prompts that may fire.", min=0, max=0.5)
-    ] = 0.01,
-    borderline_fpr: Annotated[
-        float, typer.Option(help="The same for prompts that only sound harmful.", min=0, max=0.5)
-    ] = 0.02,
+    corpus: common.Corpus = "none",
+    fpr: common.Fpr = 0.01,
+    borderline_fpr: common.BorderlineFpr = 0.02,
     baseline: Annotated[
         str, typer.Option(help="Runtime to compare the scores with, on the same model.")
     ] = "",
@@ -40,7 +34,7 @@ def calibrate(
     Use prompts that the package was not trained on; `steerbridge inspect` shows the result.
     """
     steering = load(package)
-    prompts = common.examples(data, None if corpus == "none" else corpus)
+    prompts = common.examples(data, corpus)
     if not prompts:
         raise DataError(Problem("--data or --corpus", "prompts to calibrate on", "none"))
     elsewhere = None

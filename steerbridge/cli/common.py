@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -16,6 +16,7 @@ from steerbridge.data import Example
 from steerbridge.errors import SteerbridgeError
 from steerbridge.runtime import LoadedModel, Progress
 
+Package = Annotated[str, typer.Argument(help="Directory, .gguf file or hub id.")]
 Model = Annotated[
     str, typer.Option("--model", "-m", help="Directory, hub id, GGUF file, or `smollm2`.")
 ]
@@ -29,6 +30,15 @@ Ignore = Annotated[
 Data = Annotated[
     list[Path],
     typer.Option("--data", help="JSON Lines file of prompts or pairs; may be repeated."),
+]
+Corpus = Annotated[
+    str, typer.Option(help="Splits of the shipped prompts to add, joined by +; or none.")
+]
+Fpr = Annotated[
+    float, typer.Option(help="Share of harmless prompts that may fire.", min=0, max=0.5)
+]
+BorderlineFpr = Annotated[
+    float, typer.Option(help="The same for prompts that only sound harmful.", min=0, max=0.5)
 ]
 
 
@@ -56,10 +66,10 @@ def smollm2() -> Path:
     return Path(str(next(f for f in files if f.suffix == ".gguf").locate()))
 
 
-def examples(paths: Sequence[Path], corpus: str | None) -> list[Example]:
-    """Prompts of the files, and of the shipped corpus' split if one is named."""
+def examples(paths: Sequence[Path], corpus: str) -> list[Example]:
+    """Prompts of the files, and of the shipped corpus' splits unless it is `none`."""
     found = [e for path in paths for e in data.read_jsonl(path)]
-    if corpus:
+    if corpus != "none":
         for split in corpus.split("+"):
             found += data.from_corpus(split)
     return found
@@ -83,6 +93,18 @@ def progress(what: str) -> Progress:
         state["last"] = f"\r{what:<16} {bar}"
         end = "\n" if total and done >= total else ""
         print(state["last"], end=end, file=sys.stderr, flush=True)
+
+    return update
+
+
+def steps() -> Callable[[str, int, int], None]:
+    """Progress of a job of several steps, a bar for each: call it with (what, done, total)."""
+    bars: dict[str, Progress] = {}
+
+    def update(what: str, done: int, total: int) -> None:
+        if what not in bars:
+            bars[what] = progress(what)
+        bars[what](done, total)
 
     return update
 

@@ -14,13 +14,11 @@ from steerbridge.package import load
 
 
 def evaluate(
-    package: Annotated[str, typer.Argument(help="Directory, .gguf file or hub id.")],
+    package: common.Package,
     model: common.Model = "smollm2",
     runtime: common.Runtime = "hf",
     data: common.Data = [],
-    corpus: Annotated[
-        str, typer.Option(help="Splits of the shipped prompts to add, joined by +; or none.")
-    ] = "none",
+    corpus: common.Corpus = "none",
     limit: Annotated[int, typer.Option(help="Use every k-th prompt, this many; 0: all.")] = 0,
     max_new_tokens: common.MaxNew = 48,
     ignore: common.Ignore = [],
@@ -31,7 +29,7 @@ def evaluate(
 ) -> None:
     """Measure attack success, false positives and changed answers."""
     steering = load(package)
-    prompts = common.examples(data, None if corpus == "none" else corpus)
+    prompts = common.examples(data, corpus)
     if not prompts:
         raise DataError(Problem("--data or --corpus", "prompts to measure on", "none"))
     if limit and limit < len(prompts):

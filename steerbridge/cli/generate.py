@@ -14,7 +14,7 @@ from steerbridge.package import load
 
 
 def generate(
-    package: Annotated[str, typer.Argument(help="Directory, .gguf file or hub id.")],
+    package: common.Package,
     prompt: Annotated[list[str], typer.Argument(help="Prompts, in quotes.")],
     model: common.Model = "smollm2",
     runtime: common.Runtime = "hf",

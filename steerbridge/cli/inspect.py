@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from steerbridge.cli import common
 from steerbridge.encodings import plain
@@ -21,7 +19,7 @@ from steerbridge.spec import (
 
 
 def inspect(
-    package: Annotated[str, typer.Argument(help="Directory, .gguf file or hub id.")],
+    package: common.Package,
     json: common.Json = False,
 ) -> None:
     """Show what a package reads, when it fires, what it changes, and its evidence."""

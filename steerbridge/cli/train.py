@@ -18,21 +18,15 @@ def train(
     out: Annotated[Path, typer.Argument(help="Package to write: a directory, or a .gguf file.")],
     model: common.Model = "smollm2",
     data: common.Data = [],
-    corpus: Annotated[
-        str, typer.Option(help="Splits of the shipped prompts to add, joined by +; or none.")
-    ] = "train+validation",
+    corpus: common.Corpus = "train+validation",
     refusal: Annotated[str, typer.Option(help="The sentence of a refusal.")] = "",
     probe: Annotated[str, typer.Option(help="Shape of the probe: mlp or linear.")] = "mlp",
     intervention: Annotated[
         str, typer.Option(help="head_matrix, add_vector or project_out.")
     ] = "head_matrix",
     rank: Annotated[int, typer.Option(help="Rank of the head matrix; 0 keeps it dense.")] = 0,
-    fpr: Annotated[
-        float, typer.Option(help="Share of harmless prompts that may fire.", min=0, max=0.5)
-    ] = 0.01,
-    borderline_fpr: Annotated[
-        float, typer.Option(help="The same for prompts that only sound harmful.", min=0, max=0.5)
-    ] = 0.02,
+    fpr: common.Fpr = 0.01,
+    borderline_fpr: common.BorderlineFpr = 0.02,
     seed: Annotated[int, typer.Option(help="Same seed, same package.")] = 0,
     name: Annotated[str, typer.Option(help="Name of the package.")] = "steerbridge-guard",
     cache: Annotated[
@@ -55,16 +49,9 @@ def train(
         seed=seed,
     )
     loaded = common.trainable(common.open_model(model, "hf"))
-    prompts = common.examples(data, None if corpus == "none" else corpus)
-    bars: dict[str, Any] = {}
-
-    def say(what: str, done: int, total: int) -> None:
-        if what not in bars:
-            bars[what] = common.progress(what)
-        bars[what](done, total)
-
+    prompts = common.examples(data, corpus)
     with tempfile.TemporaryDirectory() as scratch:
-        package = recipe.train(loaded, prompts, settings, cache or Path(scratch), say)
+        package = recipe.train(loaded, prompts, settings, cache or Path(scratch), common.steps())
     package.save(out)
     if json:
         common.print_json({"package": str(out), "spec": plain(package.spec)})
