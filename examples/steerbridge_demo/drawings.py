@@ -1,0 +1,372 @@
+"""Pictures for the demo model: icons on backgrounds, drawn by PIL, the same from the same seed.
+
+A `Scene` says everything about a picture in words and numbers; `draw` makes it. Positions and
+sizes are shares of the shorter side, turns are degrees. The hazards among the icons are as
+plain as the rest: no people, no gore.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Final
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from steerbridge.errors import DataError, Problem
+from steerbridge_demo.vocabulary import (
+    COLOURS,
+    COUNTABLE,
+    NUMBERS,
+    OBJECTS,
+    PRINTED,
+    TRAIN_PAIRS,
+)
+
+RGB = tuple[int, int, int]
+Point = tuple[float, float]
+
+KINDS: Final = ("one", "two", "count", "word")
+TRAIN_STYLES: Final = ("flat", "outlined", "shadow", "sketch", "tinted")
+UNSEEN_STYLE: Final = "hatched"
+STYLES: Final = (*TRAIN_STYLES, UNSEEN_STYLE)
+BACKGROUNDS: Final = ("plain", "plain", "gradient", "ground", "stripes", "dots")
+
+_PAPER: Final[tuple[RGB, ...]] = (
+    *((236, 236, 240), (202, 221, 236), (216, 235, 211), (250, 236, 204), (236, 212, 222)),
+    *((192, 194, 198), (124, 134, 144), (72, 82, 98), (226, 202, 174), (172, 201, 192)),
+    *((46, 56, 78), (152, 124, 152), (96, 118, 96), (150, 172, 205), (206, 196, 226)),
+)
+_WOOD: Final[RGB] = (150, 118, 88)
+_DARK_INK: Final[RGB] = (30, 30, 36)
+_LIGHT_INK: Final[RGB] = (206, 206, 212)
+_APART: Final = 95.0  # distance in RGB that a thing keeps from its background
+_OVERSAMPLING: Final = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Thing:
+    """One object: its centre (x, y) as shares of width and height, `size` half its extent."""
+
+    name: str
+    colour: str
+    x: float
+    y: float
+    size: float
+    turn: float
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """A picture in words. `word` is what a sign says; `width` and `height` are pixels."""
+
+    kind: str
+    things: tuple[Thing, ...]
+    word: str | None
+    style: str
+    width: int
+    height: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    shade: str
+    points: tuple[Point, ...]
+    stroke: float | None  # None: a filled polygon
+
+
+# ------------------------------------------------------------ sampling
+
+
+def sample(
+    rng: random.Random,
+    kind: str,
+    *,
+    pairs: Sequence[tuple[str, str]] = TRAIN_PAIRS,
+    styles: Sequence[str] = TRAIN_STYLES,
+    size: tuple[int, int] | None = None,
+) -> Scene:
+    """A random scene of a kind; objects and colours come from `pairs` (colour, name).
+
+    Raises:
+        DataError: an unknown kind or style, or no pair that the kind can show.
+    """
+    if kind not in KINDS:
+        raise DataError(Problem("kind", f"one of {KINDS}", repr(kind)))
+    if not set(styles) <= set(STYLES) or not styles:
+        raise DataError(Problem("styles", f"some of {STYLES}", repr(styles)))
+    usable = [p for p in pairs if kind != "count" or p[1] in COUNTABLE]
+    if not usable and kind != "word":
+        raise DataError(Problem("pairs", f"one that a scene {kind!r} can show", "none"))
+    width, height = size or _random_size(rng)
+    things = {"one": _one, "two": _two, "count": _several, "word": _no_things}[kind](rng, usable)
+    word = rng.choice(PRINTED) if kind == "word" else None
+    return Scene(kind, things, word, rng.choice(styles), width, height, rng.getrandbits(32))
+
+
+def _random_size(rng: random.Random) -> tuple[int, int]:
+    """Mostly 128 pixels square; else 96 to 300 a side, no side under 6/10 of the other."""
+    if rng.random() < 0.5:
+        return 128, 128
+    long = rng.randint(96, 300)
+    short = max(64, round(long * rng.uniform(0.6, 1.0)))
+    return (long, short) if rng.random() < 0.5 else (short, long)
+
+
+def _one(rng: random.Random, pairs: Sequence[tuple[str, str]]) -> tuple[Thing, ...]:
+    colour, name = rng.choice(pairs)
+    size = rng.uniform(0.24, 0.44)
+    x, y = (rng.uniform(size, 1 - size) for _ in range(2))
+    return (Thing(name, colour, x, y, size, rng.uniform(-25, 25)),)
+
+
+def _two(rng: random.Random, pairs: Sequence[tuple[str, str]]) -> tuple[Thing, ...]:
+    first, second = rng.choice(pairs), rng.choice(pairs)
+    while second[1] == first[1]:
+        second = rng.choice(pairs) if len({n for _, n in pairs}) > 1 else ("red", "apple")
+    things = []
+    for (colour, name), middle in ((first, 0.26), (second, 0.74)):
+        size = rng.uniform(0.19, 0.25)
+        x = middle + rng.uniform(-0.02, 0.02)
+        things.append(Thing(name, colour, x, rng.uniform(0.3, 0.7), size, rng.uniform(-20, 20)))
+    return tuple(things)
+
+
+def _several(rng: random.Random, pairs: Sequence[tuple[str, str]]) -> tuple[Thing, ...]:
+    colour, name = rng.choice(pairs)
+    count = 2 + rng.randrange(len(NUMBERS))
+    places = [(x, y) for y in (0.22, 0.5, 0.78) for x in (0.22, 0.5, 0.78)]
+    return tuple(
+        Thing(
+            name,
+            colour,
+            x + rng.uniform(-0.03, 0.03),
+            y + rng.uniform(-0.03, 0.03),
+            rng.uniform(0.11, 0.14),
+            rng.uniform(-20, 20),
+        )
+        for x, y in rng.sample(places, count)
+    )
+
+
+def _no_things(_rng: random.Random, _pairs: Sequence[tuple[str, str]]) -> tuple[Thing, ...]:
+    return ()
+
+
+# ------------------------------------------------------------ drawing
+
+
+def draw(scene: Scene) -> Image.Image:
+    """The picture of a scene, RGB, `width` x `height` pixels.
+
+    Raises:
+        DataError: an unknown object, colour or style, or a size outside 16..2048.
+    """
+    _check(scene)
+    rng = random.Random(scene.seed)
+    scale = _OVERSAMPLING
+    canvas = _background(scene, rng, scale)
+    if scene.word is not None:
+        _print_word(canvas, scene, rng)
+    for thing in scene.things:
+        _draw_thing(canvas, thing, scene, rng)
+    picture = canvas.reduce(scale)
+    return _grain(picture, scene.seed) if rng.random() < 0.3 else picture
+
+
+def _check(scene: Scene) -> None:
+    for field, value, known in (
+        *((f"thing {i}", t.name, OBJECTS) for i, t in enumerate(scene.things)),
+        *((f"colour {i}", t.colour, tuple(COLOURS)) for i, t in enumerate(scene.things)),
+        ("style", scene.style, STYLES),
+    ):
+        if value not in known:
+            raise DataError(Problem(field, f"one of {known}", repr(value)))
+    if not all(16 <= side <= 2048 for side in (scene.width, scene.height)):
+        raise DataError(Problem("size", "16 to 2048 pixels", f"{scene.width}x{scene.height}"))
+
+
+def _background(scene: Scene, rng: random.Random, scale: int) -> Image.Image:
+    width, height = scene.width * scale, scene.height * scale
+    colours = [COLOURS[t.colour] for t in scene.things]
+    usable = [p for p in _PAPER if all(math.dist(p, c) > _APART for c in colours)]
+    first, second = rng.choice(usable), rng.choice(usable)
+    second = _mix(first, second, 0.5)
+    canvas = Image.new("RGB", (width, height), first)
+    pen = ImageDraw.Draw(canvas)
+    kind = rng.choice(BACKGROUNDS)
+    if kind == "gradient":
+        strip = Image.new("RGB", (1, 2), first)
+        strip.putpixel((0, 1), second)
+        return strip.resize((width, height), Image.Resampling.BILINEAR)
+    if kind == "ground":
+        pen.rectangle((0, height * rng.uniform(0.55, 0.8), width, height), fill=second)
+    step = max(8, round(width * rng.uniform(0.1, 0.2)))
+    if kind == "stripes":
+        for x in range(0, width, 2 * step):
+            pen.rectangle((x, 0, x + step, height), fill=_mix(first, second, 0.6))
+    if kind == "dots":
+        for x in range(step // 2, width, step):
+            for y in range(step // 2, height, step):
+                pen.ellipse((x - 4, y - 4, x + 4, y + 4), fill=second)
+    return canvas
+
+
+def _draw_thing(canvas: Image.Image, thing: Thing, scene: Scene, rng: random.Random) -> None:
+    side = min(canvas.size)
+    turn = math.radians(thing.turn)
+    cos, sin = math.cos(turn) * thing.size * side, math.sin(turn) * thing.size * side
+    left, top = thing.x * canvas.width, thing.y * canvas.height
+    shake = 0.035 if scene.style == "sketch" else 0.0
+
+    def placed(point: Point, dx: float = 0.0) -> Point:
+        x, y = (p + (rng.uniform(-shake, shake) if shake else 0.0) for p in point)
+        return left + cos * x - sin * y + dx, top + sin * x + cos * y + dx
+
+    shades = _shades(thing.colour, scene.style, rng)
+    unit = thing.size * side
+    if scene.style == "shadow":
+        for part in _icon(thing.name):
+            points = [placed(p, 0.1 * unit) for p in part.points]
+            _part(canvas, part, points, _DARK_INK_SOFT, unit, None)
+    contour = {"outlined": _DARK_INK, "sketch": shades["dark"], "tinted": shades["edge"]}.get(
+        scene.style
+    )
+    for part in _icon(thing.name):
+        edge = contour if part.shade == "body" else None
+        points = [placed(p) for p in part.points]
+        _part(canvas, part, points, shades[part.shade], unit, edge)
+        if scene.style == "hatched" and part.shade == "body" and part.stroke is None:
+            _hatch(canvas, points, shades["dark"], unit)
+
+
+_DARK_INK_SOFT: Final[RGB] = (84, 84, 92)
+
+
+def _part(
+    canvas: Image.Image,
+    part: _Part,
+    points: list[Point],
+    fill: RGB,
+    unit: float,
+    edge: RGB | None,
+) -> None:
+    pen = ImageDraw.Draw(canvas)
+    if part.stroke is not None:
+        pen.line(points, fill=fill, width=max(1, round(part.stroke * unit)), joint="curve")
+    elif edge is None:
+        pen.polygon(points, fill=fill)
+    else:
+        pen.polygon(points, fill=fill, outline=edge, width=max(1, round(0.07 * unit)))
+
+
+def _hatch(canvas: Image.Image, points: list[Point], colour: RGB, unit: float) -> None:
+    """Diagonal lines over the inside of a polygon."""
+    mask = Image.new("1", canvas.size)
+    ImageDraw.Draw(mask).polygon(points, fill=1)
+    lines = Image.new("1", canvas.size)
+    pen = ImageDraw.Draw(lines)
+    step = max(4, round(0.22 * unit))
+    for x in range(-canvas.height, canvas.width, step):
+        pen.line((x, 0, x + canvas.height, canvas.height), fill=1, width=max(1, step // 3))
+    lines.paste(0, mask=Image.eval(mask.convert("L"), lambda v: 255 - v))
+    canvas.paste(colour, mask=lines)
+
+
+def _shades(colour: str, style: str, rng: random.Random) -> dict[str, RGB]:
+    base = COLOURS[colour]
+    spread = 8 if colour in ("black", "white") else 14
+    red, green, blue = (min(255, max(0, v + rng.randint(-spread, spread))) for v in base)
+    body = (red, green, blue)
+    light = _mix(body, (255, 255, 255), 0.6) if colour != "white" else (204, 208, 214)
+    dark = _mix(body, (0, 0, 0), 0.4) if colour != "black" else (80, 80, 86)
+    ink = _LIGHT_INK if colour in ("black", "purple", "brown") else _DARK_INK
+    shown = _mix(body, (255, 255, 255), 0.3) if style == "tinted" and colour != "black" else body
+    return {"body": shown, "light": light, "dark": dark, "ink": ink, "wood": _WOOD, "edge": body}
+
+
+def _mix(one: RGB, other: RGB, share: float) -> RGB:
+    red, green, blue = (round(a + (b - a) * share) for a, b in zip(one, other, strict=True))
+    return red, green, blue
+
+
+def _print_word(canvas: Image.Image, scene: Scene, rng: random.Random) -> None:
+    """A sign with a word on it, in capitals or small letters."""
+    text = str(scene.word)
+    text = rng.choice((text.upper(), text, text.capitalize()))
+    dark = rng.choice(tuple(COLOURS))
+    paper: RGB = (250, 248, 240) if sum(COLOURS[dark]) < 480 else (40, 42, 50)
+    wide = canvas.width * rng.uniform(0.7, 0.88)
+    font = _font(40)
+    box = font.getbbox(text)
+    font = _font(max(8, int(40 * min(wide / (box[2] - box[0]), canvas.height * 0.42 / 40))))
+    x = canvas.width * 0.5 + rng.uniform(-0.04, 0.04) * canvas.width
+    y = canvas.height * rng.uniform(0.35, 0.65)
+    left, top, right, bottom = font.getbbox(text, anchor="mm")
+    pad = 0.06 * canvas.width
+    frame = (x + left - pad, y + top - pad, x + right + pad, y + bottom + pad)
+    pen = ImageDraw.Draw(canvas)
+    pen.rectangle(frame, fill=paper, outline=COLOURS[dark], width=max(2, canvas.width // 60))
+    pen.text((x, y), text, fill=COLOURS[dark], font=font, anchor="mm")
+
+
+@cache
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    """The font inside Pillow, so that no font has to be installed."""
+    font = ImageFont.load_default(size)
+    if not isinstance(font, ImageFont.FreeTypeFont):
+        raise DataError(Problem("Pillow", "built with FreeType", "without"))
+    return font
+
+
+def _grain(picture: Image.Image, seed: int) -> Image.Image:
+    noise = np.random.default_rng(seed).integers(-9, 10, (picture.height, picture.width, 1))
+    return Image.fromarray((np.asarray(picture) + noise).clip(0, 255).astype(np.uint8))
+
+
+# ------------------------------------------------------------ icons
+
+
+def _icon(name: str) -> tuple[_Part, ...]:
+    return _icons()[name]
+
+
+@cache
+def _icons() -> dict[str, tuple[_Part, ...]]:
+    """The parts of every icon in `data/icons.txt`."""
+    found: dict[str, list[_Part]] = {}
+    parts: list[_Part] = []
+    text = files(__name__.partition(".")[0]).joinpath("data", "icons.txt").read_text("utf-8")
+    for line in text.splitlines():
+        words = line.split()
+        if not words or words[0] == "#":
+            continue
+        if words[0] == "=":
+            parts = found.setdefault(words[1], [])
+        else:
+            parts.append(_parsed(words[0], words[1], [float(w) for w in words[2:]]))
+    return {name: tuple(parts) for name, parts in found.items()}
+
+
+def _parsed(shade: str, shape: str, numbers: list[float]) -> _Part:
+    if shape == "ellipse":
+        cx, cy, rx, ry = numbers
+        return _Part(shade, _on_ellipse(cx, cy, rx, ry, 0, 360), None)
+    if shape == "arc":
+        width, cx, cy, rx, ry, start, end = numbers
+        return _Part(shade, _on_ellipse(cx, cy, rx, ry, start, end), width)
+    stroke = numbers.pop(0) if shape == "line" else None
+    return _Part(shade, tuple(zip(numbers[::2], numbers[1::2], strict=True)), stroke)
+
+
+def _on_ellipse(
+    cx: float, cy: float, rx: float, ry: float, start: float, end: float, steps: int = 24
+) -> tuple[Point, ...]:
+    angles = (math.radians(start + (end - start) * i / steps) for i in range(steps + 1))
+    return tuple((cx + rx * math.cos(a), cy + ry * math.sin(a)) for a in angles)

@@ -1,0 +1,270 @@
+"""Labelled prompts with pictures for the guard: `python -m steerbridge_demo.guard OUTDIR`.
+
+Four kinds. `text`: a harmful text, or its harmless mirror, with an unrelated harmless picture.
+`image`: an innocent question about a picture whose class is always refused, or about the same
+picture with an ordinary object in its place. `both`: harm in the combination only; an icon that
+is fine to describe and not fine to ask how to make, beside the same question about an ordinary
+object, or an innocent question about the same picture. `general`: ordinary questions, with and
+about harmless pictures, and innocent questions about the icons of `both`.
+
+Splits: `train`, `validation` (other stems and texts), `test` (stems of training, texts of the
+corpus' test split, pairs of colour and object never trained on among others), `unseen_stems`
+and `unseen_style` (as `test`, with stems or a drawing style never trained on). No two splits
+share a picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+from steerbridge import corpus
+from steerbridge.data import Example
+from steerbridge.errors import DataError, Problem
+from steerbridge_demo.drawings import TRAIN_STYLES, UNSEEN_STYLE, Scene, Thing, draw, sample
+from steerbridge_demo.questions import ask, stems
+from steerbridge_demo.vocabulary import DUAL, ORDINARY, PAIRS, REFUSED, TRAIN_PAIRS, held_out
+
+KINDS: Final = ("text", "image", "both", "general")
+SPLITS: Final = ("train", "validation", "test", "unseen_stems", "unseen_style")
+
+
+@dataclass(frozen=True, slots=True)
+class GuardPrompt:
+    """A labelled prompt, and what to hold out by: its stem (None: a text of its own), the
+    objects in its picture and the drawing style."""
+
+    example: Example
+    stem: str | None
+    objects: tuple[str, ...]
+    style: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Rules:
+    """What a split may use."""
+
+    stems: str
+    texts: str
+    pairs: tuple[tuple[str, str], ...]
+    styles: tuple[str, ...]
+
+
+_RULES: Final = {
+    "train": _Rules("train", "train", TRAIN_PAIRS, TRAIN_STYLES),
+    "validation": _Rules("validation", "validation", TRAIN_PAIRS, TRAIN_STYLES),
+    "test": _Rules("train", "test", PAIRS, TRAIN_STYLES),
+    "unseen_stems": _Rules("test", "test", PAIRS, TRAIN_STYLES),
+    "unseen_style": _Rules("train", "test", PAIRS, (UNSEEN_STYLE,)),
+}
+
+
+def guard_prompts(
+    directory: Path,
+    split: str,
+    *,
+    per_kind: int = 100,
+    seed: int = 0,
+    kinds: Sequence[str] = KINDS,
+    size: tuple[int, int] | None = None,
+) -> list[GuardPrompt]:
+    """Labelled prompts of a split, their pictures written to `directory/split` as PNG.
+
+    Each of the kinds text, image and both gives `per_kind` aligned pairs (two prompts that
+    share `Example.pair`), general gives `per_kind` harmless prompts. `size` fixes width and
+    height in pixels. The same arguments give the same prompts and pictures.
+
+    Raises:
+        DataError: an unknown split or kind, or a number that is not positive.
+    """
+    if split not in SPLITS:
+        raise DataError(Problem("split", f"one of {SPLITS}", repr(split)))
+    if not set(kinds) <= set(KINDS) or per_kind < 1:
+        want = f"kinds among {KINDS}, at least one a kind"
+        raise DataError(Problem("kinds", want, f"{kinds!r}, {per_kind}"))
+    folder = directory / split
+    folder.mkdir(parents=True, exist_ok=True)
+    found: list[GuardPrompt] = []
+    for kind in kinds:
+        rng = random.Random(f"guard {split} {kind} {seed}")
+        maker = _Maker(folder, split, kind, _RULES[split], rng, size)
+        found += _MAKERS[kind](maker, per_kind)
+    return found
+
+
+def guard_examples(directory: Path, split: str, **options: Any) -> list[Example]:
+    """The examples of `guard_prompts`."""
+    return [p.example for p in guard_prompts(directory, split, **options)]
+
+
+def write_jsonl(directory: Path, split: str, *, per_kind: int = 100, seed: int = 0) -> Path:
+    """Write `directory/split.jsonl` with its pictures beside it, for `--data` of the CLI."""
+    path = directory / f"{split}.jsonl"
+    lines = [
+        json.dumps(
+            {
+                "prompt": e.text,
+                "harmful": e.harmful,
+                "kind": e.kind,
+                "pair": e.pair,
+                "images": [str(image.relative_to(directory)) for image in e.images],
+            }
+        )
+        for e in guard_examples(directory, split, per_kind=per_kind, seed=seed)
+    ]
+    temporary = path.with_name(f".{path.name}.part")
+    temporary.write_text("\n".join(lines) + "\n", "utf-8")
+    temporary.replace(path)
+    return path
+
+
+# ------------------------------------------------------------ the kinds
+
+
+@dataclass(slots=True)
+class _Maker:
+    """Draws pictures and builds prompts of one kind."""
+
+    folder: Path
+    split: str
+    kind: str
+    rules: _Rules
+    rng: random.Random
+    size: tuple[int, int] | None
+    drawn: int = 0
+
+    def scene(self, kind: str, names: Sequence[str]) -> Scene:
+        pairs = [p for p in self.rules.pairs if p[1] in names]
+        return sample(self.rng, kind, pairs=pairs, styles=self.rules.styles, size=self.size)
+
+    def swapped(self, scene: Scene, names: Sequence[str]) -> Scene:
+        """The same scene with another object in the place of the first thing."""
+        first, *rest = scene.things
+        usable = [
+            name
+            for name in names
+            if (first.colour, name) in self.rules.pairs and name not in (t.name for t in rest)
+        ]
+        things: list[Thing] = [replace(first, name=self.rng.choice(usable)), *rest]
+        return replace(scene, things=tuple(things))
+
+    def stem(self, kind: str) -> str:
+        return self.rng.choice(stems(kind, self.rules.stems))
+
+    def picture(self, scene: Scene) -> Path:
+        path = self.folder / f"{self.kind}-{self.drawn:05}.png"
+        self.drawn += 1
+        draw(scene).save(path)
+        return path
+
+    def prompt(
+        self,
+        text: str,
+        harmful: bool,
+        scene: Scene,
+        image: Path,
+        pair: str | None = None,
+        stem: str | None = None,
+    ) -> GuardPrompt:
+        example = Example(text, harmful, self.kind, pair, (image,))
+        return GuardPrompt(example, stem, tuple(t.name for t in scene.things), scene.style)
+
+    def name(self, number: int) -> str:
+        return f"demo:{self.kind}:{self.split}:{number}"
+
+    def harmless_scene(self) -> Scene:
+        return self.scene(self.rng.choice(("one", "one", "two", "count", "word")), ORDINARY)
+
+
+def _text(maker: _Maker, count: int) -> Iterator[GuardPrompt]:
+    sides: dict[tuple[str, int | None], dict[bool, str]] = {}
+    for p in corpus.prompts(split=maker.rules.texts):
+        if p.partner is not None:
+            sides.setdefault((p.kind, p.partner), {})[p.harmful] = p.text
+    whole = [both for both in sides.values() if len(both) == 2]
+    picks = maker.rng.sample(whole, min(count, len(whole)))
+    for number in range(count):
+        both = picks[number % len(picks)]
+        scene = maker.harmless_scene()
+        image = maker.picture(scene)
+        for harmful in (True, False):
+            yield maker.prompt(both[harmful], harmful, scene, image, maker.name(number))
+
+
+def _image(maker: _Maker, count: int) -> Iterator[GuardPrompt]:
+    for number in range(count):
+        kind = "two" if number % 4 == 3 else "one"
+        scene = maker.scene("one", REFUSED)
+        if kind == "two":
+            beside = maker.scene("two", ORDINARY)
+            first = replace(beside.things[0], name=scene.things[0].name)
+            if held_out(first.colour, first.name) and maker.split in ("train", "validation"):
+                first = replace(first, colour=scene.things[0].colour)
+            scene = replace(beside, things=(first, beside.things[1]))
+        stem = maker.stem("make" if number % 5 == 4 else "describe")
+        for harmful, shown in ((True, scene), (False, maker.swapped(scene, ORDINARY))):
+            image = maker.picture(shown)
+            yield maker.prompt(stem, harmful, shown, image, maker.name(number), stem)
+
+
+def _both(maker: _Maker, count: int) -> Iterator[GuardPrompt]:
+    for number in range(count):
+        scene = maker.scene("one", DUAL)
+        image = maker.picture(scene)
+        name, stem = maker.name(number), maker.stem("make")
+        yield maker.prompt(stem, True, scene, image, name, stem)
+        if number % 5 < 3:
+            other = maker.swapped(scene, ORDINARY)
+            yield maker.prompt(stem, False, other, maker.picture(other), name, stem)
+        else:
+            innocent = maker.stem("describe")
+            yield maker.prompt(innocent, False, scene, image, name, innocent)
+
+
+def _general(maker: _Maker, count: int) -> Iterator[GuardPrompt]:
+    texts = [p.text for p in corpus.prompts(split=maker.rules.texts, kind="general")]
+    picks = maker.rng.sample(texts, min(count, len(texts)))
+    for number in range(count):
+        scene = maker.harmless_scene() if number % 4 else maker.scene("one", DUAL)
+        image = maker.picture(scene)
+        if number % 2 and picks:
+            yield maker.prompt(picks[number // 2 % len(picks)], False, scene, image)
+        elif number % 4 == 0 and scene.kind == "one":
+            stem = maker.stem("describe")
+            yield maker.prompt(stem, False, scene, image, stem=stem)
+        else:
+            question = ask(scene, maker.rng, maker.rules.stems)
+            yield maker.prompt(question.text, False, scene, image, stem=question.text)
+
+
+_MAKERS: Final[dict[str, Callable[[_Maker, int], Iterator[GuardPrompt]]]] = {
+    "text": _text,
+    "image": _image,
+    "both": _both,
+    "general": _general,
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Write JSON Lines and pictures of every split; prints the paths as one JSON object."""
+    parser = argparse.ArgumentParser(prog="python -m steerbridge_demo.guard")
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--per-kind", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    written = {
+        split: str(
+            write_jsonl(options.directory, split, per_kind=options.per_kind, seed=options.seed)
+        )
+        for split in SPLITS
+    }
+    print(json.dumps(written))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""Questions about the drawings and their answers: what the model is trained and measured on.
+
+`data/stems.txt` holds the open stems in three splits (train, validation, test); a model or a
+guard trained on one split has never read the stems of another.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Final
+
+from steerbridge.errors import DataError, Problem
+from steerbridge_demo.drawings import Scene, Thing
+from steerbridge_demo.vocabulary import COLOURS, NUMBERS, OBJECTS, article, phrase, plural
+
+STEM_KINDS: Final = ("describe", "make")
+SPLITS: Final = ("train", "validation", "test")
+ASPECTS: Final = ("object", "colour", "left_right", "count", "word", "yes_no")
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A question about a scene; `expected` are the words that a right answer holds."""
+
+    text: str
+    answer: str
+    aspect: str
+    expected: tuple[str, ...]
+
+
+@cache
+def stems(kind: str, split: str) -> tuple[str, ...]:
+    """The open questions of a kind ('describe' or 'make') in a split.
+
+    Raises:
+        DataError: no such kind or split.
+    """
+    found = _stems().get((kind, split))
+    if found is None:
+        want = f"one of {STEM_KINDS} and of {SPLITS}"
+        raise DataError(Problem("stems", want, f"{kind!r}, {split!r}"))
+    return found
+
+
+@cache
+def _stems() -> dict[tuple[str, str], tuple[str, ...]]:
+    found: dict[tuple[str, str], list[str]] = {}
+    lines: list[str] = []
+    text = files(__package__ or "").joinpath("data", "stems.txt").read_text("utf-8")
+    for line in filter(str.strip, text.splitlines()):
+        if line.startswith("# "):
+            kind, _, split = line[2:].partition(" | ")
+            lines = found.setdefault((kind, split), [])
+        else:
+            lines.append(line.strip())
+    return {key: tuple(value) for key, value in found.items()}
+
+
+# ------------------------------------------------------------ about a scene
+
+
+def described(scene: Scene) -> str:
+    """What a scene shows, as the object of a sentence: 'a red apple', 'three red apples'."""
+    if scene.word is not None:
+        return f'the word "{scene.word}"'
+    named = [_named(thing) for thing in scene.things]
+    if scene.kind == "count":
+        thing = scene.things[0]
+        return f"{NUMBERS[len(named) - 2]} {thing.colour} {plural(thing.name)}"
+    return " and ".join(named)
+
+
+def ask(scene: Scene, rng: random.Random, split: str = "train") -> Question:
+    """A random question that fits the scene, its open stems from `split`."""
+    return rng.choice(_ASKERS[scene.kind])(scene, rng, split)
+
+
+def describe(scene: Scene, stem: str) -> Question:
+    """An open stem about a scene with its answer."""
+    answer = f"The picture shows {described(scene)}."
+    if scene.kind == "one":
+        answer = f"It is {_named(scene.things[0])}."
+    aspect = {"one": "object", "two": "object", "count": "count", "word": "word"}[scene.kind]
+    return Question(stem, answer, aspect, _expected(scene))
+
+
+def _expected(scene: Scene) -> tuple[str, ...]:
+    if scene.word is not None:
+        return (scene.word,)
+    first = scene.things[0]
+    if scene.kind == "count":
+        return (NUMBERS[len(scene.things) - 2], first.colour, plural(first.name))
+    return tuple(word for thing in scene.things for word in (thing.colour, thing.name))
+
+
+def _named(thing: Thing) -> str:
+    return phrase(thing.colour, thing.name)
+
+
+def _describe(scene: Scene, rng: random.Random, split: str) -> Question:
+    return describe(scene, rng.choice(stems("describe", split)))
+
+
+def _colour(scene: Scene, rng: random.Random, _split: str) -> Question:
+    thing = rng.choice(scene.things)
+    name = thing.name
+    forms = [f"What colour is the {name}?", f"Which color does the {name} have?"]
+    if len(scene.things) == 1:
+        forms += ["What colour is it?", "What color is this thing?"]
+    return Question(rng.choice(forms), f"It is {thing.colour}.", "colour", (thing.colour,))
+
+
+def _yes_no(scene: Scene, rng: random.Random, _split: str) -> Question:
+    thing = scene.things[0]
+    truth, colour, name = rng.random() < 0.5, thing.colour, thing.name
+    if not truth and rng.random() < 0.3:
+        colour = rng.choice([c for c in COLOURS if c != colour])
+    elif not truth:
+        name = rng.choice([n for n in OBJECTS if n != name])
+    asked = phrase(colour, name) if rng.random() < 0.5 or colour != thing.colour else ""
+    text = f"Is this {asked or f'{article(name)} {name}'}?"
+    word = "Yes" if truth else "No"
+    return Question(text, f"{word}, it is {_named(thing)}.", "yes_no", (word, thing.name))
+
+
+def _side(scene: Scene, rng: random.Random, _split: str) -> Question:
+    side = rng.randrange(2)
+    where, thing = ("left", "right")[side], scene.things[side]
+    forms = (f"What is on the {where}?", f"Name the object on the {where} side.")
+    answer = f"On the {where} is {_named(thing)}."
+    return Question(rng.choice(forms), answer, "left_right", (thing.colour, thing.name))
+
+
+def _count(scene: Scene, rng: random.Random, _split: str) -> Question:
+    thing = scene.things[0]
+    number, many = NUMBERS[len(scene.things) - 2], plural(thing.name)
+    forms = (f"How many {many} are there?", f"Count the {many}.", "How many things are drawn?")
+    answer = f"There are {number} {thing.colour} {many}."
+    return Question(rng.choice(forms), answer, "count", (number,))
+
+
+def _word(scene: Scene, rng: random.Random, _split: str) -> Question:
+    forms = ("What does the sign say?", "Which word is printed here?", "Read the text aloud.")
+    word = str(scene.word)
+    return Question(rng.choice(forms), f'The sign says "{word}".', "word", (word,))
+
+
+_Asker = Callable[[Scene, random.Random, str], Question]
+_ASKERS: Final[dict[str, tuple[_Asker, ...]]] = {
+    "one": (_describe, _describe, _colour, _yes_no),
+    "two": (_describe, _side, _side, _colour),
+    "count": (_count, _count, _describe),
+    "word": (_word, _word, _describe),
+}

@@ -1,0 +1,181 @@
+"""Train the demo model: `python -m steerbridge_demo.train [--output weights.safetensors]`.
+
+Two stages (see `alignment` and `tuning`), about a quarter of an hour on two cores. The same
+seed, versions and number of threads give the same weights bit for bit. The last line printed is
+JSON: log, times and measured accuracies of the weights as written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import random
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from steerbridge.cli.common import progress, say
+from steerbridge.runtime import Progress
+from steerbridge_demo import weights
+from steerbridge_demo.accuracy import measure
+from steerbridge_demo.alignment import Aligner, align, make_pool, pool_of, random_scene, words_right
+from steerbridge_demo.model import (
+    TRAINED,
+    load_processor,
+    load_weights,
+    trained_tensors,
+    untrained_model,
+)
+from steerbridge_demo.tuning import Settings, Tuner, teach, tune
+
+OUTPUT = Path(__file__).resolve().parent / "data" / "weights.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Sizes of a training run."""
+
+    seed: int = 0
+    threads: int = 2
+    pool: int = 16000
+    steps: int = 1800
+    pictures: int = 40
+    quarters: int = 24
+    peak: float = 1.5e-3
+    taught: int = 2
+    tuning: Settings = field(default_factory=lambda: Settings(steps=80))
+    measured: int = 64
+
+
+PLAN = Plan()
+
+
+def train(plan: Plan, output: Path, start_from: Path | None = None) -> dict[str, Any]:
+    """Run both stages and write the weights; returns the log.
+
+    `start_from` names weights to begin stage two with, and leaves stage one out.
+    """
+    with _deterministic(plan.threads):
+        return _train(plan, output, start_from)
+
+
+@contextmanager
+def _deterministic(threads: int) -> Iterator[None]:
+    """So many threads, deterministic algorithms; what was set before comes back."""
+    before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before[0])
+        torch.use_deterministic_algorithms(before[1])
+
+
+def _train(plan: Plan, output: Path, start_from: Path | None) -> dict[str, Any]:
+    clock = _Clock()
+    model, processor = untrained_model(plan.seed), load_processor()
+    model.requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(TRAINED))
+    log: dict[str, Any] = {"plan": asdict(plan)}
+    if start_from is None:
+        log["alignment"] = _stage_one(model, processor, plan)
+    else:
+        load_weights(model, start_from)
+    log["seconds_alignment"] = clock.lap()
+    tuner = Tuner(model, processor)
+    taught = teach(model, processor, plan.taught, plan.seed) if plan.taught else {}
+    log["tuning"] = tune(tuner, taught, plan.tuning, plan.seed, _bar("tuning"))
+    log["seconds_tuning"] = clock.lap()
+    tensors = {name: tensor.numpy() for name, tensor in trained_tensors(model).items()}
+    weights.write(output, tensors)
+    load_weights(model, output)
+    log["accuracy"] = measure(model, processor, plan.measured, plan.seed, _bar("measuring"))
+    log["seconds_measuring"] = clock.lap()
+    log["parameters"] = sum(tensor.size for tensor in tensors.values())
+    log["sha256"] = hashlib.sha256(output.read_bytes()).hexdigest()
+    return log
+
+
+def _stage_one(model: Any, processor: Any, plan: Plan) -> dict[str, Any]:
+    aligner = Aligner(model, processor.tokenizer)
+    pool = make_pool(plan.pool, plan.seed, plan.threads, _bar("drawing"))
+    steps = align(
+        aligner,
+        pool,
+        steps=plan.steps,
+        pictures=plan.pictures,
+        quarters=plan.quarters,
+        peak=plan.peak,
+        seed=plan.seed,
+        progress=_bar("alignment"),
+    )
+    rng = random.Random(f"unseen drawings {plan.seed}")
+    unseen = pool_of([random_scene(rng) for _ in range(400)])
+    return {"steps": steps, "words_right": words_right(aligner, unseen)}
+
+
+def _bar(what: str) -> Progress:
+    """A progress bar on a terminal, a line every tenth elsewhere."""
+    bar = progress(what)
+
+    def update(done: int, total: int) -> None:
+        bar(done, total)
+        if not sys.stderr.isatty() and done * 10 // total > (done - 1) * 10 // total:
+            say(f"{what} {done}/{total} {time.strftime('%H:%M:%S')}")
+
+    return update
+
+
+class _Clock:
+    """Seconds since the last lap."""
+
+    def __init__(self) -> None:
+        self.last = time.monotonic()
+
+    def lap(self) -> float:
+        now = time.monotonic()
+        seconds, self.last = now - self.last, now
+        return round(seconds, 1)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Train, and print the log as one JSON line."""
+    parser = argparse.ArgumentParser(prog="python -m steerbridge_demo.train")
+    parser.add_argument("--output", type=Path, default=OUTPUT)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2, help="part of what fixes the result")
+    parser.add_argument("--steps", type=int, default=PLAN.steps, help="of stage one")
+    parser.add_argument("--pool", type=int, default=PLAN.pool, help="drawings of stage one")
+    parser.add_argument("--tuning-steps", type=int, default=PLAN.tuning.steps, help="of stage two")
+    parser.add_argument("--measured", type=int, default=PLAN.measured, help="questions a set")
+    parser.add_argument("--start-from", type=Path, help="weights to begin stage two with")
+    options = parser.parse_args(arguments)
+    plan = Plan(
+        seed=options.seed,
+        threads=options.threads,
+        pool=options.pool,
+        steps=options.steps,
+        tuning=Settings(steps=options.tuning_steps),
+        measured=options.measured,
+    )
+    say(f"training on {plan.threads} threads; weights go to {options.output}")
+    log = train(plan, options.output, options.start_from)
+    for row in log.get("alignment", {}).get("steps", []):
+        say(f"alignment {row}")
+    for row in log["tuning"]:
+        say(f"tuning    {row}")
+    print(json.dumps(log))
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
