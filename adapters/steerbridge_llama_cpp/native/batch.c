@@ -213,6 +213,7 @@ steerhook_status steerhook_batch_begin(steerhook_session *s, const steerhook_bat
         }
     }
     s->batch.first_member[batch->n_tokens] = s->batch.n_members;
+    s->batch.idle = sh_batch_is_idle(s);
     s->batch.open = true;
     return STEERHOOK_OK;
 }
@@ -265,7 +266,7 @@ steerhook_status steerhook_batch_end(steerhook_session *s) {
                                "layer_input[%ld]: asked for, but never delivered",
                                (long)s->pending->depth);
     }
-    status = check_sites(s);
+    status = s->batch.idle ? STEERHOOK_OK : check_sites(s);
     for (int32_t i = 0; status == STEERHOOK_OK && i < s->model.n_seq_max; i++) {
         sh_request *request = &s->requests[i];
         if (!request->open || request->batch_count == request->count) {

@@ -95,6 +95,17 @@ static bool writes_row(const steerhook_session *s, const sh_site_plan *site, int
     return false;
 }
 
+bool sh_batch_is_idle(const steerhook_session *s) {
+    for (int32_t i = 0; i < s->n_sites; i++) {
+        for (int32_t row = 0; row < s->batch.n_rows; row++) {
+            if (reads_row(s, &s->sites[i], row) || writes_row(s, &s->sites[i], row)) {
+                return false;
+            }
+        }
+    }
+    return true;
+}
+
 /* ---- reading ---- */
 
 static void take_row(steerhook_session *s, const sh_read *read, sh_request *request,
@@ -282,6 +293,9 @@ bool steerhook_eval(struct ggml_tensor *node, bool ask, void *session) {
     if (!ask) {
         /* Another observer may have asked for a node that is not ours. */
         return s->pending == NULL || s->pending_node != node || deliver(s, node);
+    }
+    if (s->batch.open && s->batch.idle) {
+        return false; /* most tokens: not even the node's name is read */
     }
     sh_site_plan *site = site_of(s, node);
     return site != NULL && announce(s, site, node);

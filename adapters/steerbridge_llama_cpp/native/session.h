@@ -71,6 +71,7 @@ typedef struct {
 
 typedef struct {
     bool open, image;
+    bool idle; /* no row of it is read or rewritten: its nodes need not be looked at */
     int32_t n_rows, n_outputs, n_members;
     int32_t row_capacity, member_capacity;
     int32_t *first_member; /* by row, and one after the last */
@@ -122,6 +123,9 @@ bool sh_wants(const steerhook_session *session, const sh_read *read, const sh_re
               int64_t position);
 
 const sh_reading *sh_reading_of(const steerhook_session *session, const sh_read *read);
+
+/* True if no row of the batch that is being begun will be read or rewritten. */
+bool sh_batch_is_idle(const steerhook_session *session);
 
 /* Ends the batch without counting its rows. */
 void sh_batch_forget(steerhook_session *session);
