@@ -8,6 +8,7 @@ no runtime and no arrays.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from steerbridge.spec import HeadMatrix, ScoreStrength, SteeringSpec
@@ -27,7 +28,7 @@ class Stop:
     """Everything to do at one depth (see `SteeringSpec.depth`), in this order."""
 
     depth: int
-    readings: tuple[tuple[int, int], ...]  # (probe, reading) indices
+    readings: tuple[tuple[int, int], ...]  # (probe, reading) indices; equal ones once
     probes: tuple[int, ...]  # complete with these readings
     rules: tuple[int, ...]  # decided by these probes
     acts: tuple[Act, ...]
@@ -35,9 +36,13 @@ class Stop:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The stops of a spec by depth, the rules that need no probe, and the head's depth."""
+    """The stops of a spec by depth, the rules that need no probe, and the head's depth.
+
+    Probes may share readings: `source` says for each (probe, reading) which one was taken.
+    """
 
     stops: tuple[Stop, ...]
+    source: Mapping[tuple[int, int], tuple[int, int]]
     unconditional: tuple[int, ...]  # rules that hold before anything is read
     head_depth: int
 
@@ -46,9 +51,13 @@ def plan(spec: SteeringSpec) -> Plan:
     """Lay out a sound spec (`spec.problems` is empty)."""
     readings: dict[int, list[tuple[int, int]]] = defaultdict(list)
     probes: dict[int, list[int]] = defaultdict(list)
+    first: dict[str, tuple[int, int]] = {}
+    source: dict[tuple[int, int], tuple[int, int]] = {}
     for i, probe in enumerate(spec.probes):
         for j, reading in enumerate(probe.readings):
-            readings[spec.depth(reading.site)].append((i, j))
+            source[i, j] = first.setdefault(str(reading), (i, j))
+            if source[i, j] == (i, j):
+                readings[spec.depth(reading.site)].append((i, j))
         probes[_probe_depth(spec, i)].append(i)
     rules = _rules_by_depth(spec)
     acts = _acts_by_depth(spec)
@@ -60,6 +69,7 @@ def plan(spec: SteeringSpec) -> Plan:
     head = spec.base_model.num_layers + 1
     return Plan(
         stops=stops,
+        source=source,
         unconditional=tuple(rules.get(-1, ())),
         head_depth=head,
     )

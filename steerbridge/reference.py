@@ -23,6 +23,7 @@ from steerbridge.spec import (
     DenseMatrix,
     HeadInput,
     HeadMatrix,
+    ImageMean,
     Intervention,
     LayerInput,
     LayerOutput,
@@ -108,11 +109,7 @@ def probe_input(
         hidden = hidden_at(reading.site)
         found = read(reading, hidden, image_rows_T)
         if found is None:
-            width = hidden.shape[1]
-            found = np.zeros(width)
-            if probe.input_mean is not None:
-                mean = tensors[probe.input_mean].float32()
-                found = np.asarray(mean[k * width : (k + 1) * width], np.float64)
+            found = _absent(probe, tensors, k, hidden.shape[1])
         parts.append(found)
     return np.concatenate(parts)
 
@@ -139,6 +136,24 @@ def score(probe: Probe, tensors: Tensors, x_NI: ArrayLike) -> Float64:
                 return _cosine(probe, tensors, x)
             case MlpProbe():
                 return _mlp(probe, tensors, x)
+
+
+def score_readings(probe: Probe, tensors: Tensors, readings_NKD: ArrayLike) -> Float64:
+    """Scores [N] of captured readings [N, K, D]; an `image_mean` that is NaN is a missing image."""
+    x = np.array(readings_NKD, np.float64)
+    for k, reading in enumerate(probe.readings):
+        if isinstance(reading.position, ImageMean):
+            missing = np.isnan(x[:, k]).all(axis=1)
+            x[missing, k] = _absent(probe, tensors, k, x.shape[2])
+    return score(probe, tensors, x.reshape(len(x), -1))
+
+
+def _absent(probe: Probe, tensors: Tensors, index: int, width: int) -> Float64:
+    """What stands for reading `index` where there is no image: the probe's input mean."""
+    if probe.input_mean is None:
+        return np.zeros(width)
+    mean = tensors[probe.input_mean].float32()
+    return np.asarray(mean[index * width : (index + 1) * width], np.float64)
 
 
 def _cosine(probe: CosineProbe, tensors: Tensors, x: Float64) -> Float64:

@@ -10,13 +10,14 @@ import torch
 
 from steerbridge import reference
 from steerbridge.spec import parse_site
-from steerbridge_hf.sites import locate
+from steerbridge_hf.sites import image_rows, locate
 
 
-def states(model, ids, tensors, prompt, acting=()):
+def states(model, ids, tensors, prompt, acting=(), images=None):
     """Hidden states [T, D] by depth of an unpadded prompt, and the logits of its last row.
 
-    Rows from the prompt end (`prompt` tokens) on are steered by the actions.
+    Rows from the prompt end (`prompt` tokens) on are steered by the actions. `images(ids)` gives
+    further inputs of the model.
     """
     sites = locate(model)
     head = len(sites.blocks) + 1
@@ -38,25 +39,28 @@ def states(model, ids, tensors, prompt, acting=()):
         handle = sites.at_depth(depth).register_forward_pre_hook(hook(depth), with_kwargs=True)
         handles.append(handle)
     with torch.no_grad():
-        logits = model(torch.tensor([ids]), use_cache=False).logits[0, -1]
+        ids = torch.tensor([ids])
+        more = images(ids) if images else {}
+        logits = model(input_ids=ids, use_cache=False, **more).logits[0, -1]
     for handle in handles:
         handle.remove()
     return found, logits
 
 
-def oracle(model, package, ids, new, eos=2):
+def oracle(model, package, ids, new, eos=2, images=None):
     """(verdicts, tokens) of a prompt: at most `new` greedy tokens, `eos` included."""
-    hidden, _ = states(model, ids, package.tensors, len(ids))
+    hidden, _ = states(model, ids, package.tensors, len(ids), images=images)
     depth = package.spec.depth
+    rows = image_rows(model, torch.tensor(ids)).numpy()
     inputs = {
-        p.id: reference.probe_input(p, package.tensors, lambda s: hidden[depth(s)])
+        p.id: reference.probe_input(p, package.tensors, lambda s: hidden[depth(s)], rows)
         for p in package.spec.probes
     }
     verdicts = reference.verdicts(package, inputs)
     acting = reference.actions(package.spec, verdicts)
     tokens = list(ids)
     for _ in range(new):
-        _, logits = states(model, tokens, package.tensors, len(ids), acting)
+        _, logits = states(model, tokens, package.tensors, len(ids), acting, images)
         tokens.append(int(logits.argmax()))
         if tokens[-1] == eos:
             break

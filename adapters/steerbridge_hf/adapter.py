@@ -32,7 +32,7 @@ from steerbridge.plan import Stop, plan
 from steerbridge.runtime import Attachment, Outcome
 from steerbridge_hf.kernels import Weights
 from steerbridge_hf.request import Requests, Step
-from steerbridge_hf.sites import RUNTIME, facts, locate
+from steerbridge_hf.sites import RUNTIME, facts, image_token, locate
 
 _OWNER = "_steerbridge_session"  # on the model: which session steers it
 _STEERED = "_steerbridge_steered"  # on a KV cache: its states were rewritten (survives a copy)
@@ -93,11 +93,7 @@ class Session(Attachment):
         # Whose rows a KV cache holds that a bare forward call made.
         self._caches: WeakKeyDictionary[Any, Requests] = WeakKeyDictionary()
         self._signature = inspect.signature(self._sites.model.forward)
-        self._image_token = getattr(
-            self._sites.model.config,
-            "image_token_id",
-            getattr(self._sites.model.config, "image_token_index", None),
-        )
+        self._image_token = image_token(self._sites.model.config)
 
     # -------------------------------------------------------- attach and detach
 

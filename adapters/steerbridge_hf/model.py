@@ -10,27 +10,37 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+)
 
 from steerbridge.data import Example
 from steerbridge.errors import DataError, Problem, UnsupportedFeature
 from steerbridge.fingerprint import ModelFacts
 from steerbridge.package import SteeringPackage
 from steerbridge.runtime import Generation, Outcome, OutputHead, Progress
-from steerbridge.spec import HeadInput, LayerOutput, PromptEnd, PromptMean, Reading
+from steerbridge.spec import HeadInput, ImageMean, LayerOutput, PromptEnd, Reading
 from steerbridge.tensors import Float32
 from steerbridge_hf.adapter import quantisation, steer
-from steerbridge_hf.sites import RUNTIME, facts, locate
+from steerbridge_hf.sites import RUNTIME, facts, has_vision, image_rows, locate
 
 TOKENS_PER_BATCH = 2048
 ROWS_PER_BATCH = 32
+IMAGE_ROWS_PER_BATCH = 16
 
 
 def open_model(
     model: str | Path, *, dtype: str = "float32", device: str = "cpu", **options: Any
 ) -> HfModel:
     """Open a model from a directory, a hub id, or a GGUF file of a text model.
+
+    A model with a vision tower is opened with its processor, for prompts with images.
 
     Args:
         dtype: a torch dtype by name; GGUF weights are dequantised to it.
@@ -45,22 +55,34 @@ def open_model(
         if not path.is_file():
             raise FileNotFoundError(path)
         where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    tokenizer = AutoTokenizer.from_pretrained(**where)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        **where, dtype=getattr(torch, dtype), **options
-    )
+    kind: Any = AutoModelForCausalLM
+    processor = None
+    if "gguf_file" not in where and has_vision(AutoConfig.from_pretrained(str(model))):
+        kind, processor = AutoModelForImageTextToText, _processor(str(model))
+    tokenizer = processor.tokenizer if processor else AutoTokenizer.from_pretrained(**where)
+    loaded: Any = kind.from_pretrained(**where, dtype=getattr(torch, dtype), **options)
     if path.exists():
         loaded.config.name_or_path = path.stem if path.is_file() else path.name
     loaded.to(device=torch.device(device))
-    return HfModel(loaded.eval(), tokenizer)
+    return HfModel(loaded.eval(), tokenizer, processor)
+
+
+def _processor(model: str) -> Any:
+    loader: Any = AutoProcessor
+    return loader.from_pretrained(model)
 
 
 class HfModel:
-    """A transformers model and its tokenizer as a runtime (see `steerbridge.runtime`)."""
+    """A transformers model and its tokenizer as a runtime (see `steerbridge.runtime`).
 
-    def __init__(self, model: Any, tokenizer: Any) -> None:
+    Args:
+        processor: the processor of a vision-language model; None: no prompts with images.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, processor: Any = None) -> None:
         self.model = model
         self.tokenizer = tokenizer
+        self.processor = processor
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
 
@@ -75,20 +97,58 @@ class HfModel:
     # -------------------------------------------------------- prompts
 
     def render(self, prompt: Example) -> list[int]:
-        """Token ids of a prompt: the chat template with its generation prompt, if there is one."""
+        """Token ids of a prompt: the chat template with its generation prompt, if there is one.
+
+        Raises:
+            UnsupportedFeature: a prompt with images, for a model without a processor.
+        """
         if prompt.images:
-            raise UnsupportedFeature(RUNTIME, "prompts with images")
-        if self.tokenizer.chat_template is None:
-            ids: list[int] = self.tokenizer(prompt.text)["input_ids"]
+            ids: list[int] = self._processed([prompt])["input_ids"][0].tolist()
             return ids
+        if self.tokenizer.chat_template is None:
+            plain: list[int] = self.tokenizer(prompt.text)["input_ids"]
+            return plain
         text = self.tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt.text}], tokenize=False, add_generation_prompt=True
         )
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def _batches(self, rows: Sequence[list[int]]) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-        """Left-padded batches (indices, tensors) of bounded size, short prompts first."""
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    def _processed(self, prompts: Sequence[Example]) -> dict[str, Tensor]:
+        """Left-padded model inputs of prompts that all have images, by the model's processor."""
+        if self.processor is None:
+            raise UnsupportedFeature(RUNTIME, "prompts with images: this model has no processor")
+        texts, pictures = [], []
+        for prompt in prompts:
+            parts = [
+                *[{"type": "image"}] * len(prompt.images),
+                {"type": "text", "text": prompt.text},
+            ]
+            texts.append(
+                self.processor.apply_chat_template(
+                    [{"role": "user", "content": parts}], add_generation_prompt=True
+                )
+            )
+            pictures.append([_picture(path) for path in prompt.images])
+        found = self.processor(
+            text=texts,
+            images=pictures,
+            padding=True,
+            padding_side="left",
+            add_special_tokens=False,
+            return_tensors="pt",
+        )
+        return dict(found.to(self.model.device))
+
+    def _batches(
+        self, prompts: Sequence[Example], behind: Sequence[int] = ()
+    ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+        """Left-padded batches (indices, tensors) of bounded size, short prompts first.
+
+        Args:
+            behind: tokens behind every prompt.
+        """
+        rows = {i: [*self.render(p), *behind] for i, p in enumerate(prompts) if not p.images}
+        order = sorted(rows, key=lambda i: len(rows[i]))
         at = 0
         while at < len(order):
             size = 1
@@ -101,6 +161,11 @@ class HfModel:
             index = order[at : at + size]
             yield index, self._pad([rows[i] for i in index])
             at += size
+        with_images = [i for i, p in enumerate(prompts) if p.images]
+        with_images.sort(key=lambda i: (len(prompts[i].images), len(prompts[i].text)))
+        for at in range(0, len(with_images), IMAGE_ROWS_PER_BATCH):
+            index = with_images[at : at + IMAGE_ROWS_PER_BATCH]
+            yield index, _extended(self._processed([prompts[i] for i in index]), behind)
 
     def _pad(self, rows: Sequence[list[int]]) -> dict[str, Tensor]:
         width = max(map(len, rows))
@@ -124,7 +189,6 @@ class HfModel:
         progress: Progress | None = None,
     ) -> list[Generation]:
         """Greedy answers, in the order of the prompts."""
-        rows = [self.render(p) for p in prompts]
         answers: dict[int, Generation] = {}
         attached = (
             nullcontext()
@@ -132,7 +196,7 @@ class HfModel:
             else steer(self.model, package, tokenizer=self.tokenizer, ignore=ignore)
         )
         with attached as session, torch.inference_mode():
-            for index, batch in self._batches(rows):
+            for index, batch in self._batches(prompts):
                 output = self.model.generate(
                     **batch,
                     max_new_tokens=max_new_tokens,
@@ -144,8 +208,8 @@ class HfModel:
                 for i, tokens, outcome in zip(index, new, outcomes, strict=True):
                     answers[i] = self._generation(tokens, outcome)
                 if progress:
-                    progress(len(answers), len(rows))
-        return [answers[i] for i in range(len(rows))]
+                    progress(len(answers), len(prompts))
+        return [answers[i] for i in range(len(prompts))]
 
     def _generation(self, tokens: list[int], outcome: Outcome | None) -> Generation:
         stops = self._stop_tokens()
@@ -169,16 +233,16 @@ class HfModel:
         out: NDArray[np.float32],
         progress: Progress | None = None,
     ) -> None:
-        """Fill out[i, k] with reading k of prompt i ([N, K, D])."""
-        rows = [self.render(p) for p in prompts]
+        """Fill out[i, k] with reading k of prompt i ([N, K, D]); NaN where there is no image."""
         done = 0
-        for index, batch in self._batches(rows):
+        for index, batch in self._batches(prompts):
+            mask, images = batch["attention_mask"], image_rows(self.model, batch["input_ids"])
             with self._states(batch, readings, keep=1) as states:
                 for k, reading in enumerate(readings):
-                    out[index, k] = _take(reading, states, batch["attention_mask"]).cpu().numpy()
+                    out[index, k] = _take(reading, states, mask, images).cpu().numpy()
             done += len(index)
             if progress:
-                progress(done, len(rows))
+                progress(done, len(prompts))
 
     @contextmanager
     def _states(
@@ -210,19 +274,18 @@ class HfModel:
         if not target:
             raise DataError(Problem("refusal", "a text with tokens", repr(answer)))
         target = [*target, min(self._stop_tokens())]
-        rows = [self.render(p) + target[:-1] for p in prompts]
         reading = _reading_of_head()
         states = np.empty(
-            (len(rows), len(target), locate(self.model).config.hidden_size), np.float32
+            (len(prompts), len(target), locate(self.model).config.hidden_size), np.float32
         )
         done = 0
-        for index, batch in self._batches(rows):
+        for index, batch in self._batches(prompts, behind=target[:-1]):
             with self._states(batch, [reading], keep=len(target)) as found:
                 (h,) = found.values()
                 states[index] = h.float().cpu().numpy()
             done += len(index)
             if progress:
-                progress(done, len(rows))
+                progress(done, len(prompts))
         return states, np.asarray(target)
 
     def output_head(self) -> OutputHead:
@@ -254,16 +317,44 @@ def _keeper(states: dict[int, Tensor], depth: int) -> Any:
     return keep
 
 
-def _take(reading: Reading, states: dict[int, Tensor], mask: Tensor) -> Tensor:
-    """One reading [B, D] of a left-padded batch."""
+def _take(reading: Reading, states: dict[int, Tensor], mask: Tensor, images: Tensor) -> Tensor:
+    """One reading [B, D] of a left-padded batch; NaN for an image where there is none."""
     # The head is the deepest site there is, whatever the number of blocks.
     h = states[max(states) if isinstance(reading.site, HeadInput) else _depth(reading, 0)]
-    match reading.position:
-        case PromptEnd(offset=offset):
-            if int(mask.sum(dim=1).min()) + offset < 1:
-                raise DataError(Problem("prompt", f"{1 - offset} tokens or more", "a shorter one"))
-            return h[:, -1 + offset].float()
-        case PromptMean():
-            sums = torch.bmm(mask[:, None].float(), h.float())[:, 0]
-            return sums / mask.sum(1)[:, None]
-    raise UnsupportedFeature(RUNTIME, f"capture of {reading.position}")
+    if isinstance(reading.position, PromptEnd):
+        offset = reading.position.offset
+        if int(mask.sum(dim=1).min()) + offset < 1:
+            raise DataError(Problem("prompt", f"{1 - offset} tokens or more", "a shorter one"))
+        return h[:, -1 + offset].float()
+    rows = images if isinstance(reading.position, ImageMean) else mask
+    sums = torch.bmm(rows[:, None].float(), h.float())[:, 0]
+    return sums / rows.sum(1)[:, None]
+
+
+def _picture(path: Path) -> Image.Image:
+    """An image file, RGB.
+
+    Raises:
+        DataError: Pillow cannot read it.
+    """
+    try:
+        with Image.open(path) as picture:
+            return picture.convert("RGB")
+    except (UnidentifiedImageError, OSError) as error:
+        raise DataError(Problem("image", "one that Pillow reads", str(error)), path) from error
+
+
+def _extended(batch: dict[str, Tensor], behind: Sequence[int]) -> dict[str, Tensor]:
+    """The batch with the same tokens behind every prompt."""
+    if not behind:
+        return batch
+    ids = batch["input_ids"]
+    more = {"input_ids": torch.tensor(behind), "attention_mask": torch.ones(len(behind))}
+
+    def longer(name: str, tensor: Tensor) -> Tensor:
+        if tensor.shape != ids.shape:
+            return tensor  # pixels and the like
+        tail = more.get(name, torch.zeros(len(behind)))
+        return torch.cat([tensor, tail.to(tensor).expand(len(ids), -1)], dim=1)
+
+    return {name: longer(name, tensor) for name, tensor in batch.items()}

@@ -17,7 +17,7 @@ from steerbridge.package import SteeringPackage
 from steerbridge.plan import Plan, Stop, rule_probes
 from steerbridge.reference import Verdict
 from steerbridge.runtime import Outcome
-from steerbridge.spec import ConstantStrength, ImageMean, PromptEnd
+from steerbridge.spec import ConstantStrength, ImageMean, PromptEnd, Reading
 from steerbridge_hf import kernels
 from steerbridge_hf.kernels import Weights
 from steerbridge_hf.sites import RUNTIME
@@ -105,32 +105,37 @@ class Requests:
         return step.start <= int(self.ends.min()) and int(self.ends.max()) < step.stop
 
     def _check_cached_prefix(self, start: int) -> None:
-        for probe in self.package.spec.probes:
-            for reading in probe.readings:
-                if isinstance(reading.position, PromptEnd):
-                    wanted = self.ends + reading.position.offset
-                    real = (wanted >= 0) & self.mask.gather(1, wanted.clamp(min=0)[:, None])[:, 0]
-                    if not bool(real.all()):
-                        raise RowMappingLost(f"{probe.id}: a prompt is too short for {reading}")
-                    if int(wanted.min()) < start:
-                        raise RowMappingLost(
-                            f"{probe.id}: {reading} lies in the cached prefix of {start} tokens; "
-                            "generate without past_key_values"
-                        )
-                elif start > 0:
-                    raise RowMappingLost(
-                        f"{probe.id}: {reading} needs every row of the prompt, but {start} come "
-                        "from a cache; generate without past_key_values"
-                    )
+        for stop in self.plan.stops:
+            for index, at in stop.readings:
+                probe = self.package.spec.probes[index]
+                self._check_reading(probe.id, probe.readings[at], start)
+
+    def _check_reading(self, probe: str, reading: Reading, start: int) -> None:
+        if isinstance(reading.position, PromptEnd):
+            wanted = self.ends + reading.position.offset
+            real = (wanted >= 0) & self.mask.gather(1, wanted.clamp(min=0)[:, None])[:, 0]
+            if not bool(real.all()):
+                raise RowMappingLost(f"{probe}: a prompt is too short for {reading}")
+            if int(wanted.min()) < start:
+                raise RowMappingLost(
+                    f"{probe}: {reading} lies in the cached prefix of {start} tokens; "
+                    "generate without past_key_values"
+                )
+        elif start > 0:
+            raise RowMappingLost(
+                f"{probe}: {reading} needs every row of the prompt, but {start} come "
+                "from a cache; generate without past_key_values"
+            )
 
     # -------------------------------------------------------- walking the stops
 
     def visit(self, stop: Stop, h: Tensor, step: Step, columns: Tensor) -> Tensor:
         """Read, score, decide and act at one site; `columns` [Q] are those `h` holds."""
         if step.start < self.prompt and not self.decided():
+            closes = self.closes(step)
             for probe, reading in stop.readings:
-                self._read(probe, reading, h, columns, self.closes(step))
-            if self.closes(step):
+                self._read(probe, reading, h, columns, closes)
+            if closes:
                 for probe in stop.probes:
                     self._score(probe)
                 for rule in stop.rules:
@@ -170,7 +175,7 @@ class Requests:
 
     def _score(self, index: int) -> None:
         probe = self.package.spec.probes[index]
-        parts = [self.read[index, k] for k in range(len(probe.readings))]
+        parts = [self.read[self.plan.source[index, k]] for k in range(len(probe.readings))]
         device = parts[-1].device
         missing = torch.zeros(len(self.mask), dtype=torch.bool)
         if self.images is not None:

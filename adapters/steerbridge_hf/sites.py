@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 
 from steerbridge.errors import UnsupportedFeature
@@ -74,6 +75,27 @@ def _final_norm(decoder: nn.Module) -> nn.Module:
 
 
 _FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
+
+
+def has_vision(config: Any) -> bool:
+    """True for the configuration of a vision-language model."""
+    return image_token(config) is not None
+
+
+def image_token(config: Any) -> int | None:
+    """The token id that stands for rows of an image in a prompt; None for a text model."""
+    for name in ("image_token_id", "image_token_index"):
+        if (found := getattr(config, name, None)) is not None:
+            return int(found)
+    # Chameleon keeps it in its map of token names.
+    names = getattr(config, "vocabulary_map", None) or {}
+    return names.get("<image>")
+
+
+def image_rows(model: Any, ids: Tensor) -> Tensor:
+    """Which tokens [B, T] of a batch stand for rows of an image (bool)."""
+    token = image_token(model.config)
+    return torch.zeros_like(ids, dtype=torch.bool) if token is None else ids == token
 
 
 def facts(model: Any, tokenizer: Any = None) -> ModelFacts:

@@ -157,15 +157,34 @@ class SteeredContext(internals.LlamaContext):
         every = None
         if self.params.embeddings:  # llama.cpp then makes every row an output
             every = (ctypes.c_int8 * inner.n_tokens)(*[1] * inner.n_tokens)
-        self._decoding = True  # until all of it went well
         self.native.batch_begin(inner, every_output=every)
-        if code := llama_cpp.llama_decode(self.ctx, inner):
+        if code := self._watched(lambda: int(llama_cpp.llama_decode(self.ctx, inner))):
+            raise RuntimeError(f"llama_decode returned {code}")
+
+    def decode_elsewhere(self, rows: int, image: bool, decode: Callable[[], int]) -> int:
+        """Have other code decode rows of sequence 0 on this context, none of them an output.
+
+        Args:
+            image: the rows are tokens of an image, which `image_mean` reads.
+            decode: returns 0 or an error code, which is handed on.
+
+        Raises:
+            SteeringFailed: as `decode`.
+        """
+        self.native.rows_begin(rows, image)
+        return self._watched(decode)
+
+    def _watched(self, decode: Callable[[], int]) -> int:
+        """Run `decode` for the batch that was begun."""
+        self._decoding = True  # until all of it went well
+        if code := decode():
             self.native.batch_cancel()
             self._decoding = False
-            raise RuntimeError(f"llama_decode returned {code}")
+            return code
         self.native.batch_end()
         self._decoding = False
         self._after_batch()
+        return 0
 
     def encode(self, batch: Any) -> None:  # noqa: ARG002
         """Refused: see the class."""

@@ -12,6 +12,7 @@ import llama_cpp
 
 from steerbridge.errors import UnsupportedFeature
 from steerbridge.package import SteeringPackage, load
+from steerbridge_llama_cpp.media import check_parts, is_media_handler, watched
 from steerbridge_llama_cpp.native import RUNTIME
 from steerbridge_llama_cpp.session import OnOutcome, Session
 
@@ -121,16 +122,23 @@ class _Steering:
     def create_chat_completion(self, *args: Any, **kwargs: Any) -> Any:
         """See `Llama.create_chat_completion`; with the field `steering` too.
 
+        Images need a chat handler for them (`MTMDChatHandler` or one like it).
+
         Raises:
-            UnsupportedFeature: a message holds something other than text.
+            UnsupportedFeature: a part of a message that would not reach the model; an image
+                with a cache of saved states.
         """
-        messages = args[0] if args else kwargs.get("messages", [])
-        for message in messages:
-            parts = message.get("content")
-            for part in parts if isinstance(parts, list) else []:
-                if part.get("type") != "text":
-                    raise UnsupportedFeature(RUNTIME, f"message parts of type {part.get('type')!r}")
-        return self._tagged(super().create_chat_completion(*args, **kwargs))  # type: ignore[misc]
+        messages, handler = args[0] if args else kwargs.get("messages", []), self.chat_handler  # type: ignore[attr-defined]
+        check_parts(messages, handler)
+        create = super().create_chat_completion  # type: ignore[misc]
+        if not is_media_handler(handler):
+            return self._tagged(create(*args, **kwargs))
+        if self.cache is not None:  # type: ignore[attr-defined]
+            raise UnsupportedFeature(
+                RUNTIME, "images with a cache of saved states", "set_cache(None)"
+            )
+        with watched(handler, self.steering_session):
+            return self._tagged(create(*args, **kwargs))
 
     def _tagged(self, result: Any) -> Any:
         return self._tag(result) if isinstance(result, dict) else self._tag_each(result)

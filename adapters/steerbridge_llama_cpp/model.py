@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import llama_cpp
 import numpy as np
-from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+from llama_cpp.llama_chat_format import Jinja2ChatFormatter, MTMDChatHandler
 from numpy.typing import NDArray
 
 from steerbridge.data import Example
@@ -17,38 +17,48 @@ from steerbridge.errors import DataError, Problem, UnsupportedFeature
 from steerbridge.fingerprint import ModelFacts
 from steerbridge.package import SteeringPackage
 from steerbridge.runtime import Generation, Progress
-from steerbridge.spec import SPEC_VERSION, LinearProbe, Reading, SteeringSpec
+from steerbridge.spec import SPEC_VERSION, ImageMean, LinearProbe, Reading, SteeringSpec
 from steerbridge.tensors import Tensor
 from steerbridge_llama_cpp.facts import facts, quantisation
 from steerbridge_llama_cpp.llama import steer
+from steerbridge_llama_cpp.media import MediaPrompts, is_media_handler
 from steerbridge_llama_cpp.native import RUNTIME
 
 READINGS_PER_PROBE: Final = 64  # the format's limit
 
 
-def open_model(model: str | Path, *, n_ctx: int = 4096, **options: Any) -> LlamaCppModel:
+def open_model(
+    model: str | Path, *, mmproj: str | Path | None = None, n_ctx: int = 4096, **options: Any
+) -> LlamaCppModel:
     """Open a GGUF file.
 
     Args:
+        mmproj: the GGUF file of its vision tower, for prompts with images.
         n_ctx: longest prompt with its answer, in tokens; 0: as long as the model was made for.
         options: passed on to `llama_cpp.Llama`.
 
     Raises:
         FileNotFoundError: there is no such file.
     """
-    path = Path(model)
-    if not path.is_file():
-        raise FileNotFoundError(path)
+    for path in (model, mmproj):
+        if path is not None and not Path(path).is_file():
+            raise FileNotFoundError(path)
+    handler = None if mmproj is None else MTMDChatHandler(str(mmproj), verbose=False)
     settings = {"verbose": False, **options}
-    return LlamaCppModel(llama_cpp.Llama(str(path), n_ctx=n_ctx, **settings))
+    return LlamaCppModel(llama_cpp.Llama(str(model), n_ctx=n_ctx, chat_handler=handler, **settings))
 
 
 class LlamaCppModel:
-    """A `llama_cpp.Llama` as a runtime (see `steerbridge.runtime`). Requests run one by one."""
+    """A `llama_cpp.Llama` as a runtime (see `steerbridge.runtime`). Requests run one by one.
+
+    Prompts with images need a chat handler for images on the `Llama`.
+    """
 
     def __init__(self, llama: llama_cpp.Llama) -> None:
         self.llama: Any = llama
         self._render = _chat_formatter(llama)
+        handler = self.llama.chat_handler
+        self._media = MediaPrompts(llama, handler) if is_media_handler(handler) else None
 
     @property
     def facts(self) -> ModelFacts:
@@ -59,24 +69,49 @@ class LlamaCppModel:
         return quantisation(self.llama._model)
 
     def render(self, prompt: Example) -> list[int]:
-        """Token ids of a prompt: the chat template with its generation prompt, if there is one."""
+        """Token ids of a prompt: the chat template with its generation prompt, if there is one.
+
+        Rows of an image are 0.
+
+        Raises:
+            UnsupportedFeature: a prompt with images, without a vision tower.
+        """
         if prompt.images:
-            raise UnsupportedFeature(RUNTIME, "prompts with images")
+            return self._images.tokens(self._text(prompt).prompt, prompt.images)
         if self._render is None:
             return list(self.llama.tokenize(prompt.text.encode(), special=False))
-        text = self._render(messages=[{"role": "user", "content": prompt.text}])
+        text = self._text(prompt)
         return list(
             self.llama.tokenize(text.prompt.encode(), add_bos=not text.added_special, special=True)
         )
 
-    def _rows(self, prompts: Sequence[Example], room: int) -> list[list[int]]:
-        rows = [self.render(p) for p in prompts]
-        longest = max(map(len, rows), default=0)
-        if longest + room > self.llama.n_ctx():
-            raise DataError(
-                Problem("prompt", f"{self.llama.n_ctx() - room} tokens at most", str(longest))
+    def _text(self, prompt: Example) -> Any:
+        """The rendered prompt, a marker before its text for each image."""
+        markers = self._images.marker * len(prompt.images) if prompt.images else ""
+        if self._render is None:
+            raise UnsupportedFeature(RUNTIME, "images for a model without a chat template")
+        return self._render(messages=[{"role": "user", "content": markers + prompt.text}])
+
+    @property
+    def _images(self) -> MediaPrompts:
+        if self._media is None:
+            raise UnsupportedFeature(
+                RUNTIME, "prompts with images without a vision tower", "mmproj"
             )
-        return rows
+        return self._media
+
+    def _evaluated(self, prompt: Example) -> list[int]:
+        """A prompt's token ids, its rows evaluated on an empty cache if it has images."""
+        if prompt.images:
+            return self._images.evaluate(self._text(prompt).prompt, prompt.images)
+        self.llama.reset()  # the same batches, whatever came before
+        return self.render(prompt)
+
+    def _check_room(self, tokens: Sequence[int], room: int) -> None:
+        if len(tokens) + room > self.llama.n_ctx():
+            raise DataError(
+                Problem("prompt", f"{self.llama.n_ctx() - room} tokens at most", str(len(tokens)))
+            )
 
     # -------------------------------------------------------- answers
 
@@ -94,11 +129,12 @@ class LlamaCppModel:
         Raises:
             DataError: a prompt does not fit the context.
         """
-        rows = self._rows(prompts, max_new_tokens)
         attached = nullcontext() if package is None else steer(self.llama, package, ignore=ignore)
         answers = []
         with attached as session:
-            for tokens in rows:
+            for prompt in prompts:
+                tokens = self._evaluated(prompt)
+                self._check_room(tokens, max_new_tokens)
                 answer, finish = self._answer(tokens, max_new_tokens)
                 outcome = None if session is None else session.outcomes[0]
                 text = self.llama.detokenize(answer[: -1 if finish == "stop" else None])
@@ -106,12 +142,11 @@ class LlamaCppModel:
                     Generation(text.decode("utf-8", "replace"), tuple(answer), finish, outcome)
                 )
                 if progress:
-                    progress(len(answers), len(rows))
+                    progress(len(answers), len(prompts))
         return answers
 
     def _answer(self, prompt: list[int], limit: int) -> tuple[list[int], str]:
         """Greedy tokens, the end of the turn included, and why they end."""
-        self.llama.reset()  # the same batches, whatever came before
         answer: list[int] = []
         for token in self.llama.generate(prompt, temp=0.0):
             answer.append(token)
@@ -130,21 +165,25 @@ class LlamaCppModel:
         out: NDArray[np.float32],
         progress: Progress | None = None,
     ) -> None:
-        """Fill out[i, k] with reading k of prompt i ([N, K, D]).
+        """Fill out[i, k] with reading k of prompt i ([N, K, D]); NaN where there is no image.
 
         The readings are those of a package without rules, so they are taken by the very code
         that takes them when it steers.
         """
-        rows = self._rows(prompts, 0)
         package = _reader(self.facts, readings)
+        of_image = [isinstance(r.position, ImageMean) for r in readings]
         with steer(self.llama, package) as session:
-            for i, tokens in enumerate(rows):
-                self.llama.reset()
-                self.llama.eval(tokens)
+            for i, prompt in enumerate(prompts):
+                tokens = self._evaluated(prompt)
+                self._check_room(tokens, 0)
+                if not prompt.images:
+                    self.llama.eval(tokens)
                 found = [session.context.native.readings(0, p.id) for p in package.spec.probes]
                 out[i] = np.concatenate(found)
+                if not prompt.images:
+                    out[i, of_image] = np.nan
                 if progress:
-                    progress(i + 1, len(rows))
+                    progress(i + 1, len(prompts))
 
 
 def _reader(known: ModelFacts, readings: Sequence[Reading]) -> SteeringPackage:

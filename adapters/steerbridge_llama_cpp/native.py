@@ -239,13 +239,21 @@ class NativeSession:
 
     # -------------------------------------------------------- batches
 
-    def batch_begin(self, batch: Any, *, every_output: Any = None, image: bool = False) -> None:
+    def batch_begin(self, batch: Any, *, every_output: Any = None) -> None:
         """Announce a `llama_batch`; `every_output` replaces its output flags."""
         ours = self._batch
         ours.n_tokens = batch.n_tokens
         ours.n_seq_id, ours.seq_id = batch.n_seq_id, batch.seq_id
         ours.output = batch.logits if every_output is None else every_output
-        ours.image = image
+        ours.image = False
+        self._check(self._library.steerhook_batch_begin(self._session, ctypes.byref(ours)))
+
+    def rows_begin(self, rows: int, image: bool) -> None:
+        """Announce rows of sequence 0 none of which is an output."""
+        ours = self._batch
+        none = (c_int8 * rows)()
+        ours.n_tokens, ours.n_seq_id, ours.seq_id = rows, None, None
+        ours.output, ours.image = none, image
         self._check(self._library.steerhook_batch_begin(self._session, ctypes.byref(ours)))
 
     def batch_end(self) -> None:

@@ -2,7 +2,8 @@
 
 The road of one request: `generate` says that a prompt comes (`request`); the first `eval` opens
 it with the number of rows that the KV cache holds already; every batch passes through
-`SteeredContext.decode`; at the prompt end the outcome is kept and told. Nothing here patches
+`SteeredContext.decode`; at the prompt end the outcome is kept and told. A prompt with images
+comes in chunks, its length announced before the first (see `media.py`). Nothing here patches
 llama_cpp: the session gives one object another context and a subclass of its class.
 """
 
@@ -56,6 +57,9 @@ class Session(Attachment):
         self._expected = False  # its next eval holds its prompt
         self._prompt = 0  # rows of the open prompt; 0: no request is open
         self._told = True
+        self._announced = 0  # rows of a prompt that will come in chunks; 0: none
+        self._in_chunks = False  # the open prompt came so
+        self._image_row: int | None = None  # first row in the cache that no token id stands for
 
     # -------------------------------------------------------- attach and detach
 
@@ -134,8 +138,10 @@ class Session(Attachment):
         While it runs, rows behind the prompt may come several at a time (drafts). A generator
         that was left behind changes nothing of a later one, whenever it is closed.
         """
-        running = self._current = Running(self._rest(tokens, reset))
-        self._expected = True
+        held = reset and self._holds(tokens)
+        self._announced = 0
+        running = self._current = Running(list(tokens) if held else self._rest(tokens, reset))
+        self._expected = not held
         try:
             yield running
         finally:
@@ -150,20 +156,36 @@ class Session(Attachment):
                 "finish one before the next"
             )
 
+    def _holds(self, tokens: Sequence[int]) -> bool:
+        """True if the cache holds this prompt, which came in chunks and was decided on."""
+        llama = self.llama
+        return (
+            self._in_chunks
+            and self._told
+            and not self.context.failed
+            and not llama._requires_eval
+            and llama.n_tokens == self._prompt
+            and llama.input_ids[: self._prompt].tolist() == list(tokens)
+        )
+
     def _rest(self, tokens: Sequence[int], reset: bool) -> list[int]:
         """The tokens to evaluate of a prompt.
 
-        Cuts the cache back so that every row that a probe reads will be evaluated, and no row
-        that an earlier request steered at a layer is used again.
+        Cuts the cache back so that every row that a probe reads will be evaluated, no row that
+        an earlier request steered at a layer is used again, and no image is taken for text.
         """
         llama = self.llama
         if self.context.failed:
             self.recover()
         given = list(tokens)
+        if not reset and self._holds_images():
+            raise RowMappingLost("the cache holds images; give the whole prompt, not its end")
         whole = given if reset else [*llama.input_ids[: llama.n_tokens].tolist(), *given]
         keep = self._reach.cacheable(len(whole))
         if (steered := self.context.native.first_steered(0)) is not None:
             keep = min(keep, steered)
+        if self._image_row is not None:
+            keep = min(keep, self._image_row)
         if llama.n_tokens > keep:
             if llama._is_recurrent or llama._is_hybrid:
                 keep = 0  # their state cannot be cut
@@ -177,11 +199,12 @@ class Session(Attachment):
         if self.context.failed:
             raise SteeringFailed("the last request failed; reset() before the next")
         cached: int = self.llama.n_tokens
+        if rows == 0 and self._in_chunks and not self._expected:
+            return  # generate() of a prompt that the cache holds
         if self._expected or cached == 0:
-            self._expected = False
-            self._prompt, self._told, self.outcomes = 0, False, ()
-            self.context.begin(0, cached, cached + rows)
-            self._prompt = cached + rows
+            self._open(cached, cached + rows)
+        elif self._in_chunks and cached + rows <= self._prompt:
+            return  # the next chunk
         elif not 0 < self._prompt <= cached:
             raise RowMappingLost(
                 f"{rows} rows behind {cached} cached ones belong to no known request; "
@@ -191,6 +214,54 @@ class Session(Attachment):
             raise RowMappingLost(
                 f"eval of {rows} tokens behind a prompt may be a new turn; use generate()"
             )
+
+    def _open(self, cached: int, rows: int) -> None:
+        self._expected = False
+        self._prompt, self._told, self.outcomes = 0, False, ()
+        if self._image_row is not None and cached <= self._image_row:
+            self._image_row = None
+        self._in_chunks, total = self._announced > 0, self._announced or rows
+        self._announced = 0
+        self.context.begin(0, cached, total)
+        self._prompt = total
+
+    # -------------------------------------------------------- prompts in chunks
+
+    def announce(self, rows: int) -> None:
+        """The next rows on an empty cache start a prompt of so many, in several chunks."""
+        self._announced = rows
+
+    @contextlib.contextmanager
+    def media(self) -> Iterator[None]:
+        """While a prompt in chunks is evaluated: if that fails halfway, nothing of it stays."""
+        try:
+            yield
+        finally:
+            self._announced = 0
+            if self._in_chunks and self.llama.n_tokens < self._prompt:
+                self.recover()
+
+    def decode_media(self, rows: int, image: bool, decode: Callable[[], int]) -> int:
+        """Have `decode` put rows into the cache that no token ids stand for; returns its code.
+
+        Raises:
+            UnsupportedFeature: more rows than a batch holds, in batches that micro-batches do
+                not divide.
+        """
+        size, part = self.llama.n_batch, llama_cpp.llama_n_ubatch(self.context.ctx)
+        if rows > size and size % part:
+            raise UnsupportedFeature(
+                RUNTIME, f"an image of {rows} rows with n_batch {size}, n_ubatch {part}", "n_batch"
+            )
+        self.before_eval(rows)
+        if self._image_row is None:
+            self._image_row = self.llama.n_tokens
+        return self.context.decode_elsewhere(rows, image, decode)
+
+    def _holds_images(self) -> bool:
+        return self._image_row is not None and self._image_row < self.llama.n_tokens
+
+    # -------------------------------------------------------- recovery and refusals
 
     def recover(self) -> None:
         """Forget a failed request: empty cache, no open request."""
@@ -205,7 +276,9 @@ class Session(Attachment):
         self._prompt = 0
 
     def refuse_steered_cache(self) -> None:
-        """Raise SteeredCache if the KV cache holds rows that were steered at a layer."""
+        """Raise SteeredCache if the KV cache must not serve later requests from a saved state."""
+        if self._holds_images():
+            raise SteeredCache("the KV cache holds images, which a saved state takes for text")
         row = self.context.native.first_steered(0)
         if row is not None and row < self.llama.n_tokens:
             raise SteeredCache(
