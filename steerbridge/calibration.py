@@ -54,8 +54,8 @@ def scores(
     model.capture(examples, readings, states, progress)
     found = {}
     for probe in package.spec.probes:
-        x = np.concatenate([states[:, readings.index(r)] for r in probe.readings], axis=1)
-        found[probe.id] = reference.score(probe, package.tensors, x)
+        x = np.stack([states[:, readings.index(r)] for r in probe.readings], axis=1)
+        found[probe.id] = reference.score_readings(probe, package.tensors, x)
     return found
 
 
@@ -73,7 +73,8 @@ def fit(
 
     Args:
         examples: prompts that were not trained on; harmful ones are only measured.
-        target: share of harmless prompts that may fire, by kind (`*`: any other).
+        target: share of harmless prompts that may fire, by kind (`*`: any other). Each of
+            several probes gets an equal part, since any of them may fire.
         baseline: scores of the same prompts elsewhere, to report how far they moved.
 
     Raises:
@@ -84,13 +85,14 @@ def fit(
         raise DataError(Problem("examples", "harmless prompts to calibrate on", "none"))
     found = scores(model, package, examples, progress)
     kinds = [e.kind for e in examples]
+    part = {kind: share / len(package.spec.probes) for kind, share in target.items()}
     fitted: dict[str, float] = {}
     evidence: dict[str, Any] = {}
     for probe in package.spec.probes:
         values = found[probe.id]
         if not np.isfinite(values).all():
             raise DataError(Problem(f"scores of {probe.id}", "finite numbers", "NaN or infinity"))
-        limit = _limit(probe, by_kind(values, kinds, ~harmful), target)
+        limit = _limit(probe, by_kind(values, kinds, ~harmful), part)
         after = probe.model_copy(update={"threshold": limit})
         fitted[probe.id] = limit
         evidence[probe.id] = {

@@ -88,6 +88,30 @@ def _images(record: dict[str, Any], path: Path, where: str) -> tuple[Path, ...]:
     return images
 
 
+QUESTIONS = ("What is in the picture?", "Describe this image.", "What does this show?")
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
+
+
+def read_images(directory: Path) -> list[Example]:
+    """Images in the folders `harmful` and `harmless`, each with a question in turn.
+
+    Their kind is `image`.
+
+    Raises:
+        DataError: neither folder holds an image.
+    """
+    examples = [
+        Example(QUESTIONS[i % len(QUESTIONS)], label == "harmful", "image", None, (path,))
+        for label in ("harmful", "harmless")
+        for i, path in enumerate(sorted((directory / label).glob("*")))
+        if path.suffix.lower() in _SUFFIXES
+    ]
+    if not examples:
+        want = "images in the folders harmful and harmless"
+        raise DataError(Problem("directory", want, "none"), directory)
+    return examples
+
+
 def from_corpus(split: str) -> list[Example]:
     """The prompts shipped with Steerbridge, of one split (train, validation or test)."""
     from steerbridge import corpus

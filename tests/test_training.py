@@ -155,12 +155,23 @@ def test_the_head_learns_the_exact_loss():
     assert trained.loss_after < 0.05 * trained.loss_before
 
 
-def test_the_head_sees_bias_and_softcap():
-    h = torch.randn(4, 16)
-    weight, bias = np.ones((8, 16), np.float32), np.arange(8, dtype=np.float32)
-    got = heads.Logits(OutputHead(weight, bias, 3.0))(h)
-    want = 3.0 * torch.tanh((h.sum(1, keepdim=True) + torch.arange(8.0)) / 3.0)
-    assert torch.allclose(got, want, atol=1e-5)
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("bias", [None, np.linspace(-1, 1, 32, dtype=np.float32)])
+def test_the_loss_and_its_gradient_are_those_of_autograd(bias, softcap):
+    rng = torch.Generator().manual_seed(0)
+    weight = torch.randn(32, 16, generator=rng)
+    loss = heads.HeadLoss(OutputHead(weight.numpy(), bias, softcap))
+    for rows in (5, 9, 3):  # one buffer, batches of several sizes
+        h = torch.randn(rows, 16, generator=rng).requires_grad_()
+        target = torch.randint(0, 32, (rows,), generator=rng)
+        z = h @ weight.T + (0 if bias is None else torch.from_numpy(bias))
+        z = softcap * torch.tanh(z / softcap) if softcap else z
+        want = torch.nn.functional.cross_entropy(z, target)
+        (wanted,) = torch.autograd.grad(want, h)
+        got = loss(h, target)
+        (found,) = torch.autograd.grad(2 * got, h)
+        assert got.item() == pytest.approx(want.item(), rel=1e-5)
+        assert torch.allclose(found, 2 * wanted, atol=1e-6)
 
 
 def test_low_rank_is_the_best_and_says_what_it_lost():
@@ -256,4 +267,110 @@ def test_too_few_prompts_are_refused(model, tmp_path):
 def test_awareness_needs_pairs():
     examples = [Example("a", True), Example("b", False)]
     states = States(np.zeros((2, 1, 4), np.float32), (READING,))
-    assert search.awareness(states, examples) == {str(READING): 0.0}
+    assert search.awareness(states, examples) == ({str(READING): 0.0}, {str(READING): {}})
+
+
+def test_awareness_by_kind_leaves_out_prompts_without_the_image():
+    rng = np.random.default_rng(0)
+    array = rng.normal(size=(8, 2, 4)).astype(np.float32)
+    array[:4, 1] = np.nan  # the first two pairs have no image
+    image = replace_position(READING, "image_mean")
+    examples = [
+        Example(f"t{i}", i % 2 == 0, "text" if i < 4 else "image", f"p{i // 2}") for i in range(8)
+    ]
+    whole, kinds = search.awareness(States(array, (READING, image)), examples)
+    assert kinds[str(READING)].keys() == {"text", "image"}
+    assert kinds[str(image)]["text"] == 0.0
+    assert whole[str(image)] == kinds[str(image)]["image"] != 0.0
+
+
+def replace_position(reading, kind):
+    return Reading.model_validate({**reading.model_dump(), "position": {"type": kind}})
+
+
+def test_a_missing_image_is_fitted_and_scored_as_the_mean():
+    x, harmful = separable()
+    holes = x.copy()
+    holes[::3] = np.nan
+    image = replace_position(READING, "image_mean")
+    rule = Recipe((image,), "linear", 1e-2)
+    fitted = probes.fit(holes, harmful, np.ones(len(x)), rule, seed=0)
+    assert np.allclose(fitted.mean, np.nanmean(holes, axis=0), atol=1e-6)
+    probe, tensors = probes.to_spec(fitted, rule, 0.0, "p")
+    got = reference.score_readings(probe, tensors, holes[:, None])
+    assert np.allclose(got, 1 / (1 + np.exp(-fitted.scores(holes))), atol=1e-6)
+    bias = 1 / (1 + np.exp(-probe.bias))
+    assert got[0] == pytest.approx(bias, abs=1e-6)  # nothing but the bias is left
+    end = probes.to_spec(fitted, Recipe((READING,), "linear", 1e-2), 0.0, "p")[0]
+    assert np.isnan(reference.score_readings(end, tensors, holes[:, None])[0])  # a broken state
+
+
+def test_a_probe_takes_no_broken_states():
+    array = np.zeros((3, 1, 4), np.float32)
+    array[1, 0, 2] = np.nan
+    with pytest.raises(DataError, match="prompt 1"):
+        States(array, (READING,)).of([READING])
+    image = replace_position(READING, "image_mean")
+    array[1] = np.nan
+    assert np.isnan(States(array, (image,)).of([image])[1]).all()
+    array[1, 0, 0] = 0.0  # half a reading is no missing image
+    with pytest.raises(DataError, match="prompt 1"):
+        States(array, (image,)).of([image])
+
+
+def test_goals_weigh_both_sides_of_a_kind_apart():
+    goal = recipe.Goal("p", 1.0, {"pair": 0.0}, {"pair": 3.0})
+    sides = [goal.weight(Example("t", harmful, "pair")) for harmful in (True, False)]
+    assert sides == [0.0, 3.0]
+    assert goal.weight(Example("t", True, "other")) == 1.0
+
+
+def test_a_goal_without_its_prompts_makes_no_probe(model, tmp_path):
+    settings = recipe.TrainSettings(
+        refusal="w5 w9", head=HeadSettings(steps=5, batch=8), validation_prompts=4
+    )
+    package = recipe.train(model, made_up(), settings, tmp_path)
+    assert [p.id for p in package.spec.probes] == ["harm"]
+    assert package.spec.rules[0].condition.probes == ("harm",)
+    twins = [replace(e, kind="twin" if e.harmful else "borderline") for e in made_up()]
+    package = recipe.train(model, [*made_up(), *twins], settings, tmp_path / "b")
+    assert [p.id for p in package.spec.probes] == ["harm", "twins"]
+    assert package.spec.rules[0].condition.probes == ("harm", "twins")
+    assert set(package.spec.evidence.safety) == {
+        *("out_of_fold", "auroc_per_reading", "sas_per_reading"),
+    }
+
+
+def test_the_evidence_is_plotted(model, tmp_path):
+    pytest.importorskip("matplotlib", reason="needs the extra `report`")
+    from PIL import Image
+
+    from steerbridge.evaluation import plots
+
+    settings = recipe.TrainSettings(
+        refusal="w5 w9", head=HeadSettings(steps=5, batch=8), validation_prompts=4
+    )
+    package = recipe.train(model, made_up(), settings, tmp_path / "states")
+    path = plots.readings(package, tmp_path / "plot.png")
+    with Image.open(path) as picture:
+        assert picture.size[0] > 300
+    assert list(tmp_path.glob(".*")) == []
+    with pytest.raises(DataError, match=r"evidence\.safety"):
+        plots.readings(helpers.package(), tmp_path / "other.png")
+
+
+def test_images_in_folders_are_examples(tmp_path):
+    with pytest.raises(DataError, match="harmful and harmless"):
+        data.read_images(tmp_path)
+    for name in ("harmful/b.png", "harmful/a.JPG", "harmless/c.png", "harmless/notes.txt"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    found = data.read_images(tmp_path)
+    assert [(e.images[0].name, e.harmful) for e in found] == [
+        ("a.JPG", True),
+        ("b.png", True),
+        ("c.png", False),
+    ]
+    assert {e.kind for e in found} == {"image"}
+    assert all(e.text for e in found)

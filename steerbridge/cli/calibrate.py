@@ -17,6 +17,7 @@ def calibrate(
     package: common.Package,
     model: common.Model = "smollm2",
     runtime: common.Runtime = "llama.cpp",
+    mmproj: common.Mmproj = "",
     data: common.Data = [],
     corpus: common.Corpus = "none",
     fpr: common.Fpr = 0.01,
@@ -42,14 +43,14 @@ def calibrate(
         other = common.open_model(model, baseline)
         steering.check(other.facts, ignore=("model_type",))
         elsewhere = calibration.scores(other, steering, prompts, common.progress(baseline))
-    loaded = common.open_model(model, runtime)
+    loaded = common.open_model(model, runtime, mmproj)
     steering.check(loaded.facts, ignore=("model_type",))
     fitted = calibration.fit(
         loaded,
         runtime,
         steering,
         prompts,
-        {"*": fpr, "borderline": borderline_fpr},
+        common.targets(fpr, borderline_fpr),
         baseline=elsewhere,
         progress=common.progress("capture"),
     )

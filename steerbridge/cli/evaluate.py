@@ -17,6 +17,7 @@ def evaluate(
     package: common.Package,
     model: common.Model = "smollm2",
     runtime: common.Runtime = "hf",
+    mmproj: common.Mmproj = "",
     data: common.Data = [],
     corpus: common.Corpus = "none",
     limit: Annotated[int, typer.Option(help="Use every k-th prompt, this many; 0: all.")] = 0,
@@ -34,7 +35,7 @@ def evaluate(
         raise DataError(Problem("--data or --corpus", "prompts to measure on", "none"))
     if limit and limit < len(prompts):
         prompts = [prompts[i * len(prompts) // limit] for i in range(limit)]
-    loaded = common.open_model(model, runtime)
+    loaded = common.open_model(model, runtime, mmproj)
     found = measure.run(
         loaded,
         steering,
@@ -49,5 +50,9 @@ def evaluate(
     if json:
         common.print_json(result)
         return
+    kinds = result.pop("kinds")
     for key, value in result.items():
         print(f"{key:<20} {value}")
+    for kind, rates in kinds.items():
+        shown = ", ".join(f"{name} {rate}" for name, rate in rates.items() if rate is not None)
+        print(f"{kind:<20} {shown}")

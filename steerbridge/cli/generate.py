@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -18,6 +19,10 @@ def generate(
     prompt: Annotated[list[str], typer.Argument(help="Prompts, in quotes.")],
     model: common.Model = "smollm2",
     runtime: common.Runtime = "hf",
+    image: Annotated[
+        list[Path], typer.Option(help="Image that every prompt is about; may be repeated.")
+    ] = [],
+    mmproj: common.Mmproj = "",
     max_new_tokens: common.MaxNew = 48,
     ignore: common.Ignore = [],
     json: common.Json = False,
@@ -26,11 +31,14 @@ def generate(
     if not all(p.strip() for p in prompt):
         raise DataError(Problem("prompt", "a text that is not empty", repr(prompt)))
     steering = load(package)
-    loaded = common.open_model(model, runtime)
+    for path in image:
+        if not path.is_file():
+            raise DataError(Problem("--image", "an image file", str(path)))
+    loaded = common.open_model(model, runtime, mmproj)
     rows = measure.run(
         loaded,
         steering,
-        [Example(p, False) for p in prompt],
+        [Example(p, False, images=tuple(image)) for p in prompt],
         max_new_tokens=max_new_tokens,
         ignore=ignore,
     )
@@ -56,6 +64,7 @@ def side_by_side(row: measure.Row, runtime: str = "") -> list[str]:
     return [
         "",
         f"prompt    {row.example.text}",
+        *(f"image     {path}" for path in row.example.images),
         *([f"runtime   {runtime}"] if runtime else []),
         f"verdict   {'; '.join(verdicts) or 'no probe'}",
         f"unsteered {_one_line(row.plain.text)}",

@@ -12,6 +12,7 @@ from steerbridge.cli import common
 from steerbridge.cli.inspect import sheet
 from steerbridge.encodings import plain
 from steerbridge.errors import RuntimeMissing
+from steerbridge.evaluation import plots
 
 
 def train(
@@ -33,6 +34,10 @@ def train(
         Path | None,
         typer.Option(help="Keep captured states here; a later run goes on from them."),
     ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(help="Write a plot here (PNG): SAS and AUROC by layer, position and kind."),
+    ] = None,
     json: common.Json = False,
 ) -> None:
     """Train a package on pairs of prompts and save it."""
@@ -45,7 +50,7 @@ def train(
             "--intervention", intervention, "head_matrix", "add_vector", "project_out"
         ),
         rank=rank or None,
-        target_fpr={"*": fpr, "borderline": borderline_fpr},
+        target_fpr=common.targets(fpr, borderline_fpr),
         seed=seed,
     )
     loaded = common.trainable(common.open_model(model, "hf"))
@@ -53,6 +58,8 @@ def train(
     with tempfile.TemporaryDirectory() as scratch:
         package = recipe.train(loaded, prompts, settings, cache or Path(scratch), common.steps())
     package.save(out)
+    if report:
+        plots.readings(package, report)
     if json:
         common.print_json({"package": str(out), "spec": plain(package.spec)})
     else:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,18 +60,18 @@ def train_head(
     if len(states_NTD) == 0 or not np.isfinite(states_NTD).all():
         raise DataError(Problem("states of the refusal", "finite rows", str(states_NTD.shape)))
     h, target = torch.from_numpy(states_NTD), torch.from_numpy(target_T)
-    logits = Logits(head)
+    loss = HeadLoss(head)
 
     def loss_of_batch(w: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:
         rows = h[prompts].flatten(0, 1)
         steered = rows + settings.eps * rows @ w.T
         wanted = target.repeat(len(prompts))
-        return torch.nn.functional.cross_entropy(logits(steered), wanted)
+        return loss(steered, wanted)
 
     matrix = descend(loss_of_batch, len(h), h.shape[2], settings, settings.steps, progress)
     flat, labels = h.flatten(0, 1), target.repeat(len(h))
-    before = loss_of(flat, labels, None, settings.eps, logits)
-    after = loss_of(flat, labels, matrix, settings.eps, logits)
+    before = loss_of(flat, labels, None, settings.eps, loss)
+    after = loss_of(flat, labels, matrix, settings.eps, loss)
     return TrainedHead(matrix.numpy(), settings.eps, before, after)
 
 
@@ -105,19 +106,77 @@ def descend(
     return w.detach()
 
 
-class Logits:
-    """The frozen output head in torch: softcap(weight h + bias)."""
+class HeadLoss:
+    """Mean cross-entropy of softcap(E h + b), differentiable in h only.
+
+    The gradient, E^T (softmax - onehot), is computed beside the loss in one buffer of logits that
+    every step uses again; autograd's own road writes and reads the logits several times more,
+    which takes longer than the multiplications.
+    """
 
     def __init__(self, head: OutputHead) -> None:
-        self._weight = torch.from_numpy(np.asarray(head.weight, np.float32))
+        self._weight_VD = torch.from_numpy(np.asarray(head.weight, np.float32))
         self._bias = None if head.bias is None else torch.from_numpy(head.bias)
         self._softcap = head.softcap
+        self._logits = torch.empty(0)
 
-    def __call__(self, h_MD: torch.Tensor) -> torch.Tensor:
-        logits = torch.nn.functional.linear(h_MD, self._weight, self._bias)
-        if self._softcap:
-            logits = self._softcap * torch.tanh(logits / self._softcap)
-        return logits
+    def __call__(self, h_MD: torch.Tensor, target_M: torch.Tensor) -> torch.Tensor:
+        loss: torch.Tensor = _WithGradient.apply(h_MD, self, target_M)  # type: ignore[no-untyped-call]
+        return loss
+
+    def value(self, h_MD: torch.Tensor, target_M: torch.Tensor) -> float:
+        """The loss alone."""
+        return float(torch.nn.functional.cross_entropy(self._outputs(h_MD)[0], target_M))
+
+    def value_and_gradient(
+        self, h_MD: torch.Tensor, target_M: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss and its derivative by h [M, D]."""
+        z, slope = self._outputs(h_MD)
+        wanted = target_M[:, None]
+        highest, chosen = z.amax(dim=1, keepdim=True), z.gather(1, wanted)
+        # What is this small adds nothing in float32; smaller still, as a subnormal number, it
+        # would slow the multiplication down.
+        z.sub_(highest).clamp_(min=-60).exp_()
+        total = z.sum(dim=1, keepdim=True)
+        loss = (total.log() + highest - chosen).mean()
+        onehot = self._weight_VD[target_M]
+        if slope is not None:
+            z.mul_(slope)
+            onehot = onehot * slope.gather(1, wanted)
+        gradient = (z @ self._weight_VD).div_(total).sub_(onehot).div_(len(h_MD))
+        return loss, gradient
+
+    def _outputs(self, h_MD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Logits [M, V] in the buffer, and what the soft cap multiplies a gradient with."""
+        size = (len(h_MD), len(self._weight_VD))
+        if self._logits.shape[:1] < size[:1]:
+            self._logits = torch.empty(size)
+        z = torch.mm(h_MD, self._weight_VD.T, out=self._logits[: size[0]])
+        if self._bias is not None:
+            z.add_(self._bias)
+        if not self._softcap:
+            return z, None
+        z.div_(self._softcap).tanh_()
+        slope = 1 - z.square()
+        return z.mul_(self._softcap), slope
+
+
+class _WithGradient(torch.autograd.Function):
+    """HeadLoss for autograd: the gradient is known before it is asked for."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, h_MD: torch.Tensor, loss: HeadLoss, target_M: torch.Tensor
+    ) -> torch.Tensor:
+        value, gradient = loss.value_and_gradient(h_MD.detach(), target_M)
+        ctx.save_for_backward(gradient)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * upstream[0], None, None
 
 
 def loss_of(
@@ -125,19 +184,15 @@ def loss_of(
     target_M: torch.Tensor,
     w: torch.Tensor | None,
     eps: float,
-    logits: Logits,
-    rows: int = 1024,
+    loss: HeadLoss,
+    rows: int = 256,
 ) -> float:
     """Mean cross-entropy over all states, in bounded memory."""
     total = 0.0
-    with torch.no_grad():
-        for i in range(0, len(h_MD), rows):
-            h = h_MD[i : i + rows]
-            steered = h if w is None else h + eps * h @ w.T
-            part = torch.nn.functional.cross_entropy(
-                logits(steered), target_M[i : i + rows], reduction="sum"
-            )
-            total += float(part)
+    for i in range(0, len(h_MD), rows):
+        h = h_MD[i : i + rows]
+        steered = h if w is None else h + eps * h @ w.T
+        total += loss.value(steered, target_M[i : i + rows]) * len(h)
     return total / len(h_MD)
 
 

@@ -41,7 +41,7 @@ class Fitted:
 
     def scores(self, x_NI: Float32) -> NDArray[np.float64]:
         """Log-odds of harm [N]."""
-        y: Any = (x_NI - self.mean) / self.scale
+        y: Any = _standardised(x_NI, self.mean, self.scale)
         for i, (weight, bias) in enumerate(self.layers):
             y = (np.maximum(y, 0) if i else y) @ weight.T + bias
         odds = y[:, 0] - y[:, 1] if y.shape[1] == 2 else y[:, 0]
@@ -75,10 +75,14 @@ def fit(
     recipe: Recipe,
     seed: int,
 ) -> Fitted:
-    """Minimise the weighted, class-balanced cross-entropy plus decay * |weights|^2 (L-BFGS)."""
-    mean = x_NI.mean(axis=0, dtype=np.float64).astype(np.float32)
-    scale = np.maximum(x_NI.std(axis=0, dtype=np.float64), 1e-6).astype(np.float32)
-    x = torch.from_numpy((x_NI - mean) / scale)
+    """Minimise the weighted, class-balanced cross-entropy plus decay * |weights|^2 (L-BFGS).
+
+    Inputs that are NaN (a missing image) count as their mean.
+    """
+    mean = np.asarray(np.nanmean(x_NI, axis=0, dtype=np.float64), np.float32)
+    spread = np.nanstd(x_NI, axis=0, dtype=np.float64)
+    scale = np.asarray(np.maximum(spread, 1e-6), np.float32)
+    x = torch.from_numpy(_standardised(x_NI, mean, scale))
     y = torch.from_numpy(harmful_N.astype(np.int64))
     net = _network(x.shape[1], recipe.shape, seed)
     weights = [p for p in net.parameters() if p.dim() == 2]
@@ -104,6 +108,13 @@ def fit(
     return Fitted(
         mean, scale, tuple((m.weight.detach().numpy(), m.bias.detach().numpy()) for m in parts)
     )
+
+
+def _standardised(x_NI: Float32, mean: Float32, scale: Float32) -> Float32:
+    """(x - mean) / scale, 0 where an image is missing: what every runtime computes."""
+    x = (x_NI - mean) / scale
+    x[np.isnan(x)] = 0
+    return x
 
 
 def _balanced(weight_N: NDArray[np.float64], harmful_N: NDArray[np.bool_]) -> Float32:

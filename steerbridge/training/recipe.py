@@ -46,7 +46,7 @@ from steerbridge.training import head as heads
 from steerbridge.training import probes, search
 from steerbridge.training.head import HeadSettings
 from steerbridge.training.probes import Shape
-from steerbridge.training.search import FOLDS, Found
+from steerbridge.training.search import FOLDS, Candidate, Found
 from steerbridge.training.states import States, all_readings, capture, turn_end
 
 Kind = Literal["head_matrix", "add_vector", "project_out"]
@@ -58,18 +58,48 @@ VECTOR_STRENGTHS = (0.5, 1.0, 2.0, 4.0)
 
 
 @dataclass(frozen=True, slots=True)
+class Goal:
+    """One probe of a guard: what it is for, and its part of the false positives.
+
+    `harmful` and `harmless` map kinds of prompts to their weight in the probe's loss (1 where
+    not named; 0: not its business); `share` is the part of `target_fpr` that it may use. Without
+    harmful prompts of the kind `needs` there is no such probe.
+    """
+
+    probe: str
+    share: float
+    harmful: Mapping[str, float] = field(default_factory=dict)
+    harmless: Mapping[str, float] = field(default_factory=dict)
+    needs: str | None = None
+
+    def weight(self, example: Example) -> float:
+        """The weight of one prompt in the loss."""
+        return (self.harmful if example.harmful else self.harmless).get(example.kind, 1.0)
+
+
+# What tells a harmful request from a harmless one, and what tells it from a harmless one of
+# nearly the same words, pull a single probe apart; each alone does better.
+GOALS = (
+    Goal("harm", 0.85, {"general_harmful": 0.33, "twin": 0.0}, {"borderline": 40.0}),
+    Goal("twins", 0.15, {"twin": 5.0, "pair": 0.3}, {"borderline": 20.0, "pair": 0.3}, "twin"),
+)
+
+
+@dataclass(frozen=True, slots=True)
 class TrainSettings:
     """What a user may choose.
 
     `target_fpr` maps kinds of harmless prompts to the share that may fire, `*` is any other
-    kind; `emphasis` maps kinds to their weight in the probe's loss (1 where not named).
+    kind.
     """
 
     name: str = "steerbridge-guard"
     refusal: str = DEFAULT_REFUSAL
     probe: Shape = "mlp"
-    target_fpr: Mapping[str, float] = field(default_factory=lambda: {"*": 0.01, "borderline": 0.02})
-    emphasis: Mapping[str, float] = field(default_factory=lambda: {"borderline": 8.0, "twin": 0.3})
+    target_fpr: Mapping[str, float] = field(
+        default_factory=lambda: {"*": 0.01, "borderline": 0.02, "pair": 0.02}
+    )
+    goals: tuple[Goal, ...] = GOALS
     intervention: Kind = "head_matrix"
     rank: int | None = None
     head: HeadSettings = field(default_factory=HeadSettings)
@@ -95,18 +125,22 @@ def train(
         DataError: too few prompts of either label, or a capture of something else in `workdir`.
     """
     _check(examples)
-    readings = all_readings(model.facts.num_layers, turn_end(model, examples))
+    readings = all_readings(
+        model.facts.num_layers,
+        turn_end(model, examples),
+        images=any(e.images for e in examples),
+    )
     states = capture(
         model, examples, readings, workdir / "capture", lambda a, b: say("capture", a, b)
     )
     found = _search(states, examples, settings, say)
-    probe, tensors = _probe(states, examples, found, settings)
+    fitted, tensors = _probes(states, examples, found, settings)
     spec = SteeringSpec(
         spec_version=SPEC_VERSION,
         name=settings.name,
         created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         base_model=model.facts.info(),
-        probes=(probe,),
+        probes=fitted,
         interventions=(),
         rules=(),
     )
@@ -131,36 +165,59 @@ def _labels(examples: Sequence[Example]) -> NDArray[np.bool_]:
     return np.array([e.harmful for e in examples])
 
 
-def _weights(examples: Sequence[Example], settings: TrainSettings) -> NDArray[np.float64]:
-    return np.array([settings.emphasis.get(e.kind, 1.0) for e in examples])
+def _weights(examples: Sequence[Example], goal: Goal) -> NDArray[np.float64]:
+    return np.array([goal.weight(e) for e in examples])
 
 
 def _search(
     states: States, examples: Sequence[Example], settings: TrainSettings, say: Say
-) -> Found:
-    problem = search.Problem(
-        states,
-        examples,
-        _labels(examples),
-        _weights(examples, settings),
-        np.asarray(data.folds(examples, FOLDS, settings.seed)),
-        settings.target_fpr,
-        settings.seed,
-    )
+) -> dict[str, Found]:
+    """For each goal, by the name of its probe, where the probe shall read."""
     tried = count(1)
-    return search.search(problem, settings.probe, lambda _: say("search", next(tried), 0))
+
+    def progress(_: str) -> None:
+        say("search", next(tried), 0)
+
+    found: dict[str, Found] = {}
+    first: tuple[Candidate, ...] = ()
+    for goal in settings.goals:
+        if goal.needs and not any(e.harmful and e.kind == goal.needs for e in examples):
+            continue
+        problem = search.Problem(
+            states,
+            examples,
+            _labels(examples),
+            _weights(examples, goal),
+            np.asarray(data.folds(examples, FOLDS, settings.seed)),
+            {kind: goal.share * target for kind, target in settings.target_fpr.items()},
+            settings.seed,
+        )
+        first = first or search.survey(problem, progress)
+        found[goal.probe] = search.search(problem, first, settings.probe, progress)
+    return found
 
 
-def _probe(
-    states: States, examples: Sequence[Example], found: Found, settings: TrainSettings
-) -> tuple[Any, dict[str, Tensor]]:
-    best, harmful, weights = found.best, _labels(examples), _weights(examples, settings)
-    fitted = probes.fit(
-        states.of(best.recipe.readings), harmful, weights, best.recipe, settings.seed
-    )
-    slope, shift = probes.platt(best.scores, harmful, weights)
-    threshold = slope * best.threshold + shift
-    return probes.to_spec(fitted.rescaled(slope, shift), best.recipe, threshold, "harm")
+def _probes(
+    states: States,
+    examples: Sequence[Example],
+    found: Mapping[str, Found],
+    settings: TrainSettings,
+) -> tuple[tuple[Any, ...], dict[str, Tensor]]:
+    """Every probe fitted on all examples, its threshold on the scale of calibrated odds."""
+    harmful, specs = _labels(examples), []
+    tensors: dict[str, Tensor] = {}
+    for goal in settings.goals:
+        if goal.probe not in found:
+            continue
+        best, weights = found[goal.probe].best, _weights(examples, goal)
+        x = states.of(best.recipe.readings)
+        fitted = probes.fit(x, harmful, weights, best.recipe, settings.seed)
+        slope, shift = probes.platt(best.scores, harmful, weights)
+        threshold = slope * best.threshold + shift
+        made = probes.to_spec(fitted.rescaled(slope, shift), best.recipe, threshold, goal.probe)
+        specs.append(made[0])
+        tensors |= made[1]
+    return tuple(specs), tensors
 
 
 # ---------------------------------------------------------------- interventions
@@ -235,7 +292,7 @@ def _vector(
 ) -> tuple[SteeringPackage, dict[str, Any]]:
     """`add_vector` or `project_out` along the difference of means where the probe reads last."""
     spec = package.spec
-    layer = max(spec.depth(r.site) for r in spec.probes[0].readings)
+    layer = max(spec.depth(r.site) for p in spec.probes for r in p.readings)
     reading = Reading(
         site=LayerInput(stream="layer_input", layer=layer), position=PromptEnd(type="prompt_end")
     )
@@ -290,7 +347,7 @@ def _strongest(
     tried: dict[float, dict[str, float]] = {}
     for i, strength in enumerate(strengths):
         answers = model.generate(
-            held, _unconditional(made(strength)), max_new_tokens=len(settings.refusal) // 2
+            held, unconditional(made(strength)), max_new_tokens=len(settings.refusal) // 2
         )
         tried[strength] = {
             "refused": _share(answers, lambda a: refuses(a.text)),
@@ -308,7 +365,7 @@ def _share(answers: Sequence[Generation], test: Callable[[Generation], bool]) ->
     return round(sum(map(test, answers)) / len(answers), 4)
 
 
-def _unconditional(package: SteeringPackage) -> SteeringPackage:
+def unconditional(package: SteeringPackage) -> SteeringPackage:
     """The same interventions without probe and condition: what they do when they act."""
     rules = tuple(r.model_copy(update={"condition": None}) for r in package.spec.rules)
     spec = package.spec.model_copy(update={"probes": (), "rules": rules})
@@ -320,30 +377,16 @@ def _unconditional(package: SteeringPackage) -> SteeringPackage:
 
 def _with_evidence(
     package: SteeringPackage,
-    found: Found,
+    found: Mapping[str, Found],
     intervention: dict[str, Any],
     examples: Sequence[Example],
     settings: TrainSettings,
 ) -> SteeringPackage:
-    best = found.best
     kinds = [e.kind for e in examples]
-    harmless = calibration.by_kind(best.scores, kinds, ~_labels(examples))
-    ranked = sorted(found.second_round, key=lambda c: c.detection, reverse=True)
+    some = next(iter(found.values()))
     evidence = Evidence(
-        sas={reading: round(value, 6) for reading, value in found.sas.items()},
-        probes={
-            "harm": {
-                **best.report(),
-                "out_of_fold": True,
-                "fpr": {
-                    k: round(float((s > best.threshold).mean()), 5) for k, s in harmless.items()
-                },
-                "auroc_per_reading": {
-                    str(c.recipe.readings[0]): round(c.auroc, 5) for c in found.first_round
-                },
-                "runners_up": [c.report() for c in ranked[:5]],
-            }
-        },
+        sas={reading: round(value, 6) for reading, value in some.sas.items()},
+        probes={probe: _report(f, examples) for probe, f in found.items()},
         interventions={package.spec.interventions[0].id: intervention},
         data={
             "sha256": data.sha256(examples),
@@ -353,6 +396,17 @@ def _with_evidence(
                 )
                 for kind in sorted(set(kinds))
                 for label in ("harmful", "harmless")
+            },
+        },
+        safety={
+            "out_of_fold": _shares(_fired(found), examples),
+            "auroc_per_reading": {
+                str(c.recipe.readings[0]): {"*": c.auroc, **c.auroc_by_kind}
+                for c in some.first_round
+            },
+            "sas_per_reading": {
+                reading: {"*": round(value, 6), **_plain(some.sas_by_kind[reading])}
+                for reading, value in some.sas.items()
             },
         },
         settings=_plain(asdict(settings)),
@@ -366,10 +420,40 @@ def _with_evidence(
     )
 
 
+def _fired(found: Mapping[str, Found]) -> NDArray[np.bool_]:
+    """Whether any probe fires, out of fold."""
+    fired = [f.best.scores > f.best.threshold for f in found.values()]
+    return np.asarray(np.any(fired, axis=0))
+
+
+def _report(found: Found, examples: Sequence[Example]) -> dict[str, Any]:
+    """What is known of one probe, all of it out of fold."""
+    ranked = sorted(found.second_round, key=lambda c: c.detection, reverse=True)
+    return {
+        **found.best.report(),
+        "out_of_fold": True,
+        **_shares(found.best.scores > found.best.threshold, examples),
+        "runners_up": [c.report() for c in ranked[:5]],
+    }
+
+
+def _shares(fired_N: NDArray[np.bool_], examples: Sequence[Example]) -> dict[str, Any]:
+    """Shares that fire, by kind: of harmless prompts (`fpr`) and of harmful ones."""
+    kinds, harmful = [e.kind for e in examples], _labels(examples)
+    values = fired_N.astype(np.float64)
+    return {
+        name: {
+            kind: round(float(found.mean()), 5)
+            for kind, found in calibration.by_kind(values, kinds, chosen).items()
+        }
+        for name, chosen in (("fpr", ~harmful), ("detected", harmful))
+    }
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}
-    return value
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def tool_versions() -> dict[str, str]:

@@ -1,30 +1,26 @@
-"""Search for the readings a probe should use: layers, positions, pairs of both, decay."""
+"""Search for the readings a probe should use: layers, positions, sets of both."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from steerbridge import calibration, reference, stats
 from steerbridge.data import Example
-from steerbridge.spec import LayerInput, PromptEnd, Reading
+from steerbridge.spec import LayerInput, Reading
 from steerbridge.training import probes
 from steerbridge.training.probes import Recipe, Shape
 from steerbridge.training.states import States
 
 FOLDS = 5
-DECAY = 3e-3  # while readings are chosen, with the fast linear probe
-DECAYS = (3e-3, 1e-2)
-# Depths (as shares of the model) of two spread sets. Prompts that only sound harmful are told
-# apart better by several places together.
-SPREADS: tuple[Mapping[str, tuple[float, ...]], ...] = (
-    {"end": (0.73,), "turn": (0.6,), "mean": (0.5,)},
-    {"end": (0.53, 0.73), "turn": (0.47, 0.6, 0.73), "mean": (0.5,)},
-)
+DECAY = 1e-2
+# Prompts that only sound harmful are told apart better by several places together. They share few
+# depths (shares of the model's), since a runtime pays for each.
+SPREAD: Final = (0.27, 0.53, 0.8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +32,7 @@ class Candidate:
     threshold: float
     detection: float  # share of harmful prompts above the threshold, mean over their kinds
     auroc: float
+    auroc_by_kind: dict[str, float]  # harmful prompts of each kind against all harmless ones
 
     def report(self) -> dict[str, Any]:
         return {
@@ -51,13 +48,14 @@ class Found:
 
     best: Candidate
     sas: dict[str, float]  # reading -> Safety Awareness Score
+    sas_by_kind: dict[str, dict[str, float]]  # reading -> kind of pair -> the same
     first_round: tuple[Candidate, ...]
     second_round: tuple[Candidate, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """What every candidate is judged on."""
+    """What every candidate is judged on. Harmful prompts of weight 0 are not meant to be caught."""
 
     states: States
     examples: Sequence[Example]
@@ -78,76 +76,65 @@ class Problem:
         threshold = calibration.threshold(
             calibration.by_kind(scores, kinds, seen & ~self.harmful), self.target
         )
-        harm = calibration.by_kind(scores, kinds, seen & self.harmful)
+        calm = scores[seen & ~self.harmful]
+        meant = seen & self.harmful & (self.weights > 0)
+        harm = calibration.by_kind(scores, kinds, meant)
         return Candidate(
             recipe,
             scores,
             threshold,
             float(np.mean([(s > threshold).mean() for s in harm.values()])),
-            stats.auroc(scores[seen & self.harmful], scores[seen & ~self.harmful]),
+            stats.auroc(scores[meant], calm),
+            {kind: round(stats.auroc(found, calm), 5) for kind, found in harm.items()},
         )
 
 
-def search(
-    problem: Problem, shape: Shape, progress: Callable[[str], None] = lambda _: None
-) -> Found:
-    """Choose readings and decay by detection at the target false-positive rates.
-
-    First round: every reading alone, on one fold, with a linear probe; the report shows them
-    all. Second round, on all folds, as `shape` with each decay: the best reading, the best of
-    each position together, and a set spread over the depth of the model. Candidates within
-    one standard error of the best are equal; among them the readings with the highest mean
-    SAS (the paper's criterion) win, then the higher AUROC.
-    """
-    sas = awareness(problem.states, problem.examples)
-    first = []
+def survey(
+    problem: Problem, progress: Callable[[str], None] = lambda _: None
+) -> tuple[Candidate, ...]:
+    """First round: every reading alone, on one fold, with a linear probe."""
+    found = []
     for reading in problem.states.readings:
-        first.append(problem.judge(Recipe((reading,), "linear", DECAY), only=[0]))
-        progress(str(first[-1].recipe))
+        found.append(problem.judge(Recipe((reading,), "linear", DECAY), only=[0]))
+        progress(str(found[-1].recipe))
+    return tuple(found)
+
+
+def search(
+    problem: Problem,
+    first: Sequence[Candidate],
+    shape: Shape,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Found:
+    """Choose readings by detection at the target false-positive rates.
+
+    On all folds, as `shape`: the best reading of the `first` round, and every position at a few
+    depths of the model. Candidates within one standard error of the best are equal; among them
+    the readings with the highest mean SAS (the paper's criterion) win, then the higher AUROC.
+    """
+    sas, by_kind = awareness(problem.states, problem.examples)
     second = []
     for readings in _sets(first):
-        for decay in DECAYS:
-            second.append(problem.judge(Recipe(readings, shape, decay)))
-            progress(str(second[-1].recipe))
-    return Found(_pick(second, sas, int(problem.harmful.sum())), sas, tuple(first), tuple(second))
+        second.append(problem.judge(Recipe(readings, shape, DECAY)))
+        progress(str(second[-1].recipe))
+    meant = int((problem.harmful & (problem.weights > 0)).sum())
+    return Found(_pick(second, sas, meant), sas, by_kind, tuple(first), tuple(second))
 
 
 def _sets(first: Sequence[Candidate]) -> list[tuple[Reading, ...]]:
     """Sets of readings worth a closer look, without repetition."""
     ranked = sorted(first, key=lambda c: (c.auroc, c.detection), reverse=True)
     singles = [c.recipe.readings[0] for c in ranked]
-    best: dict[str, Reading] = {}
-    for reading in singles:
-        best.setdefault(_role(reading), reading)
-    spreads = (
-        tuple(
-            found
-            for role, shares in spread.items()
-            for share in shares
-            if (found := _nearest(singles, role, share)) is not None
-        )
-        for spread in SPREADS
-    )
-    sets = [(singles[0],), tuple(best.values()), *map(tuple, map(dict.fromkeys, spreads))]
+    sets = [(singles[0],), tuple(_spread([c.recipe.readings[0] for c in first]))]
     return list(dict.fromkeys(sets))
 
 
-def _role(reading: Reading) -> str:
-    """What a position stands for: the `end` of the prompt, of the user's `turn`, or a `mean`."""
-    if isinstance(reading.position, PromptEnd):
-        return "turn" if reading.position.offset else "end"
-    return "mean"
-
-
-def _nearest(readings: Sequence[Reading], role: str, share: float) -> Reading | None:
-    """The reading of this role nearest to a share of the depth."""
-    layers = {
-        r.site.layer: r for r in readings if isinstance(r.site, LayerInput) and _role(r) == role
-    }
-    if not layers:
-        return None
-    wanted = share * (max(layers) + 1)
-    return layers[min(layers, key=lambda layer: abs(layer - wanted))]
+def _spread(readings: Sequence[Reading]) -> Iterator[Reading]:
+    """Every position at the layers nearest to the depths of SPREAD."""
+    layers = sorted({r.site.layer for r in readings if isinstance(r.site, LayerInput)})
+    wanted = [share * (layers[-1] + 1) for share in SPREAD]
+    chosen = {min(layers, key=lambda layer: abs(layer - at)) for at in wanted}
+    return (r for r in readings if isinstance(r.site, LayerInput) and r.site.layer in chosen)
 
 
 def _pick(candidates: Sequence[Candidate], sas: Mapping[str, float], harmful: int) -> Candidate:
@@ -160,17 +147,35 @@ def _pick(candidates: Sequence[Candidate], sas: Mapping[str, float], harmful: in
     )
 
 
-def awareness(states: States, examples: Sequence[Example]) -> dict[str, float]:
-    """SAS of every reading over the aligned pairs among the examples (0 without two pairs)."""
+def awareness(
+    states: States, examples: Sequence[Example]
+) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """SAS of every reading over the aligned pairs, and over those of each kind.
+
+    0 where fewer than two pairs have the reading (an image, on both sides).
+    """
     sides: dict[str, dict[bool, int]] = {}
     for i, example in enumerate(examples):
         if example.pair is not None:
             sides.setdefault(example.pair, {})[example.harmful] = i
     pairs = [(s[True], s[False]) for s in sides.values() if len(s) == 2]
-    if len(pairs) < 2:
-        return {str(r): 0.0 for r in states.readings}
-    harmful, harmless = (list(side) for side in zip(*pairs, strict=True))
-    return {
-        str(r): reference.sas(states.array[harmful, k], states.array[harmless, k])
-        for k, r in enumerate(states.readings)
-    }
+    # Both sides of a twin share a pair, not a kind; the harmful side names it.
+    kinds = {kind: [p for p in pairs if examples[p[0]].kind == kind] for kind in _kinds(examples)}
+    whole = _awareness(states, pairs)
+    each = {kind: _awareness(states, found) for kind, found in kinds.items() if len(found) > 1}
+    return whole, {r: {kind: found[r] for kind, found in each.items()} for r in whole}
+
+
+def _kinds(examples: Sequence[Example]) -> list[str]:
+    return sorted({e.kind for e in examples if e.harmful and e.pair is not None})
+
+
+def _awareness(states: States, pairs: Sequence[tuple[int, int]]) -> dict[str, float]:
+    found = {}
+    harmful, harmless = [p[0] for p in pairs], [p[1] for p in pairs]
+    for k, reading in enumerate(states.readings):
+        a, b = states.array[harmful, k], states.array[harmless, k]
+        present = ~(np.isnan(a) | np.isnan(b)).any(axis=1)
+        enough = int(present.sum()) > 1
+        found[str(reading)] = reference.sas(a[present], b[present]) if enough else 0.0
+    return found

@@ -19,7 +19,7 @@ from steerbridge import data
 from steerbridge.data import Example
 from steerbridge.errors import DataError, Problem
 from steerbridge.runtime import LoadedModel, Progress
-from steerbridge.spec import LayerInput, PromptEnd, PromptMean, Reading
+from steerbridge.spec import ImageMean, LayerInput, PromptEnd, PromptMean, Reading
 from steerbridge.tensors import Float32
 
 CHUNK = 512  # prompts between two notes of progress on disk
@@ -27,30 +27,43 @@ CHUNK = 512  # prompts between two notes of progress on disk
 
 @dataclass(frozen=True, slots=True)
 class States:
-    """Readings of prompts: `array` [N, K, D], one k per reading."""
+    """Readings of prompts: `array` [N, K, D], one k per reading; NaN for a missing image."""
 
     array: Float32
     readings: tuple[Reading, ...]
 
     def of(self, readings: Sequence[Reading]) -> Float32:
-        """The inputs [N, len(readings) * D] of a probe with these readings."""
-        index = [self.readings.index(r) for r in readings]
-        return np.concatenate([self.array[:, k] for k in index], axis=1)
+        """The inputs [N, len(readings) * D] of a probe with these readings.
+
+        Raises:
+            DataError: a reading that is not finite, other than a missing image.
+        """
+        parts = []
+        for reading in readings:
+            part = self.array[:, self.readings.index(reading)]
+            bad = ~np.isfinite(part).all(axis=1)
+            if isinstance(reading.position, ImageMean):
+                bad &= ~np.isnan(part).all(axis=1)
+            if bad.any():
+                row = int(bad.argmax())
+                raise DataError(Problem(f"{reading} of prompt {row}", "finite numbers", "others"))
+            parts.append(part)
+        return np.concatenate(parts, axis=1)
 
 
-def all_readings(num_layers: int, boundary: int = 0) -> tuple[Reading, ...]:
-    """`layer_input[1..n-1]` at the prompt end, at an earlier boundary, and as a mean.
+def all_readings(num_layers: int, boundary: int = 0, images: bool = False) -> tuple[Reading, ...]:
+    """`layer_input[1..n-1]` at the prompt end, at an earlier boundary, and as means.
 
-    `boundary` is an offset from the prompt end (see `turn_end`); 0 adds none. Layer 0 is the
-    embedding of the template's last token, the same for every prompt; the input of the final
-    norm exists for output rows only in some runtimes.
+    `boundary` is an offset from the prompt end (see `turn_end`); 0 adds none. `images` adds
+    the mean over image tokens. Layer 0 is the embedding of the template's last token, the same
+    for every prompt; the input of the final norm exists for output rows only in some runtimes.
     """
-    positions: list[PromptEnd | PromptMean] = [
-        PromptEnd(type="prompt_end"),
-        PromptMean(type="prompt_mean"),
-    ]
+    positions: list[PromptEnd | PromptMean | ImageMean] = [PromptEnd(type="prompt_end")]
     if boundary:
-        positions.insert(1, PromptEnd(type="prompt_end", offset=boundary))
+        positions.append(PromptEnd(type="prompt_end", offset=boundary))
+    positions.append(PromptMean(type="prompt_mean"))
+    if images:
+        positions.append(ImageMean(type="image_mean"))
     return tuple(
         Reading(site=LayerInput(stream="layer_input", layer=layer), position=position)
         for position in positions
