@@ -4,7 +4,8 @@ PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.set-up
 BASE ?= python3
 
-.PHONY: setup demo test lint schema parity fuzz bench-safety bench-train bench-overhead bench-kernels clean
+.PHONY: setup demo test lint schema parity fuzz bench-safety bench-train bench-overhead \
+  bench-kernels clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)

@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,11 @@ def smollm2_f32() -> Path:
 
     path = CACHE / "models" / "SmolLM2-135M-Instruct.F32.gguf"
     return path if path.is_file() else dequantise(smollm2(), path)
+
+
+def share(values: Iterable[bool]) -> float:
+    found = list(values)
+    return round(sum(found) / len(found), 4)
 
 
 def with_threshold(package: SteeringPackage, threshold: float) -> SteeringPackage:

@@ -31,7 +31,7 @@ NEW = 48
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--package", type=Path, default=CACHE / "smollm2-guard.gguf")
-    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--peak", choices=["steered", "unsteered"], help="(internal)")
     options = parser.parse_args()
     if not options.package.exists():

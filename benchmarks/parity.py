@@ -12,7 +12,7 @@ the test split before and after `calibrate`.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,25 +23,20 @@ from common import (
     CACHE,
     arguments,
     finish,
-    low_rank,
     open_smollm2,
     say,
+    share,
     smollm2_f32,
-    with_act,
-    with_threshold,
 )
+from compare import at_median, compared, variants
 from steerbridge import calibration, reference
 from steerbridge.cli.common import smollm2
 from steerbridge.data import Example, from_corpus
 from steerbridge.package import SteeringPackage, load
-from steerbridge.runtime import Generation
-from steerbridge.spec import AddVector, LayerOutput, ProjectOut, Target
-from steerbridge.tensors import Tensor
 from steerbridge.training import recipe
 from steerbridge.training.head import HeadSettings
 from steerbridge_llama_cpp import open_model
 
-RANK = 32
 NEW = 48
 
 
@@ -98,53 +93,6 @@ def trained(hf: Any) -> SteeringPackage:
     return load(path)
 
 
-def at_median(package: SteeringPackage, hf: Any, prompts: Sequence[Example]) -> SteeringPackage:
-    """The package with the threshold in the middle of the two median scores."""
-    answers = hf.generate(prompts, package, max_new_tokens=1)
-    scores = sorted(a.outcome.verdicts[0].score for a in answers)
-    middle = float(np.mean(scores[len(scores) // 2 - 1 : len(scores) // 2 + 1]))
-    return with_threshold(package, middle)
-
-
-def variants(package: SteeringPackage, hf: Any) -> dict[str, SteeringPackage]:
-    """The package with each kind of intervention in the place of its head."""
-    head: Any = package.spec.interventions[0]
-    # Where the probe reads last: the earliest place that may be steered by it.
-    depth = max(package.spec.depth(r.site) for p in package.spec.probes for r in p.readings)
-    direction = mean_difference(hf, depth)
-    target = Target(site=LayerOutput(stream="layer_output", layer=depth - 1), vector="direction")
-    common: dict[str, Any] = {"position": "from_prompt_end", "targets": (target,), "id": head.id}
-    unit = direction / np.linalg.norm(direction)
-    return {
-        "dense": package,
-        "low_rank": low_rank(package, RANK),
-        "vector": with_act(
-            package,
-            AddVector(type="add_vector", alpha=2.0, **common),
-            {"direction": Tensor.of(direction)},
-        ),
-        "projection": with_act(
-            package,
-            ProjectOut(type="project_out", alpha=1.0, **common),
-            {"direction": Tensor.of(unit)},
-        ),
-    }
-
-
-def mean_difference(hf: Any, layer: int) -> Any:
-    """Mean of harmful minus mean of harmless states at the prompt end of the layer."""
-    reading = next(
-        r
-        for r in recipe.all_readings(hf.facts.num_layers)
-        if str(r) == f"layer_input[{layer}] @ prompt_end"
-    )
-    examples = [e for e in from_corpus("train") if e.kind == "pair"][:200]
-    states = np.empty((len(examples), 1, hf.facts.hidden_size), np.float32)
-    hf.capture(examples, [reading], states)
-    harmful = np.array([e.harmful for e in examples])
-    return states[harmful, 0].mean(axis=0) - states[~harmful, 0].mean(axis=0)
-
-
 def against_reference(
     package: SteeringPackage, hf: Any, prompts: Sequence[Example], answers: Sequence[Any]
 ) -> float:
@@ -155,26 +103,6 @@ def against_reference(
     want = reference.score(probe, package.tensors, states.reshape(len(prompts), -1))
     got = [a.outcome.verdicts[0].score for a in answers]
     return float(np.abs(want - got).max())
-
-
-def compared(
-    want: Mapping[str, Sequence[Generation]], got: Mapping[str, Sequence[Generation]]
-) -> dict[str, Any]:
-    """Shares over all variants, and the share of equal tokens of each."""
-    pairs = {name: list(zip(want[name], got[name], strict=True)) for name in want}
-    every = [pair for found in pairs.values() for pair in found]
-    scores = [[a.outcome.verdicts[0].score for a in pair if a.outcome] for pair in every]
-    differences = np.abs(np.diff(np.array(scores), axis=1))
-    return {
-        "score_max_diff": float(differences.max()),
-        "score_mean_diff": float(differences.mean()),
-        "verdicts_equal": share(fired(a) == fired(b) for a, b in every),
-        "tokens_equal": share(a.tokens == b.tokens for a, b in every),
-        "tokens_equal_by_intervention": {
-            name: share(a.tokens == b.tokens for a, b in found) for name, found in pairs.items()
-        },
-        "leading_tokens_equal": round(float(np.mean([leading(a, b) for a, b in every])), 4),
-    }
 
 
 def recalibrated(guard: SteeringPackage, hf: Any, quantised: Any) -> dict[str, Any]:
@@ -200,25 +128,6 @@ def recalibrated(guard: SteeringPackage, hf: Any, quantised: Any) -> dict[str, A
 
 def short(split: str) -> list[Example]:
     return [e for e in from_corpus(split) if len(e.text) < 400]
-
-
-def fired(answer: Generation) -> bool:
-    return answer.outcome is not None and answer.outcome.fired
-
-
-def leading(a: Generation, b: Generation) -> float:
-    """Share of an answer's tokens before the first one that differs."""
-    same = 0
-    for x, y in zip(a.tokens, b.tokens, strict=False):
-        if x != y:
-            break
-        same += 1
-    return same / max(len(a.tokens), len(b.tokens))
-
-
-def share(values: Any) -> float:
-    found = list(values)
-    return round(sum(found) / len(found), 4)
 
 
 if __name__ == "__main__":

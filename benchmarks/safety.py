@@ -32,7 +32,9 @@ def main() -> None:
     package = train(model, training, settings, workdir, progress)
     package.save(CACHE / "smollm2-guard.gguf")
     evidence: Any = package.spec.evidence
-    say(str(evidence.probes["harm"]["runners_up"]))
+    say(f"out of fold: {evidence.safety['out_of_fold']}")
+    for probe, found in evidence.probes.items():
+        say(f"{probe}: {found['runners_up']}")
     rows = measure.run(
         model,
         package,
@@ -47,10 +49,11 @@ def main() -> None:
 def result(rows: list[measure.Row], package: Any, public: bool) -> dict[str, Any]:
     pairs = measure.summary([r for r in rows if r.example.kind == "pair"])
     whole = measure.summary(rows)
-    probe = package.spec.probes[0]
-    readings = [str(r) for r in probe.readings]
+    readings = {p.id: [str(r) for r in p.readings] for p in package.spec.probes}
+    read = dict.fromkeys(r for found in readings.values() for r in found)
     return {
-        "auroc": pairs["auroc"]["harm"],
+        "auroc": max(pairs["auroc"].values()),
+        "auroc_by_probe": pairs["auroc"],
         "asr_unsteered": pairs["asr_unsteered"],
         "asr_steered": pairs["asr_steered"],
         "harmless_identical": pairs["harmless_identical"],
@@ -58,8 +61,8 @@ def result(rows: list[measure.Row], package: Any, public: bool) -> dict[str, Any
         "fpr_borderline": whole["fpr"].get("borderline"),
         "refusal_wellformed": whole["refusal_wellformed"],
         "layer": readings,
-        "sas": {r: package.spec.evidence.sas[r] for r in readings},
-        "threshold": probe.threshold,
+        "sas": {r: package.spec.evidence.sas[r] for r in read},
+        "thresholds": {p.id: p.threshold for p in package.spec.probes},
         "public_data": public,
         "prompts": whole["prompts"],
     }

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import steerbridge_llama_cpp
 from steerbridge.cli.common import smollm2, steps
 from steerbridge.cli.generate import side_by_side
 from steerbridge.cli.inspect import sheet
-from steerbridge.data import Example, from_corpus
+from steerbridge.data import Example, folds, from_corpus
 from steerbridge.evaluation import measure
 from steerbridge.package import load
 from steerbridge.training.recipe import TrainSettings, train
@@ -37,33 +38,41 @@ PROMPTS = [
 def main() -> None:
     start = time.monotonic()
     hf = steerbridge_hf.open_model(smollm2())
-    path = trained(hf)
+    known = from_corpus("train")
+    # Half of the prompts (both sides of a pair, or none): enough to see how it works.
+    examples = [e for e, fold in zip(known, folds(known, 2, 0), strict=True) if fold == 0]
+    path = trained(hf, examples, "smollm2-demo")
+    llama = steerbridge_llama_cpp.open_model(smollm2(), n_ctx=1024)
+    result = shown(path, {"transformers": hf, "llama.cpp": llama}, PROMPTS)
+    print(json.dumps({**result, "seconds": round(time.monotonic() - start)}))
+
+
+def trained(hf: Any, examples: Sequence[Example], name: str) -> Path:
+    """A package trained on the examples, as a directory and as one GGUF file."""
+    print(f"training {name} on {len(examples)} prompts", file=sys.stderr)
+    package = train(hf, examples, TrainSettings(name=name), CACHE / f"{name}-states", steps())
+    package.save(CACHE / name)
+    return package.save(CACHE / f"{name}.gguf")
+
+
+def shown(path: Path, models: dict[str, Any], prompts: Sequence[Example]) -> dict[str, Any]:
+    """Every prompt in every runtime, side by side; what is left for the last line."""
     package = load(path)
     print(sheet(package))
-    llama = steerbridge_llama_cpp.open_model(smollm2(), n_ctx=1024)
     rows = {
-        "transformers": measure.run(hf, package, PROMPTS, max_new_tokens=40),
-        "llama.cpp": measure.run(llama, package, PROMPTS, max_new_tokens=40),
+        name: measure.run(model, package, prompts, max_new_tokens=40)
+        for name, model in models.items()
     }
-    for i in range(len(PROMPTS)):
+    for i in range(len(prompts)):
         for name, found in rows.items():
             print("\n".join(side_by_side(found[i], name)))
-    print(json.dumps(summary(path, rows, start)))
+    return summary(path, rows)
 
 
-def trained(hf: Any) -> Path:
-    """A package trained on the shipped prompts, as a directory and as one GGUF file."""
-    examples = from_corpus("train") + from_corpus("validation")
-    print(f"training on {len(examples)} prompts", file=sys.stderr)
-    package = train(hf, examples, TrainSettings(name="smollm2-demo"), CACHE / "demo", steps())
-    package.save(CACHE / "smollm2-demo")
-    return package.save(CACHE / "smollm2-demo.gguf")
-
-
-def summary(path: Path, rows: dict[str, list[measure.Row]], start: float) -> dict[str, Any]:
+def summary(path: Path, rows: dict[str, list[measure.Row]]) -> dict[str, Any]:
     return {
         "package": str(path),
-        "expected": [e.harmful for e in PROMPTS],
+        "expected": [row.example.harmful for row in next(iter(rows.values()))],
         **{
             name: {
                 "fired": [row.fired for row in found],
@@ -71,7 +80,6 @@ def summary(path: Path, rows: dict[str, list[measure.Row]], start: float) -> dic
             }
             for name, found in rows.items()
         },
-        "seconds": round(time.monotonic() - start),
     }
 
 
