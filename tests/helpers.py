@@ -91,6 +91,30 @@ def package(
     return SteeringPackage(spec, tensors)
 
 
+TINY_TEXT = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+def vector_after_layer_25() -> dict[str, Any]:
+    """A strong `add_vector` late in SmolLM2."""
+    return {
+        "id": "v",
+        "type": "add_vector",
+        "position": "from_prompt_end",
+        "alpha": 60.0,
+        "targets": [{"site": site("layer_output[25]"), "vector": "v"}],
+    }
+
+
 def tiny(kind: str = "llama", seed: int = 0, **fields: Any) -> Any:
     """A random model of 4 blocks and width 16, in float32."""
     import torch
@@ -106,16 +130,8 @@ def tiny(kind: str = "llama", seed: int = 0, **fields: Any) -> Any:
     name, extra = configs[kind]
     config = getattr(transformers, name)(
         **{
-            "hidden_size": 16,
-            "intermediate_size": 32,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 1,
-            "vocab_size": 64,
+            **TINY_TEXT,
             "max_position_embeddings": 128,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "pad_token_id": 0,
             **extra,
             **fields,
         }

@@ -27,13 +27,7 @@ pytestmark = pytest.mark.llama_cpp
 CHAT = [{"role": "user", "content": "Name a colour."}]
 TEXT = "The three colours of the flag are"
 LOW = {"form": "low_rank", "u": "h.u", "v": "h.v"}
-VECTOR = {
-    "id": "v",
-    "type": "add_vector",
-    "position": "from_prompt_end",
-    "alpha": 60.0,
-    "targets": [{"site": helpers.site("layer_output[25]"), "vector": "v"}],
-}
+VECTOR = helpers.vector_after_layer_25()
 AT = [reading("layer_input[22]")]
 
 

@@ -38,13 +38,7 @@ AT = [
     reading("layer_input[8]", MEAN),
     reading("layer_input[8]", IMAGE),
 ]
-VECTOR = {
-    "id": "v",
-    "type": "add_vector",
-    "position": "from_prompt_end",
-    "alpha": 60.0,
-    "targets": [{"site": helpers.site("layer_output[25]"), "vector": "v"}],
-}
+VECTOR = helpers.vector_after_layer_25()
 
 
 @pytest.fixture(scope="module")

@@ -7,23 +7,14 @@ from typing import Any
 import torch
 import transformers
 
+from helpers import TINY_TEXT
+
 IMAGE = 60  # the token that stands for a row of an image
 FAMILIES = (
     *("idefics3", "smolvlm", "llava", "llava_onevision", "chameleon"),
     *("qwen2_vl", "qwen2_5_vl", "gemma3"),
 )
-_TEXT = {
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "vocab_size": 64,
-    "max_position_embeddings": 256,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
+_TEXT = {**TINY_TEXT, "max_position_embeddings": 256}
 _TOWER = {
     "hidden_size": 16,
     "intermediate_size": 32,

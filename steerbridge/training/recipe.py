@@ -46,7 +46,7 @@ from steerbridge.training import head as heads
 from steerbridge.training import probes, search
 from steerbridge.training.head import HeadSettings
 from steerbridge.training.probes import Shape
-from steerbridge.training.search import FOLDS, Candidate, Found
+from steerbridge.training.search import FOLDS, Found, Survey
 from steerbridge.training.states import States, all_readings, capture, turn_end
 
 Kind = Literal["head_matrix", "add_vector", "project_out"]
@@ -179,7 +179,7 @@ def _search(
         say("search", next(tried), 0)
 
     found: dict[str, Found] = {}
-    first: tuple[Candidate, ...] = ()
+    known: Survey | None = None
     for goal in settings.goals:
         if goal.needs and not any(e.harmful and e.kind == goal.needs for e in examples):
             continue
@@ -192,8 +192,8 @@ def _search(
             {kind: goal.share * target for kind, target in settings.target_fpr.items()},
             settings.seed,
         )
-        first = first or search.survey(problem, progress)
-        found[goal.probe] = search.search(problem, first, settings.probe, progress)
+        known = known or search.survey(problem, progress)
+        found[goal.probe] = search.search(problem, known, settings.probe, progress)
     return found
 
 
@@ -383,9 +383,9 @@ def _with_evidence(
     settings: TrainSettings,
 ) -> SteeringPackage:
     kinds = [e.kind for e in examples]
-    some = next(iter(found.values()))
+    known = next(iter(found.values())).survey
     evidence = Evidence(
-        sas={reading: round(value, 6) for reading, value in some.sas.items()},
+        sas={reading: round(value, 6) for reading, value in known.sas.items()},
         probes={probe: _report(f, examples) for probe, f in found.items()},
         interventions={package.spec.interventions[0].id: intervention},
         data={
@@ -402,11 +402,11 @@ def _with_evidence(
             "out_of_fold": _shares(_fired(found), examples),
             "auroc_per_reading": {
                 str(c.recipe.readings[0]): {"*": c.auroc, **c.auroc_by_kind}
-                for c in some.first_round
+                for c in known.first_round
             },
             "sas_per_reading": {
-                reading: {"*": round(value, 6), **_plain(some.sas_by_kind[reading])}
-                for reading, value in some.sas.items()
+                reading: {"*": round(value, 6), **_plain(known.sas_by_kind[reading])}
+                for reading, value in known.sas.items()
             },
         },
         settings=_plain(asdict(settings)),

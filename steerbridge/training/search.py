@@ -43,13 +43,20 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True)
+class Survey:
+    """What is known of every reading alone; the same for every goal."""
+
+    sas: dict[str, float]  # reading -> Safety Awareness Score
+    sas_by_kind: dict[str, dict[str, float]]  # reading -> kind of pair -> the same
+    first_round: tuple[Candidate, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Found:
     """The chosen candidate and the evidence of the search."""
 
     best: Candidate
-    sas: dict[str, float]  # reading -> Safety Awareness Score
-    sas_by_kind: dict[str, dict[str, float]]  # reading -> kind of pair -> the same
-    first_round: tuple[Candidate, ...]
+    survey: Survey
     second_round: tuple[Candidate, ...]
 
 
@@ -89,36 +96,34 @@ class Problem:
         )
 
 
-def survey(
-    problem: Problem, progress: Callable[[str], None] = lambda _: None
-) -> tuple[Candidate, ...]:
-    """First round: every reading alone, on one fold, with a linear probe."""
+def survey(problem: Problem, progress: Callable[[str], None] = lambda _: None) -> Survey:
+    """SAS, and a first round: every reading alone, on one fold, with a linear probe."""
+    sas, by_kind = awareness(problem.states, problem.examples)
     found = []
     for reading in problem.states.readings:
         found.append(problem.judge(Recipe((reading,), "linear", DECAY), only=[0]))
         progress(str(found[-1].recipe))
-    return tuple(found)
+    return Survey(sas, by_kind, tuple(found))
 
 
 def search(
     problem: Problem,
-    first: Sequence[Candidate],
+    known: Survey,
     shape: Shape,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Found:
     """Choose readings by detection at the target false-positive rates.
 
-    On all folds, as `shape`: the best reading of the `first` round, and every position at a few
+    On all folds, as `shape`: the best reading of the first round, and every position at a few
     depths of the model. Candidates within one standard error of the best are equal; among them
     the readings with the highest mean SAS (the paper's criterion) win, then the higher AUROC.
     """
-    sas, by_kind = awareness(problem.states, problem.examples)
     second = []
-    for readings in _sets(first):
+    for readings in _sets(known.first_round):
         second.append(problem.judge(Recipe(readings, shape, DECAY)))
         progress(str(second[-1].recipe))
     meant = int((problem.harmful & (problem.weights > 0)).sum())
-    return Found(_pick(second, sas, meant), sas, by_kind, tuple(first), tuple(second))
+    return Found(_pick(second, known.sas, meant), known, tuple(second))
 
 
 def _sets(first: Sequence[Candidate]) -> list[tuple[Reading, ...]]:
