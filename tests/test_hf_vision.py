@@ -12,6 +12,7 @@ pytest.importorskip("transformers")
 
 import vision  # noqa: E402
 from oracle import oracle  # noqa: E402
+from steerbridge.errors import UnsupportedFeature  # noqa: E402
 from steerbridge_hf import steer  # noqa: E402
 from steerbridge_hf.sites import facts  # noqa: E402
 
@@ -117,3 +118,11 @@ def test_the_token_of_an_image_is_found_in_every_configuration():
         assert image_token(model.config) == vision.IMAGE, family
         assert has_vision(model.config)
     assert not has_vision(helpers.tiny().config)
+
+
+def test_images_that_cannot_be_told_from_text_are_refused():
+    model = vision.tiny("idefics3")
+    vars(model.config)["image_token_id"] = None  # as a configuration that calls it otherwise
+    with pytest.raises(UnsupportedFeature, match="names no token for images"):
+        steer(model, helpers.package(facts(model), probes=[PROBE]))
+    steer(model, helpers.package(facts(model))).remove()  # reads the prompt end only

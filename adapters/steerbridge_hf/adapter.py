@@ -30,6 +30,7 @@ from steerbridge.errors import (
 from steerbridge.package import SteeringPackage
 from steerbridge.plan import Stop, plan
 from steerbridge.runtime import Attachment, Outcome
+from steerbridge.spec import ImageMean
 from steerbridge_hf.kernels import Weights
 from steerbridge_hf.request import Requests, Step
 from steerbridge_hf.sites import RUNTIME, facts, image_token, locate
@@ -94,6 +95,18 @@ class Session(Attachment):
         self._caches: WeakKeyDictionary[Any, Requests] = WeakKeyDictionary()
         self._signature = inspect.signature(self._sites.model.forward)
         self._image_token = image_token(self._sites.model.config)
+        if self._image_token is None and hasattr(self._sites.model.config, "vision_config"):
+            self._refuse_image_means()
+
+    def _refuse_image_means(self) -> None:
+        """Which rows are an image's is not known: a reading of them would find none."""
+        for probe in self.package.spec.probes:
+            for reading in probe.readings:
+                if isinstance(reading.position, ImageMean):
+                    name = type(self._sites.model).__name__
+                    raise UnsupportedFeature(
+                        RUNTIME, f"{probe.id}: {reading}: {name} names no token for images"
+                    )
 
     # -------------------------------------------------------- attach and detach
 
