@@ -13,7 +13,7 @@ import functools
 import inspect
 import sys
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -210,12 +210,12 @@ class Session(Attachment):
         if prompt is None or prompt.shape[1] == 0:
             raise UnsupportedFeature(RUNTIME, "generate() without a prompt")
         mask = arguments.get("attention_mask")
-        cache = arguments.get("past_key_values")
+        cache = _cache_among(arguments.values())
         if mask is None:
             if _length(cache):
                 raise UnsupportedFeature(
                     RUNTIME,
-                    "past_key_values without attention_mask: the prompt's length is unknown",
+                    "a KV cache without attention_mask: the prompt's length is unknown",
                     "pass attention_mask over cached and new tokens",
                 )
             mask = self._implied_mask(prompt, arguments)
@@ -260,7 +260,7 @@ class Session(Attachment):
     def _refuse_steered(self, cache: Any) -> None:
         if _length(cache) and getattr(cache, _STEERED, False):
             raise SteeredCache(
-                "past_key_values holds hidden states that were steered for an earlier request; "
+                "the KV cache holds hidden states that were steered for an earlier request; "
                 "start from an unsteered cache"
             )
 
@@ -279,23 +279,23 @@ class Session(Attachment):
         tokens = ids if ids is not None else embeds
         if tokens is None:
             raise RowMappingLost("a forward pass without input_ids or inputs_embeds")
-        cache = given.get("past_key_values")
+        cache = _cache_among(given.values())
         rows, width = tokens.shape[:2]
         start = _length(cache)
         requests = getattr(self._here, "requests", None)
         self._here.direct = requests is None
         if requests is None:
-            requests = self._requests_of_call(given, tokens, start)
+            requests = self._requests_of_call(given, tokens, cache)
         requests.expand_to(rows)
         step = Step(start, width, _kept(given.get("logits_to_keep", 0), width))
         requests.begin(step)
         self._here.step, self._here.current = step, requests
         self._here.head_seen = False
 
-    def _requests_of_call(self, given: dict[str, Any], tokens: Tensor, start: int) -> Requests:
+    def _requests_of_call(self, given: dict[str, Any], tokens: Tensor, cache: Any) -> Requests:
         """Requests of a bare call `model(...)`: a new batch, or one more token of a known one."""
-        cache, mask = given.get("past_key_values"), given.get("attention_mask")
-        if start:
+        mask = given.get("attention_mask")
+        if start := _length(cache):
             known = self._caches.get(cache)
             if known is None or tokens.shape[1] != 1:
                 raise RowMappingLost(
@@ -347,7 +347,7 @@ class Session(Attachment):
         requests.watched = step.stop
         if step.stop >= requests.prompt and not requests.decided():
             raise HookLost("the prompt ended without a verdict: a probe's site never ran")
-        cache = getattr(output, "past_key_values", None)
+        cache = _cache_among(output if isinstance(output, tuple) else output.values())
         if cache is not None:
             if self._here.direct:
                 self._caches[cache] = requests
@@ -400,6 +400,15 @@ def quantisation(model: Any) -> str:
     """Name of the model's arithmetic as used in `calibrations` (F32, BF16, F16)."""
     names = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
     return names.get(model.dtype, str(model.dtype))
+
+
+def _cache_among(values: Iterable[Any]) -> Any:
+    """The KV cache among arguments or outputs, known by what it can do.
+
+    Not by its name: transformers 5.24 renamed `past_key_values` to `cache`, and a cache that is
+    overlooked makes every token look like a prompt.
+    """
+    return next((v for v in values if hasattr(v, "get_seq_length")), None)
 
 
 def _length(cache: Any) -> int:

@@ -119,12 +119,12 @@ class Requests:
             if int(wanted.min()) < start:
                 raise RowMappingLost(
                     f"{probe}: {reading} lies in the cached prefix of {start} tokens; "
-                    "generate without past_key_values"
+                    "generate without a cache"
                 )
         elif start > 0:
             raise RowMappingLost(
                 f"{probe}: {reading} needs every row of the prompt, but {start} come "
-                "from a cache; generate without past_key_values"
+                "from a cache; generate without one"
             )
 
     # -------------------------------------------------------- walking the stops

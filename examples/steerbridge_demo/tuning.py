@@ -9,6 +9,7 @@ T tokens a row, P tokens of the shared prompt.
 
 from __future__ import annotations
 
+import inspect
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -161,10 +162,17 @@ class Tuner:
         self.picture = picture
         self.prefix = len(before)
         with torch.inference_mode():
-            output = model.model.text_model(input_ids=torch.tensor([before]), use_cache=True)
-        self.shared = [
-            (layer.keys.clone(), layer.values.clone()) for layer in output.past_key_values.layers
-        ]
+            cache: Any = DynamicCache()
+            self._read(cache, input_ids=torch.tensor([before]))
+        self.shared = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
+
+    def _read(self, cache: DynamicCache, **inputs: Any) -> Tensor:
+        """Last hidden states [B, T, D] of the text model; the keys and values go to `cache`."""
+        text = self.model.model.text_model
+        new = "cache" in inspect.signature(text.forward).parameters  # renamed in transformers 5.24
+        named = {"cache" if new else "past_key_values": cache}
+        states: Tensor = text(**inputs, **named, use_cache=True).last_hidden_state
+        return states
 
     def _markup(self, processor: Any) -> tuple[list[int], list[int], list[int]]:
         """Ids before the picture, of a picture of five tiles, and after the question."""
@@ -207,13 +215,12 @@ class Tuner:
         count = len(batch.ids)
         for index, (keys, values) in enumerate(self.shared):
             cache.update(keys.expand(count, -1, -1, -1), values.expand(count, -1, -1, -1), index)
-        hidden = self.model.model.text_model(
+        hidden = self._read(
+            cache,
             inputs_embeds=embeds,
             attention_mask=batch.sees,
             position_ids=batch.positions,
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state
+        )
         asked = batch.labels != IGNORED
         hidden = hidden[asked]
         logits = torch.cat([hidden @ self.old_VD.T, hidden @ self.new_ND.T], -1)
