@@ -15,7 +15,7 @@ from steerbridge.cli.common import smollm2
 from steerbridge.data import read_jsonl
 from steerbridge.errors import BrokenPackage, DataError
 
-pytest.importorskip("PIL", reason="needs the extra `demo`")
+Image = pytest.importorskip("PIL.Image", reason="needs the extra `demo`")
 torch = pytest.importorskip("torch", reason="needs the extra `demo`")
 transformers = pytest.importorskip("transformers", reason="needs the extra `demo`")
 
@@ -27,7 +27,8 @@ from steerbridge_demo import vocabulary as words  # noqa: E402
 pytestmark = pytest.mark.hf
 
 # One, two and three tiles a side of the grid, upright and lying, enlarged and reduced.
-SIZES = [(128, 128), (64, 64), (90, 120), (300, 200), (333, 250), (250, 100)]
+SIZES = [(128, 128), (64, 64), (90, 120), (300, 200), (333, 250), (250, 100), (100, 200)]
+TALL = (100, 300)  # Pillow 13 resizes it in another order than libmtmd, see `pictures`
 MESSAGES = [
     [{"role": "user", "content": "Hello  there\n"}],
     [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why is ice cold?"}],
@@ -259,7 +260,7 @@ def test_text_prompts_answer_as_smollm2_does(model):
         assert torch.equal(*answers)
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", [*SIZES, TALL])
 def test_tiles_are_those_of_the_processor(size):
     picture = drawings.draw(scene(size=size))
     inputs = processor()(images=[picture], text=["<image>"], return_tensors="pt")
@@ -380,9 +381,13 @@ LAYERS = (1, 8, 18, 29)
 
 
 @torch.inference_mode()
-def both_sides(mtmd, text, shown, model):
-    """Inputs and outputs of Hugging Face; `mtmd` has read the same."""
-    inputs = processor()(text=[text], images=[shown] if shown else None, return_tensors="pt")
+def both_sides(mtmd, text, shown, model, resized=None):
+    """Inputs and outputs of Hugging Face; `mtmd` has read the same.
+
+    Hugging Face reads `resized` instead of `shown` if there are any.
+    """
+    images = resized or shown
+    inputs = processor()(text=[text], images=[images] if images else None, return_tensors="pt")
     mtmd.evaluate(text, shown)
     return inputs, model(**inputs, output_hidden_states=True)
 
@@ -399,12 +404,21 @@ def assert_alike(mtmd, inputs, output, model):
     assert np.abs(mtmd.logits - output.logits[0, -1].numpy()).max() < 2e-3
 
 
-@pytest.mark.parametrize("size", SIZES)
+def horizontally_first(picture):
+    """The first resizing of an upright picture in libmtmd's order, whatever Pillow's is."""
+    width = pictures._even(pictures.LONGEST_EDGE * picture.width / picture.height)
+    for size in ((width, picture.height), (width, pictures.LONGEST_EDGE)):
+        picture = picture.resize(size, Image.Resampling.LANCZOS)
+    return picture
+
+
+@pytest.mark.parametrize("size", [*SIZES, TALL])
 @torch.inference_mode()
 def test_libmtmd_sees_a_picture_as_hugging_face_does(mtmd, size, model):
     drawn = scene("two" if size[0] == 300 else "one", size, seed=str(size))
     picture = drawings.draw(drawn)
-    inputs, output = both_sides(mtmd, prompt(), [picture], model)
+    resized = [horizontally_first(picture)] if size == TALL else None
+    inputs, output = both_sides(mtmd, prompt(), [picture], model, resized)
     features = model.get_image_features(
         inputs["pixel_values"], inputs["pixel_attention_mask"]
     ).pooler_output
@@ -414,6 +428,14 @@ def test_libmtmd_sees_a_picture_as_hugging_face_does(mtmd, size, model):
     answer = model.generate(**inputs, max_new_tokens=16, do_sample=False)
     answer = answer[0, inputs["input_ids"].shape[1] :].tolist()
     assert mtmd.greedy(16) == [i for i in answer if i != processor().tokenizer.eos_token_id]
+
+
+def test_libmtmd_reads_text_and_several_pictures_as_hugging_face_does(mtmd, model):
+    inputs, output = both_sides(mtmd, prompt("Hi")[:-1].replace("<image>", ""), [], model)
+    assert_alike(mtmd, inputs, output, model)
+    shown = [drawings.draw(scene(size=size, seed=7)) for size in ((128, 128), (120, 90))]
+    inputs, output = both_sides(mtmd, prompt("<image>Which one is bigger?"), shown, model)
+    assert_alike(mtmd, inputs, output, model)
 
 
 def test_png_bytes_are_decoded_to_the_same_pixels(mtmd):

@@ -1,4 +1,10 @@
-"""Pictures as tiles: the same pixels as `Idefics3ImageProcessorPil` and libmtmd make."""
+"""Pictures as tiles: the same pixels as `Idefics3ImageProcessorPil` and libmtmd make.
+
+One limit: libmtmd resizes horizontally first, as Pillow did up to 12. Pillow 13, and with it
+transformers, resizes vertically first where the height loses more than twice as many pixels as
+the width (python-pillow/Pillow#9549), and some pixels then differ by a few levels. Of pictures no
+taller than 1.5 times their width none is resized so, of reduced ones twice as tall nearly all.
+"""
 
 from __future__ import annotations
 
