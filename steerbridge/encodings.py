@@ -47,7 +47,7 @@ def read_directory(path: Path) -> Parts:
     """
     return (
         _json.loads(_regular(path / CONFIG_NAME).read_bytes(), CONFIG_NAME),
-        _map_safetensors(_regular(path / TENSORS_NAME)),
+        map_safetensors(_regular(path / TENSORS_NAME)),
     )
 
 
@@ -61,7 +61,7 @@ def _write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Stream tensors into a file of the documented layout, widest dtype first (aligned).
 
     The library's own writer takes BF16 through torch or a raw interface that changed between
-    its releases; its reader checks what is written here before it is used (`_map_safetensors`).
+    its releases; its reader checks what is written here before it is used (`map_safetensors`).
     """
     order = sorted(tensors, key=lambda name: (-tensors[name].array.dtype.itemsize, name))
     header: dict[str, Any] = {"__metadata__": {"format": "steerbridge"}}
@@ -91,7 +91,7 @@ def _regular(path: Path) -> Path:
     return path
 
 
-def _map_safetensors(path: Path) -> dict[str, Tensor]:
+def map_safetensors(path: Path) -> dict[str, Tensor]:
     """Let the library validate the header (sizes, offsets, overlaps), then map by offset."""
     try:
         with safe_open(path, "numpy"):

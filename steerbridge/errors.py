@@ -12,6 +12,12 @@ SteerbridgeError
 │   ├── RowMappingLost         a row of the batch cannot be tied to a request
 │   ├── HookLost               a hook did not run when it had to
 │   └── SteeredCache           a KV cache holds steered states of another request
+├── ConversionError            an artifact cannot be converted
+│   ├── UnknownFormat          no format fits the files, or several do
+│   ├── UnreadableSource       a file is not a well-formed one of its format
+│   ├── Unanswered             the files leave something open that nobody said
+│   ├── NotRepresentable       the target has no counterpart for it
+│   └── WouldLose              the target cannot hold everything, and that was not allowed
 └── DataError                  prompts, datasets or captured arrays are unusable
 
 Errors carry data; the message is built from it. Branch on attributes, read the text.
@@ -128,3 +134,52 @@ class DataError(SteerbridgeError):
         super().__init__(f"{path}: {problem}" if path else str(problem))
         self.problem = problem
         self.path = path
+
+
+class ConversionError(SteerbridgeError):
+    """An artifact of one format cannot be turned into another."""
+
+
+class UnknownFormat(ConversionError):
+    """No format fits, or several do; `known` lists the names to choose from."""
+
+    def __init__(self, what: str, known: Sequence[str]) -> None:
+        super().__init__(f"{what}; formats: {', '.join(known)}")
+        self.known = tuple(known)
+
+
+class UnreadableSource(ConversionError):
+    """The files are not well-formed ones of their format. `problem` names the broken part."""
+
+    def __init__(self, problem: Problem, path: Path) -> None:
+        super().__init__(f"{path}: {problem}")
+        self.problem = problem
+        self.path = path
+
+
+class Unanswered(ConversionError):
+    """The files of `format` do not say `ask`, and a guess could turn their meaning round."""
+
+    def __init__(self, format: str, ask: str, help: str) -> None:
+        super().__init__(f"{format}: {ask} is not in the files: {help}")
+        self.format = format
+        self.ask = ask
+
+
+class NotRepresentable(ConversionError):
+    """`format` has no counterpart for a part of the artifact."""
+
+    def __init__(self, format: str, reason: str) -> None:
+        super().__init__(f"{format} cannot hold this: {reason}")
+        self.format = format
+        self.reason = reason
+
+
+class WouldLose(ConversionError):
+    """The target holds less than the source; nothing was written. `losses` says what, in words."""
+
+    def __init__(self, format: str, losses: Sequence[object]) -> None:
+        lines = "".join(f"\n  - {loss}" for loss in losses)
+        super().__init__(f"{format} cannot hold everything (--allow-loss writes it):{lines}")
+        self.format = format
+        self.losses = tuple(losses)

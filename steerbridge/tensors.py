@@ -5,6 +5,7 @@ numpy has no bfloat16, so BF16 is carried as its uint16 bits and widened on use.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -21,6 +22,7 @@ STORAGE: dict[Dtype, np.dtype[Any]] = {
     "BF16": np.dtype("<u2"),
 }
 _CHUNK = 1 << 22  # elements looked at together, so that a mapped 1 GB tensor stays on disk
+_LARGE = 1 << 28  # bytes from which pages are let go: reading them again costs time
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,6 +59,7 @@ class Tensor:
         flat = self.array.reshape(-1)
         for start in range(0, flat.size, _CHUNK):
             yield _widen(self.dtype, flat[start : start + _CHUNK])
+            _let_go(flat)
 
     def __eq__(self, other: object) -> bool:
         """Equal dtype, shape and bits (so NaN equals itself and 0.0 differs from -0.0)."""
@@ -66,12 +69,21 @@ class Tensor:
             return False
         bits = np.dtype(f"<u{self.array.dtype.itemsize}")
         mine, theirs = self.array.reshape(-1).view(bits), other.array.reshape(-1).view(bits)
-        return all(
-            np.array_equal(mine[i : i + _CHUNK], theirs[i : i + _CHUNK])
-            for i in range(0, mine.size, _CHUNK)
-        )
+        for i in range(0, mine.size, _CHUNK):
+            if not np.array_equal(mine[i : i + _CHUNK], theirs[i : i + _CHUNK]):
+                return False
+            _let_go(mine)
+            _let_go(theirs)
+        return True
 
     __hash__ = None  # type: ignore[assignment]
+
+
+def _let_go(array: NDArray[Any]) -> None:
+    """Let the pages of a large mapped file leave memory; they are read again when needed."""
+    mapped = getattr(array, "_mmap", None)
+    if mapped is not None and array.nbytes > _LARGE and hasattr(mmap, "MADV_DONTNEED"):
+        mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def _widen(dtype: Dtype, array: NDArray[Any]) -> Float32:

@@ -75,17 +75,20 @@ def raw_spec(facts: ModelFacts = FACTS, **fields: Any) -> dict[str, Any]:
 
 
 def package(
-    facts: ModelFacts = FACTS, seed: int = 0, scale: float = 1.0, **fields: Any
+    facts: ModelFacts = FACTS, seed: int = 0, scale: float = 1.0, free: int = 3, **fields: Any
 ) -> SteeringPackage:
-    """A package with random tensors of the right shapes for every name in the spec."""
+    """A package with random tensors of the right shapes for every name in the spec.
+
+    `free` is the size of ranks and hidden layers.
+    """
     from steerbridge.spec import tensor_shapes
 
     spec = parse(raw_spec(facts, **fields))
     rng = np.random.default_rng(seed)
     tensors: dict[str, Tensor] = {}
-    free: dict[str, int] = {}
+    sizes_of: dict[str, int] = {}
     for where, name, shape in tensor_shapes(spec):
-        sizes = [free.setdefault(n, 3) if isinstance(n, str) else n for n in shape]
+        sizes = [sizes_of.setdefault(n, free) if isinstance(n, str) else n for n in shape]
         values = rng.normal(size=sizes) * scale
         tensors[name] = Tensor.of(np.abs(values) + 0.1 if "input_scale" in where else values)
     return SteeringPackage(spec, tensors)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ def dequantise(source: Path, target: Path) -> Path:
     writer = GGUFWriter(temporary, architecture)
     try:
         writer.add_file_type(LlamaFileType.ALL_F32)
-        _copy_metadata(reader, writer)
+        copy_metadata(reader, writer)
         for tensor in reader.tensors:
             shape = [int(n) for n in reversed(tensor.shape)]
             bytes_ = 4 * int(np.prod(shape))
@@ -41,9 +42,10 @@ def dequantise(source: Path, target: Path) -> Path:
     return temporary.replace(target)
 
 
-def _copy_metadata(reader: Any, writer: Any) -> None:
+def copy_metadata(reader: Any, writer: Any, without: Collection[str] = ()) -> None:
+    """Copy the fields of a `GGUFReader` that a `GGUFWriter` does not set itself."""
     for name, field in reader.fields.items():
-        if name.startswith(_OWN):
+        if name.startswith(_OWN) or name in without:
             continue
         kind = field.types[0]
         item = field.types[-1] if kind == GGUFValueType.ARRAY else None

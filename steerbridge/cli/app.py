@@ -8,6 +8,7 @@ go to standard error.
 from __future__ import annotations
 
 import sys
+from importlib.metadata import entry_points
 
 import typer
 
@@ -27,6 +28,8 @@ app.command("generate")(generate.generate)
 app.command("eval")(evaluate.evaluate)
 app.command("calibrate")(calibrate.calibrate)
 app.command("schema")(schema.schema)
+for _entry in entry_points(group="steerbridge.commands"):  # of what stands on the core
+    app.command(_entry.name)(_entry.load())
 
 
 def main() -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from json import dumps
+from pathlib import Path
 from typing import Any
 
 from steerbridge.cli import common
 from steerbridge.encodings import plain
+from steerbridge.errors import UnknownFormat
+from steerbridge.formats import Format, detect
 from steerbridge.package import SteeringPackage, load
 from steerbridge.spec import (
     AddVector,
@@ -22,12 +26,33 @@ def inspect(
     package: common.Package,
     json: common.Json = False,
 ) -> None:
-    """Show what a package reads, when it fires, what it changes, and its evidence."""
+    """Show what a package reads, when it fires, what it changes, and its evidence.
+
+    Artifacts of other tools (see `formats`) are shown as their files say it.
+    """
+    if (foreign := _foreign(Path(package))) is not None:
+        shown = {"format": foreign.name, **foreign.contents(Path(package))}
+        if json:
+            common.print_json(shown)
+        else:
+            print(f"{package}: {foreign.title}\n{dumps(shown, indent=2)}")
+        return
     loaded = load(package)
     if json:
         common.print_json({"spec": plain(loaded.spec), "tensors": _tensors(loaded)})
     else:
         print(sheet(loaded))
+
+
+def _foreign(path: Path) -> Format | None:
+    """The format of an artifact of another tool; None for a package or a hub id."""
+    if not path.exists():
+        return None
+    try:
+        found = detect(path)
+    except UnknownFormat:
+        return None  # loading it says what is wrong with it as a package
+    return None if found.name in ("steerbridge", "steerbridge-gguf") else found
 
 
 def sheet(package: SteeringPackage) -> str:

@@ -1,0 +1,74 @@
+"""Files of common kinds, opened with the one error of a malformed source."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from steerbridge import encodings, gguf_file
+from steerbridge.errors import BrokenPackage
+from steerbridge.formats import unreadable
+from steerbridge.tensors import Tensor
+
+MAX_JSON: Final = 1 << 30  # vectors of a large model as text
+
+
+def gguf(path: Path) -> gguf_file.GgufFile:
+    """A GGUF file, mapped.
+
+    Raises:
+        UnreadableSource: it is none.
+    """
+    try:
+        return gguf_file.read(path)
+    except BrokenPackage as error:
+        raise unreadable(
+            path, error.problem.field, error.problem.want, error.problem.got
+        ) from error
+
+
+def gguf_metadata(path: Path) -> Mapping[str, Any]:
+    """The metadata of a GGUF file; nothing for any other path."""
+    if not path.is_file() or path.suffix != ".gguf":
+        return {}
+    try:
+        return gguf_file.read(path).metadata
+    except BrokenPackage:
+        return {}
+
+
+def safetensors(path: Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file by name, mapped.
+
+    Raises:
+        UnreadableSource: missing, malformed, or of other types than F32, F16 and BF16.
+    """
+    if not path.is_file():
+        raise unreadable(path.parent, path.name, "a file", "none")
+    try:
+        return encodings.map_safetensors(path)
+    except BrokenPackage as error:
+        raise unreadable(
+            path, error.problem.field, error.problem.want, error.problem.got
+        ) from error
+
+
+def json_object(path: Path) -> dict[str, Any]:
+    """The object of a JSON file.
+
+    Raises:
+        UnreadableSource: missing, too large, not JSON, or something else than an object.
+    """
+    if not path.is_file():
+        raise unreadable(path.parent, path.name, "a file", "none")
+    if path.stat().st_size > MAX_JSON:
+        raise unreadable(path, "size", f"at most {MAX_JSON} bytes", path.stat().st_size)
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise unreadable(path, "file", "JSON", error) from error
+    if not isinstance(found, dict):
+        raise unreadable(path, "file", "a JSON object", type(found).__name__)
+    return found

@@ -1,0 +1,220 @@
+"""Head matrices: how a package says them, and what other tools' heads mean as one.
+
+h <- h + eps W h before the output embedding E gives logits E h + eps E W h. A tool that stores
+the change D = E' - E of the embedding itself says the same if D = eps E W, so W is the least
+squares solution and what D holds outside the span of E's columns is lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from gguf.quants import dequantize
+from numpy.typing import NDArray
+from safetensors import safe_open
+
+from steerbridge.errors import NotRepresentable, Unanswered
+from steerbridge.formats import Given, unreadable
+from steerbridge.package import SteeringPackage
+from steerbridge.spec import (
+    BaseModelInfo,
+    Condition,
+    ConstantStrength,
+    DenseMatrix,
+    HeadMatrix,
+    LowRankMatrix,
+    Probe,
+    Rule,
+    SteeringSpec,
+)
+from steerbridge.tensors import Float32, Tensor
+from steerbridge_convert import files, vectors
+
+Float64 = NDArray[np.float64]
+_ROWS: Final = 8192  # of the output embedding looked at together
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """eps W as W = matrix, or u v where `v` is not None."""
+
+    eps: float
+    matrix: Tensor
+    v: Tensor | None = None
+
+
+def package(
+    name: str,
+    base: BaseModelInfo,
+    head: Head | None,
+    probes: tuple[Probe, ...] = (),
+    tensors: dict[str, Tensor] | None = None,
+) -> SteeringPackage:
+    """A package of a head behind probes (any of them), or on every prompt without probes."""
+    tensors = dict(tensors or {})
+    interventions: tuple[HeadMatrix, ...] = ()
+    rules: tuple[Rule, ...] = ()
+    if head is not None:
+        weight: DenseMatrix | LowRankMatrix = DenseMatrix(form="dense", matrix="head.matrix")
+        tensors["head.matrix"] = head.matrix
+        if head.v is not None:
+            weight = LowRankMatrix(form="low_rank", u="head.u", v="head.v")
+            del tensors["head.matrix"]
+            tensors |= {"head.u": head.matrix, "head.v": head.v}
+        interventions = (
+            HeadMatrix(
+                id="head",
+                type="head_matrix",
+                position="from_prompt_end",
+                eps=head.eps,
+                weight=weight,
+            ),
+        )
+        rules = (
+            Rule(
+                id="refuse",
+                condition=Condition(type="any", probes=tuple(p.id for p in probes))
+                if probes
+                else None,
+                interventions=("head",),
+                strength=ConstantStrength(type="constant", value=1.0),
+            ),
+        )
+    spec = SteeringSpec(
+        spec_version="1.0",
+        name=name,
+        base_model=base,
+        probes=probes,
+        interventions=interventions,
+        rules=rules,
+    )
+    return SteeringPackage(spec, tensors)
+
+
+def only(package: SteeringPackage, format: str) -> tuple[Rule, Head]:
+    """The one head matrix that a rule applies, its eps times the rule's strength.
+
+    Raises:
+        NotRepresentable: there is none, or several.
+    """
+    found = [
+        (rule, head)
+        for rule in package.spec.rules
+        for id in rule.interventions
+        if isinstance(head := package.spec.intervention(id), HeadMatrix)
+    ]
+    if len(found) != 1:
+        raise NotRepresentable(format, f"{len(found)} head matrices act; it holds one")
+    rule, head = found[0]
+    eps = head.eps * vectors.strength(rule)
+    if isinstance(head.weight, DenseMatrix):
+        return rule, Head(eps, package.tensors[head.weight.matrix])
+    return rule, Head(eps, package.tensors[head.weight.u], package.tensors[head.weight.v])
+
+
+def dense(head: Head) -> Tensor:
+    """W [D, D] of a head in either form; a stored matrix keeps its bits."""
+    if head.v is None:
+        return head.matrix
+    return Tensor.of(head.matrix.float32() @ head.v.float32())
+
+
+# ---------------------------------------------------------------- the output embedding
+
+
+@dataclass(frozen=True, slots=True)
+class Embedding:
+    """The output embedding [V, D] of a model file; `tied` if it is the input embedding too."""
+
+    stored: Any
+    shape: tuple[int, int]
+    tied: bool
+    name: str
+
+    def rows(self) -> Iterator[tuple[slice, Float32]]:
+        """The embedding in pieces of rows, dequantised."""
+        for start in range(0, self.shape[0], _ROWS):
+            part = slice(start, min(start + _ROWS, self.shape[0]))
+            yield part, self.stored(part)
+
+
+def output_embedding(given: Given) -> Embedding:
+    """The output embedding of the model that was named (GGUF file or directory of safetensors).
+
+    Raises:
+        Unanswered: no model was named.
+        UnreadableSource: the model's files do not hold one.
+    """
+    if given.model is None:
+        raise Unanswered(
+            given.format, "model", "GGUF file or directory with the weights of the base model"
+        )
+    read = _gguf_embedding if given.model.is_file() else _directory_embedding
+    return read(given.model)
+
+
+def _gguf_embedding(path: Path) -> Embedding:
+    tensors = files.gguf(path).tensors
+    found = tensors.get("output.weight") or tensors.get("token_embd.weight")
+    if found is None or len(found.shape) != 2:
+        raise unreadable(path, "tensors", "output.weight or token_embd.weight", "none")
+    rows = found.data.reshape(found.shape[0], -1)
+
+    def piece(part: slice) -> Float32:
+        return np.asarray(dequantize(rows[part], found.type), np.float32)
+
+    tied = found.name == "token_embd.weight"
+    return Embedding(piece, (found.shape[0], found.shape[1]), tied, found.name)
+
+
+_NAMES: Final = (
+    "lm_head.weight",
+    "model.embed_tokens.weight",
+    "model.language_model.embed_tokens.weight",
+)
+
+
+def _directory_embedding(path: Path) -> Embedding:
+    where: dict[str, Path] = {}
+    for file in sorted(path.glob("*.safetensors")):
+        with safe_open(file, "numpy") as opened:
+            where |= dict.fromkeys(opened.keys(), file)
+    name = next((n for n in _NAMES if n in where), None)
+    if name is None:
+        raise unreadable(path, "*.safetensors", f"one of {', '.join(_NAMES)}", "none of them")
+    stored = files.safetensors(where[name])[name]
+
+    def piece(part: slice) -> Float32:
+        return Tensor(stored.dtype, stored.array[part]).float32()
+
+    return Embedding(piece, stored.shape, name != "lm_head.weight", name)  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------- from a change of logits
+
+
+def fitted(embedding: Embedding, change: Any) -> tuple[Float32, float]:
+    """X [D, R] with E X nearest to a change [V, R] of the logits, and the relative residual.
+
+    Args:
+        change: function of a slice of rows that returns these rows of the change.
+    """
+    d = embedding.shape[1]
+    gram: Float64 = np.zeros((d, d))
+    right: Float64 = np.zeros((d, 0))
+    total = 0.0
+    for part, rows in embedding.rows():
+        e, delta = rows.astype(np.float64), np.asarray(change(part), np.float64)
+        gram += e.T @ e
+        right = e.T @ delta + (right if right.size else 0)
+        total += float((delta**2).sum())
+    x = np.linalg.lstsq(gram, right, rcond=None)[0]
+    left = sum(
+        float(((np.asarray(change(part), np.float64) - rows.astype(np.float64) @ x) ** 2).sum())
+        for part, rows in embedding.rows()
+    )
+    return x.astype(np.float32), float(np.sqrt(left / max(total, 1e-300)))

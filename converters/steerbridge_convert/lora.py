@@ -1,0 +1,219 @@
+"""A head matrix as a LoRA on the output embedding: llama.cpp (GGUF) and PEFT.
+
+delta = scale B A with scale = alpha / r (PEFT's rsLoRA: alpha / sqrt(r)). E h + eps E W h is the
+adapter A = V [r, d], B = eps E U [V, r] of W = U V, or A = W, B = eps E at full rank; alpha = r,
+so that the adapter's own scale is 1. Only models with an output embedding of its own can be
+written: llama.cpp applies an adapter of a tied embedding to the input, PEFT to both.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from gguf import GGUFWriter
+from gguf.quants import dequantize
+from safetensors.numpy import save_file
+
+from steerbridge import gguf_file
+from steerbridge.errors import NotRepresentable
+from steerbridge.formats import Format, Given, Holds, Loss, unreadable
+from steerbridge.package import SteeringPackage
+from steerbridge.tensors import Float32, Tensor
+from steerbridge_convert import files, heads
+from steerbridge_convert.heads import Head
+
+_HOLDS: Final = Holds(
+    interventions=frozenset({"head_matrix"}),
+    from_prompt_end=True,  # only rows that give logits reach the output embedding
+    sites="head input",
+    strength="folded into B; requests may scale it",
+)
+
+
+class _HeadLora(Format):
+    holds = _HOLDS
+    exact = False  # W comes back by least squares
+    needs_model = True
+
+    def factors(self, path: Path) -> tuple[Float32, Float32, float]:
+        """A [r, d], B [V, r] and the scale of the file."""
+        raise NotImplementedError
+
+    def read(self, path: Path, given: Given) -> SteeringPackage:
+        base = given.base_model()
+        a, b, scale = self.factors(path)
+        embedding = heads.output_embedding(given)
+        if (len(b), a.shape[1]) != embedding.shape:
+            raise NotRepresentable(
+                self.name, f"an adapter [{len(b)}, {a.shape[1]}] for {embedding.shape}"
+            )
+        u, residual = heads.fitted(embedding, lambda part: b[part])
+        if residual > 1e-3:
+            given.lost.append(
+                Loss(path.name, f"a share of {residual:.3f} of B (Frobenius) is no E U: lost")
+            )
+        if len(a) >= base.hidden_size:
+            return heads.package(path.stem, base, Head(scale, Tensor.of(u @ a)))
+        return heads.package(path.stem, base, Head(scale, Tensor.of(u), Tensor.of(a)))
+
+    def made(self, package: SteeringPackage, given: Given) -> tuple[Float32, Float32]:
+        """A and B of the package's head, its strength in B.
+
+        Raises:
+            NotRepresentable: the model's embedding is tied.
+        """
+        _, head = heads.only(package, self.name)
+        embedding = heads.output_embedding(given)
+        if embedding.tied:
+            raise NotRepresentable(
+                self.name,
+                f"{given.model} shares {embedding.name} between input and output, and an adapter "
+                "would change the input; run the package itself (steerbridge-gguf)",
+            )
+        eps = np.float32(head.eps)
+        if head.v is None:
+            a, right = head.matrix.float32(), None
+        else:
+            a, right = head.v.float32(), head.matrix.float32()
+        b = np.empty((embedding.shape[0], len(a)), np.float32)
+        for part, rows in embedding.rows():
+            b[part] = eps * (rows if right is None else rows @ right)
+        return a, b
+
+
+class GgufLora(_HeadLora):
+    """llama.cpp: `--lora FILE`; loader in src/llama-adapter.cpp."""
+
+    name = "lora-gguf"
+    title = "llama.cpp LoRA on the head (GGUF)"
+
+    def recognises(self, path: Path) -> bool:
+        return files.gguf_metadata(path).get("adapter.type") == "lora"
+
+    def contents(self, path: Path) -> dict[str, Any]:
+        file = files.gguf(path)
+        return {
+            "metadata": {k: v for k, v in file.metadata.items() if not isinstance(v, list)},
+            "tensors": {n: [t.type.name, *t.shape] for n, t in file.tensors.items()},
+        }
+
+    def factors(self, path: Path) -> tuple[Float32, Float32, float]:
+        file = files.gguf(path)
+        names = ("output.weight.lora_a", "output.weight.lora_b")
+        _refuse_others(self.name, file.tensors, names)
+        a, b = (_matrix(file.tensors[n]) for n in names)
+        _fit(a, b, path)
+        alpha = file.metadata.get("adapter.lora.alpha", 0)
+        if not isinstance(alpha, int | float):
+            raise unreadable(path, "adapter.lora.alpha", "a number", repr(alpha))
+        return a, b, alpha / len(a) if alpha else 1.0  # as llama.cpp: 0 means no division
+
+    def write(self, package: SteeringPackage, path: Path, given: Given) -> None:
+        a, b = self.made(package, given)
+        assert given.model is not None
+        architecture = (
+            files.gguf(given.model).metadata["general.architecture"]
+            if (given.model.is_file())
+            else package.spec.base_model.model_type.removesuffix("_text").replace("_", "")
+        )
+
+        def fill(writer: GGUFWriter) -> None:
+            writer.add_type("adapter")
+            writer.add_string("adapter.type", "lora")
+            writer.add_float32("adapter.lora.alpha", float(len(a)))
+            writer.add_tensor("output.weight.lora_a", np.ascontiguousarray(a))
+            writer.add_tensor("output.weight.lora_b", b)
+
+        gguf_file.write(path, architecture, fill)
+
+
+class PeftLora(_HeadLora):
+    """PEFT: `adapter_config.json` and `adapter_model.safetensors`."""
+
+    name = "peft"
+    title = "PEFT LoRA on lm_head (directory)"
+
+    def recognises(self, path: Path) -> bool:
+        return (path / "adapter_config.json").is_file()
+
+    def contents(self, path: Path) -> dict[str, Any]:
+        tensors = files.safetensors(path / "adapter_model.safetensors")
+        shapes = {n: [t.dtype, *t.shape] for n, t in tensors.items()}
+        return {"config": _config(path), "tensors": shapes}
+
+    def factors(self, path: Path) -> tuple[Float32, Float32, float]:
+        config = _config(path)
+        for key, plain in (("use_dora", False), ("bias", "none"), ("fan_in_fan_out", False)):
+            if config.get(key, plain) != plain:
+                raise NotRepresentable(self.name, f"{key} = {config[key]!r}")
+        if config.get("rank_pattern") or config.get("alpha_pattern"):
+            raise NotRepresentable(self.name, "rank_pattern or alpha_pattern")
+        tensors = files.safetensors(path / "adapter_model.safetensors")
+        names = tuple(
+            next((n for n in tensors if n.endswith(f"lm_head.lora_{side}.weight")), f"lora_{side}")
+            for side in "AB"
+        )
+        _refuse_others(self.name, tensors, names)
+        a, b = (tensors[n].float32() for n in names)
+        _fit(a, b, path)
+        rank, alpha = len(a), config.get("lora_alpha")
+        if config.get("r") != rank or not isinstance(alpha, int | float):
+            raise unreadable(path, "r and lora_alpha", f"{rank} and a number", config.get("r"))
+        return a, b, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+    def write(self, package: SteeringPackage, path: Path, given: Given) -> None:
+        a, b = self.made(package, given)
+        config = {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": package.spec.base_model.name,
+            "inference_mode": True,
+            "target_modules": ["lm_head"],
+            "r": len(a),
+            "lora_alpha": len(a),
+            "lora_dropout": 0.0,
+            "bias": "none",
+            "fan_in_fan_out": False,
+            "use_rslora": False,
+        }
+        path.mkdir()
+        (path / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        key = "base_model.model.lm_head.lora_{}.weight"
+        save_file(
+            {key.format("A"): np.ascontiguousarray(a), key.format("B"): b},
+            path / "adapter_model.safetensors",
+            metadata={"format": "pt"},
+        )
+
+
+def _refuse_others(format: str, found: Any, names: tuple[str, ...]) -> None:
+    missing = [n for n in names if n not in found]
+    # PEFT saves the untouched base head beside the adapter unless told not to.
+    others = [n for n in found if n not in names and not n.endswith(".base_layer.weight")]
+    if missing or others:
+        what = f"adapters of {', '.join(others[:4])}" if others else f"no {', '.join(missing)}"
+        raise NotRepresentable(format, f"{what}: only one of the output embedding is a head matrix")
+
+
+def _fit(a: Float32, b: Float32, path: Path) -> None:
+    if a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1] or 0 in (*a.shape, *b.shape):
+        raise unreadable(path, "lora_a and lora_b", "[r, d] and [V, r]", f"{a.shape} and {b.shape}")
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        raise unreadable(path, "lora_a and lora_b", "finite values", "NaN or infinity")
+
+
+def _matrix(tensor: gguf_file.GgufTensor) -> Float32:
+    rows = tensor.data.reshape(tensor.shape[0], -1)
+    return np.asarray(dequantize(rows, tensor.type), np.float32)
+
+
+def _config(path: Path) -> dict[str, Any]:
+    file = path / "adapter_config.json"
+    config = files.json_object(file)
+    if config.get("peft_type") != "LORA":
+        raise unreadable(file, "peft_type", "'LORA'", repr(config.get("peft_type")))
+    return config

@@ -1,0 +1,132 @@
+"""Files written by `torch.save`, read without running anything they hold.
+
+torch's own restricted unpickler (`weights_only=True`) rebuilds tensors and containers and refuses
+every other name. A format may name classes of its tool; they become inert bags of attributes, so
+the tool's code is never imported.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from steerbridge.errors import RuntimeMissing
+from steerbridge.formats import unreadable
+from steerbridge.tensors import Tensor
+
+
+class Bag:
+    """Stands for an object of another tool: keeps its attributes, runs none of its code."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        vars(self).update(kwargs)
+
+
+def load(path: Path, classes: str = "") -> Any:
+    """What the file holds, tensors mapped from it where its layout allows.
+
+    Args:
+        classes: regular expression of the full names of classes that may stand in the file.
+
+    Raises:
+        UnreadableSource: not a file of `torch.save`, truncated, or it names anything else.
+        RuntimeMissing: torch is not installed.
+    """
+    torch = _torch()
+    try:
+        with _allowed(torch, path, classes):
+            try:
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except RuntimeError as error:  # the layout before torch 1.6 cannot be mapped
+                if "mmap" not in str(error):
+                    raise
+                return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # the unpickler raises many kinds for bytes that are not its own
+        reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
+        raise unreadable(path, "torch file", "tensors and plain containers", reason) from error
+
+
+@contextmanager
+def _allowed(torch: Any, path: Path, classes: str) -> Iterator[None]:
+    if not classes:
+        yield
+        return
+    named = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    bags = [(type("Bag", (Bag,), {}), name) for name in named if re.fullmatch(classes, name)]
+    with torch.serialization.safe_globals(bags):
+        yield
+
+
+def save(value: Any, path: Path) -> None:
+    """`torch.save` of tensors and plain containers."""
+    _torch().save(value, path)
+
+
+def torch_tensor(tensor: Tensor | Any) -> Any:
+    """A torch tensor over a package's tensor or a float32 array; nothing is copied if possible."""
+    torch = _torch()
+    if not isinstance(tensor, Tensor):
+        return torch.from_numpy(np.require(tensor, np.float32, ["C", "W"]))
+    if tensor.dtype == "BF16":
+        bits = np.require(tensor.array, np.uint16, ["C", "W"]).view(np.int16)
+        return torch.from_numpy(bits).view(torch.bfloat16)
+    return torch.from_numpy(np.require(tensor.array, None, ["C", "W"]))
+
+
+def tensor(value: Any, what: str, path: Path, dimensions: int) -> Tensor:
+    """A finite float tensor of so many dimensions; float64 is narrowed to float32.
+
+    Raises:
+        UnreadableSource: it is something else.
+    """
+    torch = _torch()
+    want = f"a float tensor of {dimensions} dimensions"
+    if not isinstance(value, torch.Tensor):
+        raise unreadable(path, what, want, type(value).__name__)
+    value = value.detach()
+    if value.layout != torch.strided or value.dim() != dimensions or 0 in value.shape:
+        raise unreadable(path, what, want, f"shape {tuple(value.shape)}")
+    name = _NAMES.get(str(value.dtype).removeprefix("torch."))
+    if name is None:
+        raise unreadable(path, what, want, str(value.dtype))
+    if name == "BF16":
+        stored = Tensor("BF16", value.contiguous().view(torch.int16).numpy().view("<u2"))
+    elif value.dtype == torch.float64:
+        stored = Tensor.of(value.numpy())
+    else:
+        stored = Tensor(name, value.contiguous().numpy())
+    if not stored.finite():
+        raise unreadable(path, what, "finite values", "NaN or infinity")
+    return stored
+
+
+_NAMES: Final[dict[str, Any]] = {
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "float64": "F32",
+}
+
+
+def looks_like(path: Path) -> bool:
+    """True for a file that `torch.save` may have written."""
+    if not path.is_file() or path.suffix not in (".pt", ".pth", ".bin"):
+        return False
+    with path.open("rb") as file:
+        start = file.read(4)
+    return start == b"PK\x03\x04" or start[:1] == b"\x80"
+
+
+def _torch() -> Any:
+    try:
+        import torch
+    except ImportError as error:
+        raise RuntimeMissing("torch", extra="convert") from error
+    return torch

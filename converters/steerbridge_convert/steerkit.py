@@ -1,0 +1,122 @@
+"""steerkit: one probe direction of one layer (`.probe.safetensors`, schema 3).
+
+The layer is a TransformerLens hook: `resid_pre` k is the input of block k, `resid_post` k its
+output. Directions are unit vectors; the strength is `auto_alpha` where steerkit calibrated one.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from steerbridge.errors import NotRepresentable, Unanswered
+from steerbridge.formats import Ask, Format, Given, Holds, unreadable
+from steerbridge.package import SteeringPackage
+from steerbridge.spec import LayerInput, LayerOutput
+from steerbridge.tensors import Tensor
+from steerbridge_convert import vectors
+
+_METHOD: Final = Ask("method", str, "which direction of the file", "default_method of the file")
+_STRENGTH: Final = Ask("strength", float, "factor of the direction", "auto_alpha of the file")
+
+
+class Steerkit(Format):
+    """`Probe.load` and `Probe.save` of steerkit.probe."""
+
+    name = "steerkit"
+    title = "steerkit probe (.probe.safetensors)"
+    holds = Holds(
+        interventions=frozenset({"add_vector"}),
+        sites="input or output of one block",
+        strength="auto_alpha",
+    )
+    asks = (_METHOD, _STRENGTH)
+
+    def recognises(self, path: Path) -> bool:
+        return path.name.endswith(".safetensors") and path.is_file() and "hook_site" in _meta(path)
+
+    def contents(self, path: Path) -> dict[str, Any]:
+        directions, metadata = _load(path)
+        return {"metadata": metadata, "directions": {k: [len(v)] for k, v in directions.items()}}
+
+    def read(self, path: Path, given: Given) -> SteeringPackage:
+        directions, metadata = _load(path)
+        method = given.answers.get("method", metadata.get("default_method", ""))
+        if method not in directions:
+            raise Unanswered(self.name, "method", f"one of {', '.join(directions)}")
+        alpha = given.answers.get("strength", metadata.get("auto_alpha", ""))
+        if not alpha:
+            raise Unanswered(self.name, "strength", "the file has no auto_alpha")
+        base = given.base_model(num_layers=_whole(metadata, "n_total_layers", path))
+        layer = _whole(metadata, "layer", path)
+        vectors.checked({layer: directions[method]}, base, self.name)
+        sites = {"resid_pre": vectors.inputs, "resid_post": vectors.outputs}
+        if (site := metadata["hook_site"]) not in sites:
+            raise NotRepresentable(self.name, f"hook_site {site!r}: only the residual stream")
+        placed = sites[site]({layer: Tensor.of(directions[method])})
+        return vectors.package(path.stem, base, placed, _STRENGTH.parse(alpha, self.name))
+
+    def write(self, package: SteeringPackage, path: Path, given: Given) -> None:
+        acting = vectors.acting(package)
+        found = vectors.by_depth(package)
+        if len(found) != 1:
+            raise NotRepresentable(self.name, f"vectors at {len(found)} layers; it holds one")
+        base = package.spec.base_model
+        site = acting[0][1].targets[0].site
+        values = next(iter(found.values()))
+        norm = np.float32(np.linalg.norm(values.astype(np.float64)))
+        if norm == 0:
+            raise NotRepresentable(self.name, "a vector of zeros has no direction")
+        where = {LayerInput: "resid_pre", LayerOutput: "resid_post"}[type(site)]
+        metadata = {
+            "schema_version": "3",
+            "layer": str(site.layer),
+            "n_total_layers": str(base.num_layers),
+            "normalized_depth": f"{site.layer / max(base.num_layers - 1, 1):.6f}",
+            "model_id": base.name,
+            "hook_site": where,
+            "hook_name": f"blocks.{site.layer}.hook_{where}",
+            "default_method": "mass_mean",
+            "auto_alpha": repr(float(norm)),
+            "bias_json": "{}",
+            "metrics_json": "{}",
+            "created_at": "",
+            "extras_json": json.dumps({"written_by": "steerbridge"}),
+        }
+        save_file({"direction.mass_mean": values / norm}, path, metadata=metadata)
+
+
+def _meta(path: Path) -> dict[str, str]:
+    try:
+        with safe_open(path, "numpy") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError):
+        return {}
+
+
+def _load(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    try:
+        with safe_open(path, "numpy") as file:
+            metadata = dict(file.metadata() or {})
+            names = [name for name in file.keys() if name.startswith("direction.")]  # noqa: SIM118
+            found = {name.partition(".")[2]: file.get_tensor(name) for name in names}
+    except (SafetensorError, TypeError) as error:
+        raise unreadable(path, "file", "safetensors of float vectors", error) from error
+    for name, values in found.items():
+        if values.ndim != 1 or not np.isfinite(values).all():
+            raise unreadable(path, f"direction.{name}", "a finite vector", f"shape {values.shape}")
+    if not found:
+        raise unreadable(path, "tensors", "direction.METHOD", "none")
+    return found, metadata
+
+
+def _whole(metadata: dict[str, str], key: str, path: Path) -> int:
+    text = metadata.get(key, "")
+    if not text.removeprefix("-").isdecimal():
+        raise unreadable(path, key, "a whole number", repr(text))
+    return int(text)

@@ -1,0 +1,81 @@
+"""Runs in .venv-peers: artifacts of ours applied by the tools themselves, and some of theirs.
+
+`python peers.py JOB` with JOB a JSON object: model directory, artifacts by format, token ids and
+an output directory. Writes `logits.npz`, `theirs.gguf` (repeng) and `theirs.pt` (the pickled
+dataclass of steering-vectors).
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from hotwire._state import SteerState
+from repeng import ControlModel, ControlVector
+from steering_vectors import SteeringVector
+from transformers import AutoModelForCausalLM
+
+
+@torch.no_grad()
+def main() -> None:
+    job = json.loads(sys.argv[1])
+    ids, out = torch.tensor(job["ids"]), Path(job["out"])
+    model = AutoModelForCausalLM.from_pretrained(job["model"], torch_dtype=torch.float32).eval()
+    rng = np.random.default_rng(0)
+    width = model.config.hidden_size
+    directions = {k: rng.normal(size=width).astype(np.float32) for k in (0, 2)}
+    found = {"plain": model(ids).logits[0].numpy()}
+    for name in ("repeng", "control-vector"):
+        vector = ControlVector.import_gguf(job["artifacts"][name])
+        found[name] = controlled(model, vector, ids)
+    mine = ControlVector(model.config.model_type, directions)
+    mine.export_gguf(out / "theirs.gguf")
+    found["repeng theirs"] = controlled(model, mine, ids)
+    fields = torch.load(job["artifacts"]["steering-vectors"])
+    found["steering-vectors"] = steered(model, SteeringVector(**fields), ids)
+    theirs = SteeringVector({k: torch.from_numpy(v) for k, v in directions.items()})
+    torch.save(theirs, out / "theirs.pt")
+    found["steering-vectors theirs"] = steered(model, theirs, ids)
+    found["hotwire"] = hotwired(model, job["artifacts"]["hotwire"], ids)
+    np.savez(out / "logits.npz", **found)
+
+
+def controlled(model: torch.nn.Module, vector: ControlVector, ids: torch.Tensor) -> np.ndarray:
+    wrapped = ControlModel(model, list(vector.directions))
+    wrapped.set_control(vector, 1.0)
+    try:
+        return wrapped(ids).logits[0].numpy()
+    finally:
+        wrapped.unwrap()
+
+
+def steered(model: torch.nn.Module, vector: SteeringVector, ids: torch.Tensor) -> np.ndarray:
+    with vector.apply(model, multiplier=1.0):
+        return model(ids).logits[0].numpy()
+
+
+def hotwired(model: torch.nn.Module, path: str, ids: torch.Tensor) -> np.ndarray:
+    """Its store and vector bank; the addition at a block's output is vLLM's part, done here."""
+    layers = len(model.model.layers)
+    state = SteerState(layers, model.config.hidden_size, 64, torch.device("cpu"), torch.float32, 8)
+    state.load_store(path)
+    (name,) = state.store
+    handles = []
+    for layer in (1, 2):
+        row = state.bank.bank[state.slot_for(name, layer, 1.0)]
+        handles.append(
+            model.model.layers[layer].register_forward_hook(
+                lambda m, a, out, v=row: (
+                    (out[0] + v, *out[1:]) if isinstance(out, tuple) else out + v
+                )
+            )
+        )
+    try:
+        return model(ids).logits[0].numpy()
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+main()
