@@ -5,9 +5,7 @@ Everything else (adapters, converters, training, the CLI) leans on this module.
 
 from __future__ import annotations
 
-import os
 import shutil
-import tempfile
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +16,7 @@ from pydantic import ValidationError
 
 from steerbridge import _json, encodings, fingerprint
 from steerbridge import spec as spec_module
+from steerbridge.atomic import replacing
 from steerbridge.errors import (
     BrokenPackage,
     InvalidSpec,
@@ -67,7 +66,6 @@ class SteeringPackage:
             PackageError: the target exists and is something else, or did not read back equal.
         """
         target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
         if target.suffix == ".gguf":
             _save_gguf(self, target)
         else:
@@ -168,37 +166,21 @@ def _scale_problems(package: SteeringPackage) -> list[Problem]:
 def _save_gguf(package: SteeringPackage, target: Path) -> None:
     if target.is_dir():
         raise PackageError("a directory is in the way of the GGUF file", target)
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        encodings.write_gguf(temporary, encodings.plain(package.spec), package.tensors)
-        _compare(package, *encodings.read_gguf(temporary), target)
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(target) as fresh:
+        encodings.write_gguf(fresh, encodings.plain(package.spec), package.tensors)
+        _compare(package, *encodings.read_gguf(fresh), target)
 
 
 def _save_directory(package: SteeringPackage, target: Path) -> None:
     ours = (target / encodings.CONFIG_NAME).is_file()
     if target.exists() and not ours and (not target.is_dir() or any(target.iterdir())):
         raise PackageError("exists and is not a steering package", target)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    backup = temporary.with_name(temporary.name + ".old")
-    try:
-        encodings.write_directory(temporary, encodings.plain(package.spec), package.tensors)
-        _compare(package, *encodings.read_directory(temporary), target)
-        temporary.chmod(0o777 & ~_umask())
+    with replacing(target) as fresh:
+        fresh.mkdir()
+        encodings.write_directory(fresh, encodings.plain(package.spec), package.tensors)
+        _compare(package, *encodings.read_directory(fresh), target)
         if target.exists():
-            _carry_over(target, temporary)
-            target.rename(backup)
-        temporary.rename(target)
-    finally:
-        if backup.exists() and not target.exists():
-            backup.rename(target)
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(backup, ignore_errors=True)
+            _carry_over(target, fresh)
 
 
 def _carry_over(old: Path, new: Path) -> None:
@@ -214,13 +196,6 @@ def _carry_over(old: Path, new: Path) -> None:
 def _compare(package: SteeringPackage, raw: Any, tensors: dict[str, Tensor], path: Path) -> None:
     if raw != encodings.plain(package.spec) or tensors != dict(package.tensors):
         raise BrokenPackage(Problem("written file", "what was saved", "something else"), path)
-
-
-def _umask() -> int:
-    """The process umask; reading it means setting it for a moment."""
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
 
 
 def _download(source: str, revision: str | None) -> Path:

@@ -59,7 +59,7 @@ class Sample:
     read: dict[str, str] = field(default_factory=dict)
 
 
-_AT_OFFSET = reading("layer_input[2]", {"type": "prompt_end", "offset": -1})
+AT_OFFSET = reading("layer_input[2]", {"type": "prompt_end", "offset": -1})
 _OUTPUTS = {**ALWAYS, "interventions": [vector("layer_output[1]", "layer_output[2]")]}
 _INPUTS = {**ALWAYS, "interventions": [vector("layer_input[2]", "layer_input[3]")]}
 _ONE = {"strength": "1"}
@@ -87,7 +87,7 @@ SAMPLES: dict[str, Sample] = {
         {**ALWAYS, "interventions": [vector("layer_output[2]")]}, ".probe.safetensors"
     ),
     "autosteer": Sample(
-        {"probes": [mlp(_AT_OFFSET)]},
+        {"probes": [mlp(AT_OFFSET)]},
         write={"eps": "0.5", "offset": "-1"},
         read={"eps": "0.5", "offset": "-1"},
     ),

@@ -200,6 +200,19 @@ def test_a_score_that_sets_the_strength_is_a_loss(tmp_path, tiny):
         convert(tmp_path / "p.gguf", tmp_path / "v.gguf", to="repeng")
 
 
+def test_a_second_prober_is_a_loss(tmp_path, tiny):
+    second = {**mlp(artifacts.AT_OFFSET), "id": "q"}
+    package(tiny, free=64, probes=[mlp(artifacts.AT_OFFSET), second]).save(tmp_path / "two")
+    answers = SAMPLES["autosteer"].write
+    with pytest.raises(WouldLose, match=r"probe q \(mlp\): is dropped: one prober is held"):
+        convert(tmp_path / "two", tmp_path / "out", to="autosteer", answers=answers)
+    package(
+        tiny, free=64, probes=[mlp(artifacts.AT_OFFSET), second], rules=[rule(["p", "q"], ["h"])]
+    ).save(tmp_path / "any")
+    with pytest.raises(NotRepresentable, match="a rule of 2 probes"):
+        convert(tmp_path / "any", tmp_path / "out", to="autosteer", answers=answers)
+
+
 def test_nothing_left_is_no_conversion(tmp_path, tiny):
     package(tiny).save(tmp_path / "head.gguf")
     with pytest.raises(NotRepresentable, match=r"no part of this package: p \(linear\), h"):
@@ -537,7 +550,7 @@ def _once(made, weights):
 @pytest.mark.parametrize("name", ["autosteer", "safeswitch"])
 def test_class_orders_thresholds_and_scales_are_converted(name, harmful, tmp_path, weights, tiny):
     """The decision stays with the classes the other way round, another threshold, normalised."""
-    at = artifacts._AT_OFFSET if name == "autosteer" else reading("head_input")
+    at = artifacts.AT_OFFSET if name == "autosteer" else reading("head_input")
     output = {"type": "softmax", "classes": ["bad", "good"], "harmful": harmful}
     probe = mlp(at, output=output, threshold=0.3, input_mean="m", input_scale="s", comparator=">")
     ours = package(tiny, free=64, probes=[probe])

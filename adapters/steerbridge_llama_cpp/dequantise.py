@@ -10,6 +10,8 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, LlamaFileType
 from gguf.quants import dequantize
 
+from steerbridge.atomic import replacing
+
 _OWN = ("GGUF.", "general.architecture", "general.file_type", "general.quantization_version")
 
 
@@ -20,9 +22,12 @@ def dequantise(source: Path, target: Path) -> Path:
     """
     reader = GGUFReader(source)
     architecture = str(reader.fields["general.architecture"].contents())
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.tmp")
-    writer = GGUFWriter(temporary, architecture)
+    with replacing(target) as fresh:
+        _write(reader, GGUFWriter(fresh, architecture))
+    return target
+
+
+def _write(reader: GGUFReader, writer: GGUFWriter) -> None:
     try:
         writer.add_file_type(LlamaFileType.ALL_F32)
         copy_metadata(reader, writer)
@@ -39,7 +44,6 @@ def dequantise(source: Path, target: Path) -> Path:
             writer.write_tensor_data(dequantize(tensor.data, tensor.tensor_type))
     finally:
         writer.close()
-    return temporary.replace(target)
 
 
 def copy_metadata(reader: Any, writer: Any, without: Collection[str] = ()) -> None:

@@ -98,8 +98,8 @@ class AutoSteer(Format):
         return probers.two_class("toxic", mlp, TOXIC, reading, ">", THRESHOLD)
 
     def losses(self, package: SteeringPackage, given: Given) -> list[Loss]:
-        lost = super().losses(package, given)
         probe, _ = self._probe(package)
+        lost = [*super().losses(package, given), *other_probes(package, probe)]
         if probe.comparator == ">=":
             lost.append(Loss(f"probe {probe.id}", "a score equal to the threshold no longer fires"))
         offset, position = given(OFFSET), probe.readings[0].position
@@ -164,6 +164,15 @@ def only_probe(package: SteeringPackage, format: str) -> MlpProbe:
     if probe.comparator not in (">", ">="):
         raise NotRepresentable(format, f"probe {probe.id} fires below its threshold")
     return probe
+
+
+def other_probes(package: SteeringPackage, kept: MlpProbe) -> list[Loss]:
+    """The losses of a format that holds one prober."""
+    return [
+        Loss(f"probe {p.id} (mlp)", "is dropped: one prober is held")
+        for p in package.spec.probes
+        if isinstance(p, MlpProbe) and p.id != kept.id
+    ]
 
 
 def _state(file: Path) -> dict[str, Any]:

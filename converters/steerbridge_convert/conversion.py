@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from steerbridge.atomic import replacing
 from steerbridge.errors import PackageError, Unanswered, WouldLose
 from steerbridge.formats import Format, Given, Loss, detect, named
 from steerbridge.package import SteeringPackage
@@ -123,16 +122,8 @@ def write(format: Format, package: SteeringPackage, target: Path, given: Given) 
     if format.atomic:
         format.write(package, target, given)
         return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        made = folder / target.name
-        format.write(package, made, given)
-        if target.is_dir():
-            target.rename(folder / "old")
-        made.replace(target)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with replacing(target) as fresh:
+        format.write(package, fresh, given)
 
 
 def _refuse_unknown(answers: Mapping[str, str], before: Format, after: Format) -> None:

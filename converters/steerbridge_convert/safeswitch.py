@@ -20,7 +20,7 @@ from steerbridge.package import SteeringPackage
 from steerbridge.spec import HeadInput, MlpProbe, PromptEnd, Reading
 from steerbridge.tensors import Tensor
 from steerbridge_convert import files, heads, pickles, probers
-from steerbridge_convert.autosteer import only_probe
+from steerbridge_convert.autosteer import only_probe, other_probes
 from steerbridge_convert.heads import Head
 
 UNSAFE: Final = 1
@@ -86,8 +86,8 @@ class SafeSwitch(Format):
         return Head(1.0, Tensor.of(matrix))
 
     def losses(self, package: SteeringPackage, given: Given) -> list[Loss]:
-        lost = super().losses(package, given)
         probe = self._probe(package)
+        lost = [*super().losses(package, given), *other_probes(package, probe)]
         if probe.comparator == ">":
             lost.append(Loss(f"probe {probe.id}", "a score equal to the threshold fires too"))
         return lost

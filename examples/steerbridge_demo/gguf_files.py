@@ -23,6 +23,7 @@ from gguf.quants import dequantize, quantize
 from numpy.typing import NDArray
 
 from steerbridge import gguf_file
+from steerbridge.atomic import replacing
 from steerbridge.cli.common import smollm2
 from steerbridge.errors import DataError, Problem
 from steerbridge.gguf_file import GgufFile, GgufTensor
@@ -241,13 +242,9 @@ def _add(
 
 def _write(path: Path, architecture: str, fill: Callable[[GGUFWriter], None]) -> Path:
     """Write beside the path, read back, rename."""
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        gguf_file.write(temporary, architecture, fill)
-        gguf_file.read(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as fresh:
+        gguf_file.write(fresh, architecture, fill)
+        gguf_file.read(fresh)
     return path
 
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from steerbridge import corpus
+from steerbridge.atomic import replacing
 from steerbridge.data import Example
 from steerbridge.errors import DataError, Problem
 from steerbridge_demo.drawings import TRAIN_STYLES, UNSEEN_STYLE, Scene, Thing, draw, sample
@@ -117,9 +118,8 @@ def write_jsonl(directory: Path, split: str, *, per_kind: int = 100, seed: int =
         )
         for e in guard_examples(directory, split, per_kind=per_kind, seed=seed)
     ]
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text("\n".join(lines) + "\n", "utf-8")
-    temporary.replace(path)
+    with replacing(path) as fresh:
+        fresh.write_text("\n".join(lines) + "\n", "utf-8")
     return path
 
 

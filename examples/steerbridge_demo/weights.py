@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from steerbridge.atomic import replacing
 from steerbridge.errors import BrokenPackage, DataError, Problem
 
 EMBEDDINGS: Final = "image_tokens"
@@ -71,12 +72,8 @@ def write(path: Path, tensors: dict[str, Array]) -> None:
     for name, tensor in halves.items():
         if not np.isfinite(tensor).all():
             raise DataError(Problem(name, "values within F16", "NaN or infinity"), path)
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        save_file(halves, temporary)
-        back = read(temporary)
+    with replacing(path) as fresh:
+        save_file(halves, fresh)
+        back = read(fresh)
         if any((back[name] != tensor).any() for name, tensor in halves.items()):
             raise DataError(Problem("weights", "what was written", "other values"), path)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

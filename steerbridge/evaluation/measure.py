@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from steerbridge.atomic import replacing
 from steerbridge.data import Example
 from steerbridge.evaluation.judge import refuses, well_formed
 from steerbridge.package import SteeringPackage
@@ -119,7 +120,6 @@ def _share(values: Any) -> float | None:
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
     """Write one JSON object per prompt, atomically."""
-    temporary = path.with_name(path.name + ".tmp")
     lines = (json.dumps(row.as_json(), ensure_ascii=False) + "\n" for row in rows)
-    temporary.write_text("".join(lines), encoding="utf-8")
-    temporary.replace(path)
+    with replacing(path) as fresh:
+        fresh.write_text("".join(lines), encoding="utf-8")

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from steerbridge.atomic import replacing
 from steerbridge.errors import DataError, Problem, RuntimeMissing
 from steerbridge.package import SteeringPackage
 
@@ -21,12 +22,8 @@ def readings(package: SteeringPackage, path: Path) -> Path:
         RuntimeMissing: matplotlib is not installed.
     """
     figure = _figure(_measured(package))
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        figure.savefig(temporary, format="png", dpi=144)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as fresh:
+        figure.savefig(fresh, format="png", dpi=144)
     return path
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from steerbridge import data
+from steerbridge.atomic import replacing
 from steerbridge.data import Example
 from steerbridge.errors import DataError, Problem
 from steerbridge.runtime import LoadedModel, Progress
@@ -140,6 +141,5 @@ def _done(note: Path, want: dict[str, Any]) -> int | None:
 
 
 def _write(note: Path, content: dict[str, Any]) -> None:
-    temporary = note.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2))
-    temporary.replace(note)
+    with replacing(note) as fresh:
+        fresh.write_text(json.dumps(content, indent=2))
