@@ -764,6 +764,10 @@ def test_the_command_line(tmp_path, made, weights):
     assert "lost       rule r: is dropped: h will act on every prompt" in written.stdout
     cut = run("convert", made["steerbridge"], tmp_path / "low.gguf", "--rank", 2)
     assert "rank       h: 2, relative error" in cut.stdout
+    (tmp_path / "l.pt").rename(tmp_path / "renamed.pt")  # known by its content
+    assert detect(tmp_path / "renamed.pt").name == "lm-steer"
+    torch.save({"weights": 1}, tmp_path / "other.pt")
+    assert isinstance(run("inspect", tmp_path / "other.pt").exception, UnknownFormat)
     assert "strength of the matrix" in run("formats").stdout
     assert set(json.loads(run("formats", "--json").stdout)) == set(NAMES)
     for wrong in (("--set", "x"), ("--dtype", "F64"), ("--data", made["cast"])):

@@ -45,7 +45,7 @@ class LmSteer(Format):
     write_asks = (EPSILON,)
 
     def recognises(self, path: Path) -> bool:
-        return path.name == "lm_steer_vector.pt" and path.is_file()
+        return pickles.holds(path, lambda x: "projector1" in _pair(x), _CLASSES)
 
     def contents(self, path: Path) -> dict[str, Any]:
         one, two = _projectors(path)
@@ -81,11 +81,16 @@ class LmSteer(Format):
 
 
 def _projectors(path: Path) -> tuple[Any, Any]:
-    found = pickles.load(path, _CLASSES)
-    pair = found[1] if isinstance(found, list) and len(found) == 3 else found
-    if not isinstance(pair, dict) or not {"projector1", "projector2"} <= set(pair):
+    pair = _pair(found := pickles.load(path, _CLASSES))
+    if not {"projector1", "projector2"} <= set(pair):
         raise unreadable(path, "list", "[.., {projector1, projector2}, step]", type(found).__name__)
     one, two = (pickles.tensor(pair[k], k, path, 3).float32() for k in ("projector1", "projector2"))
     if one.shape != two.shape:
         raise unreadable(path, "projector2", f"shape {one.shape}", two.shape)
     return one, two
+
+
+def _pair(found: Any) -> dict[Any, Any]:
+    """The tensors of the list, or of a file that holds them alone."""
+    pair = found[1] if isinstance(found, list) and len(found) == 3 else found
+    return pair if isinstance(pair, dict) else {}

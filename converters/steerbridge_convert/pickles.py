@@ -8,14 +8,14 @@ the tool's code is never imported.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
-from steerbridge.errors import RuntimeMissing
+from steerbridge.errors import RuntimeMissing, UnreadableSource
 from steerbridge.formats import unreadable
 from steerbridge.tensors import Tensor
 
@@ -115,13 +115,14 @@ _NAMES: Final[dict[str, Any]] = {
 }
 
 
-def looks_like(path: Path) -> bool:
-    """True for a file that `torch.save` may have written."""
+def holds(path: Path, test: Callable[[Any], bool], classes: str = "") -> bool:
+    """True for a file of `torch.save` whose content passes a test."""
     if not path.is_file() or path.suffix not in (".pt", ".pth", ".bin"):
         return False
-    with path.open("rb") as file:
-        start = file.read(4)
-    return start == b"PK\x03\x04" or start[:1] == b"\x80"
+    try:
+        return test(load(path, classes))
+    except UnreadableSource:
+        return False
 
 
 def _torch() -> Any:

@@ -6,7 +6,6 @@ All three add to the output of block k, times a multiplier of the runtime.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
@@ -56,11 +55,10 @@ class SteeringVectors(_TorchVectors):
     title = "steering-vectors (.pt)"
 
     def recognises(self, path: Path) -> bool:
-        return pickles.looks_like(path) and _holds(path, "layer_activations", _OBJECT)
+        return pickles.holds(path, lambda x: "layer_activations" in _fields(x), _OBJECT)
 
     def vectors(self, path: Path) -> dict[int, Tensor]:
-        found = pickles.load(path, _OBJECT)
-        fields = found if isinstance(found, dict) else vars(found)
+        fields = _fields(pickles.load(path, _OBJECT))
         activations = fields.get("layer_activations")
         if not isinstance(activations, dict) or not activations:
             raise unreadable(path, "layer_activations", "tensors by layer", repr(activations))
@@ -75,6 +73,11 @@ class SteeringVectors(_TorchVectors):
         found = vectors.keyed_by_output(package, self.name, first=0)
         activations = {k: pickles.torch_tensor(v) for k, v in found.items()}
         pickles.save({"layer_activations": activations, "layer_type": "decoder_block"}, path)
+
+
+def _fields(found: Any) -> dict[Any, Any]:
+    """Of the dict or of the dataclass's stand-in."""
+    return found if isinstance(found, dict) else getattr(found, "__dict__", {})
 
 
 _OBJECT: Final = r"steering_vectors\.steering_vector\.SteeringVector"
@@ -118,7 +121,7 @@ class Hotwire(_TorchVectors):
     asks = (STRENGTH, layers)
 
     def recognises(self, path: Path) -> bool:
-        return pickles.looks_like(path) and _is_tensor(path)
+        return pickles.holds(path, lambda x: hasattr(x, "dim") and x.dim() in (1, 2))
 
     def contents(self, path: Path) -> dict[str, Any]:
         return {"tensor": list(np.shape(self._tensor(path)))}
@@ -155,20 +158,3 @@ def _number(key: Any, path: Path) -> int:
     if not isinstance(key, int) or isinstance(key, bool) or key < 0:
         raise unreadable(path, "layer_activations", "layer numbers from 0 on", repr(key))
     return key
-
-
-def _holds(path: Path, field: str, classes: str) -> bool:
-    return _probed(path, lambda x: field in (x if isinstance(x, dict) else vars(x)), classes)
-
-
-def _is_tensor(path: Path) -> bool:
-    return _probed(path, lambda x: hasattr(x, "dim") and x.dim() in (1, 2))
-
-
-def _probed(path: Path, test: Callable[[Any], bool], classes: str = "") -> bool:
-    from steerbridge.errors import SteerbridgeError
-
-    try:
-        return test(pickles.load(path, classes))
-    except (SteerbridgeError, TypeError):
-        return False

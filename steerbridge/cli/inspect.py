@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from steerbridge.cli import common
-from steerbridge.encodings import plain
+from steerbridge.encodings import CONFIG_NAME, plain
 from steerbridge.errors import UnknownFormat
 from steerbridge.formats import Format, detect
 from steerbridge.package import SteeringPackage, load
@@ -45,13 +45,19 @@ def inspect(
 
 
 def _foreign(path: Path) -> Format | None:
-    """The format of an artifact of another tool; None for a package or a hub id."""
+    """The format of an artifact of another tool; None for a package or a hub id.
+
+    Raises:
+        UnknownFormat: the path is neither.
+    """
     if not path.exists():
         return None
     try:
         found = detect(path)
     except UnknownFormat:
-        return None  # loading it says what is wrong with it as a package
+        if path.suffix == ".gguf" or (path / CONFIG_NAME).is_file():
+            return None  # loading it says what is wrong with it as a package
+        raise
     return None if found.name in ("steerbridge", "steerbridge-gguf") else found
 
 
