@@ -13,10 +13,10 @@ from typing import Any
 from steerbridge import data
 from steerbridge.cli.common import smollm2
 from steerbridge.data import Example
+from steerbridge.low_rank import low_rank as truncated
 from steerbridge.package import SteeringPackage
 from steerbridge.spec import DenseMatrix, LowRankMatrix
 from steerbridge.tensors import Tensor
-from steerbridge.training import head as heads
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache"
@@ -90,7 +90,7 @@ def low_rank(package: SteeringPackage, rank: int) -> SteeringPackage:
     head: Any = package.spec.interventions[0]
     if not isinstance(head.weight, DenseMatrix):
         return package
-    cut = heads.low_rank(package.tensors[head.weight.matrix].float32(), rank)
+    cut = truncated(package.tensors[head.weight.matrix].float32(), rank)
     act = head.model_copy(update={"weight": LowRankMatrix(form="low_rank", u="u", v="v")})
     return with_act(package, act, {"u": Tensor.of(cut.u), "v": Tensor.of(cut.v)})
 

@@ -16,6 +16,7 @@ from steerbridge import calibration, data, reference, stats  # noqa: E402
 from steerbridge.data import Example  # noqa: E402
 from steerbridge.encodings import plain  # noqa: E402
 from steerbridge.errors import DataError  # noqa: E402
+from steerbridge.low_rank import low_rank  # noqa: E402
 from steerbridge.package import SteeringPackage, parse  # noqa: E402
 from steerbridge.runtime import OutputHead  # noqa: E402
 from steerbridge.spec import Reading  # noqa: E402
@@ -177,14 +178,14 @@ def test_the_loss_and_its_gradient_are_those_of_autograd(bias, softcap):
 def test_low_rank_is_the_best_and_says_what_it_lost():
     rng = np.random.default_rng(0)
     matrix = (rng.normal(size=(16, 3)) @ rng.normal(size=(3, 16))).astype(np.float32)
-    cut = heads.low_rank(matrix, 3)
+    cut = low_rank(matrix, 3)
     assert np.allclose(cut.u @ cut.v, matrix, atol=1e-4)
     assert cut.error < 1e-5
-    one = heads.low_rank(matrix, 1)
+    one = low_rank(matrix, 1)
     measured = np.linalg.norm(one.u @ one.v - matrix) / np.linalg.norm(matrix)
     assert one.error == pytest.approx(measured, rel=1e-4)
     with pytest.raises(ValueError, match=r"1\.\.16"):
-        heads.low_rank(matrix, 17)
+        low_rank(matrix, 17)
 
 
 class Tokens:

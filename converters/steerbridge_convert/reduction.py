@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from steerbridge.errors import ConversionError
+from steerbridge.low_rank import Svd
 from steerbridge.package import SteeringPackage
 from steerbridge.spec import DenseMatrix, HeadMatrix, LowRankMatrix
-from steerbridge.tensors import Dtype, Float32, Tensor
+from steerbridge.tensors import Dtype, Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,44 +60,26 @@ def _stored(tensor: Tensor, dtype: Dtype) -> Tensor:
 def _truncated(
     package: SteeringPackage, head: HeadMatrix, rank: int | None, energy: float | None
 ) -> tuple[SteeringPackage, Truncation]:
-    """Replace one matrix by its best approximation (Eckart-Young), singular values split evenly."""
-    left_DR, values_R, right_RD = _svd(package, head)
-    total = float((values_R**2).sum())
+    """Replace one matrix by its best approximation."""
+    if isinstance(head.weight, DenseMatrix):
+        names: tuple[str, ...] = (head.weight.matrix,)
+        svd = Svd.of(package.tensors[head.weight.matrix].float32())
+    else:
+        names = (head.weight.u, head.weight.v)
+        svd = Svd.of_product(*(package.tensors[name].float32() for name in names))
     if rank is None:
         assert energy is not None
         if not 0 < energy <= 1:
             raise ConversionError(f"energy must be in 0..1, found {energy}")
-        shares = np.cumsum(values_R**2) / max(total, 1e-300)
-        rank = min(int(np.searchsorted(shares, energy * (1 - 1e-12))) + 1, len(values_R))
-    if not 1 <= rank <= len(left_DR):
-        raise ConversionError(f"rank must be in 1..{len(left_DR)}, found {rank}")
-    rank = min(rank, len(values_R))
-    root = np.sqrt(values_R[:rank])
+        rank = svd.rank_of(energy)
+    if not 1 <= rank <= len(svd.left):
+        raise ConversionError(f"rank must be in 1..{len(svd.left)}, found {rank}")
+    rank = min(rank, len(svd.values))
+    cut = svd.cut(rank)
     u, v = f"{head.id}.u", f"{head.id}.v"
-    names = (
-        (head.weight.matrix,)
-        if isinstance(head.weight, DenseMatrix)
-        else (head.weight.u, head.weight.v)
-    )
     tensors = {name: t for name, t in package.tensors.items() if name not in names}
-    tensors[u] = Tensor.of((left_DR[:, :rank] * root).astype(np.float32))
-    tensors[v] = Tensor.of((right_RD[:rank] * root[:, None]).astype(np.float32))
+    tensors |= {u: Tensor.of(cut.u), v: Tensor.of(cut.v)}
     low = head.model_copy(update={"weight": LowRankMatrix(form="low_rank", u=u, v=v)})
     others = tuple(low if x.id == head.id else x for x in package.spec.interventions)
     spec = package.spec.model_copy(update={"interventions": others})
-    cut = float((values_R[rank:] ** 2).sum())
-    error = float(np.sqrt(cut / max(total, 1e-300)))
-    return SteeringPackage(spec, tensors), Truncation(head.id, rank, error)
-
-
-def _svd(package: SteeringPackage, head: HeadMatrix) -> tuple[Float32, Float32, Float32]:
-    """Left vectors [D, R], values [R] and right vectors [R, D] in float64."""
-    if isinstance(head.weight, DenseMatrix):
-        dense = package.tensors[head.weight.matrix].float32().astype(np.float64)
-        return np.linalg.svd(dense)
-    u = package.tensors[head.weight.u].float32().astype(np.float64)
-    v = package.tensors[head.weight.v].float32().astype(np.float64)
-    left, lower = np.linalg.qr(u)
-    right, upper = np.linalg.qr(v.T)
-    inner, values, outer = np.linalg.svd(lower @ upper.T)
-    return left @ inner, values, outer @ right.T
+    return SteeringPackage(spec, tensors), Truncation(head.id, rank, cut.error)

@@ -196,34 +196,6 @@ def loss_of(
     return total / len(h_MD)
 
 
-@dataclass(frozen=True, slots=True)
-class LowRank:
-    """W ~ u v with the relative Frobenius norm of what was cut off."""
-
-    u: Float32  # [D, R]
-    v: Float32  # [R, D]
-    error: float
-
-
-def low_rank(matrix_DD: Float32, rank: int) -> LowRank:
-    """The best approximation of this rank (Eckart-Young), singular values split evenly.
-
-    Raises:
-        ValueError: rank outside 1..D.
-    """
-    d = len(matrix_DD)
-    if not 1 <= rank <= d:
-        raise ValueError(f"rank must be in 1..{d}, found {rank}")
-    left, values, right = np.linalg.svd(matrix_DD.astype(np.float64))
-    root = np.sqrt(values[:rank])
-    kept = float((values[rank:] ** 2).sum() / max((values**2).sum(), 1e-300))
-    return LowRank(
-        np.ascontiguousarray(left[:, :rank] * root, np.float32),
-        np.ascontiguousarray(right[:rank] * root[:, None], np.float32),
-        float(np.sqrt(kept)),
-    )
-
-
 def difference_of_means(harmful_ND: Float32, harmless_ND: Float32) -> Float32:
     """Unit vector from the harmless to the harmful mean: what `project_out` removes.
 

@@ -21,6 +21,7 @@ from steerbridge import calibration, data
 from steerbridge.data import Example
 from steerbridge.errors import DataError, Problem
 from steerbridge.evaluation.judge import refuses, well_formed
+from steerbridge.low_rank import low_rank
 from steerbridge.package import SteeringPackage
 from steerbridge.runtime import Generation, TrainableModel
 from steerbridge.spec import (
@@ -264,7 +265,7 @@ def _head(
     weight: DenseMatrix | LowRankMatrix = DenseMatrix(form="dense", matrix="head.matrix")
     tensors = {"head.matrix": Tensor.of(trained.matrix)}
     if settings.rank is not None:
-        cut = heads.low_rank(trained.matrix, settings.rank)
+        cut = low_rank(trained.matrix, settings.rank)
         weight = LowRankMatrix(form="low_rank", u="head.u", v="head.v")
         tensors = {"head.u": Tensor.of(cut.u), "head.v": Tensor.of(cut.v)}
         evidence |= {"rank": settings.rank, "truncation_error": round(cut.error, 6)}
