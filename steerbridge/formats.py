@@ -62,6 +62,11 @@ def one_of(*choices: str) -> Callable[[str], str]:
     return parse
 
 
+def several(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
+    """The kind of an answer that is a list joined by commas."""
+    return lambda text: tuple(kind(part) for part in text.split(","))
+
+
 @dataclass(frozen=True, slots=True)
 class Given:
     """What the user said beside the files: answers, the base model, weights of that model."""

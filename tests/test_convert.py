@@ -213,6 +213,13 @@ def test_a_second_prober_is_a_loss(tmp_path, tiny):
         convert(tmp_path / "any", tmp_path / "out", to="autosteer", answers=answers)
 
 
+def test_a_threshold_that_no_bias_can_say(tmp_path, tiny):
+    certain = helpers.linear_probe(link="sigmoid", threshold=1.0, comparator=">=")
+    package(tiny, probes=[certain]).save(tmp_path / "p")
+    with pytest.raises(NotRepresentable, match=r"a threshold of 1.0 on a probability"):
+        convert(tmp_path / "p", tmp_path / "q", to="probe-aisteer360", allow_loss=True)
+
+
 def test_nothing_left_is_no_conversion(tmp_path, tiny):
     package(tiny).save(tmp_path / "head.gguf")
     with pytest.raises(NotRepresentable, match=r"no part of this package: p \(linear\), h"):

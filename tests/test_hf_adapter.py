@@ -398,7 +398,6 @@ def test_a_compiled_call_without_hooks_stops_generation():
 
 
 def test_pipeline(llama):
-    transformers = transformers = pytest.importorskip("transformers")
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = {f"w{i}": i for i in range(64)}

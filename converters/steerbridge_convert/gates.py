@@ -14,7 +14,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from steerbridge.errors import InvalidSpec, NotRepresentable, Unanswered
-from steerbridge.formats import Ask, Format, Given, Holds, Loss, one_of, unreadable
+from steerbridge.formats import Ask, Format, Given, Holds, Loss, one_of, several, unreadable
 from steerbridge.package import SteeringPackage
 from steerbridge.spec import (
     AddVector,
@@ -115,7 +115,7 @@ class AisteerProbe(Format):
         layers = [r.site.layer for r in probe.readings if r.site.stream != "head_input"]
         if len(set(layers)) != len(layers):
             raise NotRepresentable(self.name, f"probe {probe.id} reads a layer twice")
-        w, bias = probers.as_linear(package, probe)
+        w, bias = probers.as_linear(package, probe, self.name)
         parts = w.reshape(len(layers), -1)
         info = {
             "format_version": 1,
@@ -169,10 +169,6 @@ def _probe(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return info, weights
 
 
-def _layers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
-
-
 class Cast(Format):
     """CAST: a condition `.svec` and the numbers of the script that uses it.
 
@@ -189,7 +185,7 @@ class Cast(Format):
         strength="none",
     )
     asks = (
-        Ask("layers", _layers, "blocks whose input the condition reads, joined by commas"),
+        Ask("layers", several(int), "blocks whose input the condition reads, joined by commas"),
         Ask("threshold", float, "of the score"),
         Ask(
             "fires_when",
@@ -198,7 +194,7 @@ class Cast(Format):
         ),
         Ask("pooling", one_of("mean", "last"), "over the prompt's tokens", "mean"),
         Ask("behaviour", Path, "the .svec that acts", Path()),
-        Ask("behaviour_layers", _layers, "blocks whose input it changes", ()),
+        Ask("behaviour_layers", several(int), "blocks whose input it changes", ()),
         Ask("strength", float, "factor of the behaviour", 0.0),
     )
 

@@ -13,7 +13,7 @@ from typing import Any, Final
 import numpy as np
 
 from steerbridge.errors import NotRepresentable
-from steerbridge.formats import Ask, Format, Given, Holds, unreadable
+from steerbridge.formats import Ask, Format, Given, Holds, several, unreadable
 from steerbridge.package import SteeringPackage
 from steerbridge.tensors import Tensor
 from steerbridge_convert import heads, pickles
@@ -22,12 +22,8 @@ from steerbridge_convert.heads import Head
 _CLASSES: Final = r"[\w.]*HyperParams"
 
 
-def _numbers(text: str) -> tuple[float, ...]:
-    return tuple(float(part) for part in text.split(","))
-
-
 EPSILON: Final = Ask("epsilon", float, "the tool's epsilon", 1e-3)
-VALUES: Final = Ask("values", _numbers, "steer_values, one a steer, joined by commas")
+VALUES: Final = Ask("values", several(float), "steer_values, one a steer, joined by commas")
 
 
 class LmSteer(Format):

@@ -67,7 +67,7 @@ def as_two_class(
     P > t is z_h - z_o > log(t / (1 - t)).
 
     Raises:
-        NotRepresentable: another activation or output.
+        NotRepresentable: another activation or output, or a threshold outside 0..1.
     """
     output = probe.output
     if probe.activation != "relu" or not isinstance(output, Softmax) or len(output.classes) != 2:
@@ -78,17 +78,20 @@ def as_two_class(
     if output.classes.index(output.harmful) != harmful:
         weights[-1], biases[-1] = weights[-1][::-1].copy(), biases[-1][::-1].copy()
     if probe.threshold != threshold:
-        if not 0 < probe.threshold < 1:
-            raise NotRepresentable(format, f"probe {probe.id}: a threshold of {probe.threshold}")
-        biases[-1][harmful] += np.float32(_logit(threshold) - _logit(probe.threshold))
+        moved = _logit(threshold, format) - _logit(probe.threshold, format)
+        biases[-1][harmful] += np.float32(moved)
     return Mlp(tuple(weights), tuple(biases))
 
 
-def as_linear(package: SteeringPackage, probe: LinearProbe) -> tuple[Float32, float]:
-    """w and b with w . x + b >= 0 exactly where the probe fires (but on the threshold itself)."""
+def as_linear(package: SteeringPackage, probe: LinearProbe, format: str) -> tuple[Float32, float]:
+    """w and b with w . x + b >= 0 exactly where the probe fires (but on the threshold itself).
+
+    Raises:
+        NotRepresentable: the threshold of a sigmoid is none that a finite bias can say.
+    """
     weight = package.tensors[probe.weight].float32()[None]
     weight, bias = _unnormalised(package, probe, weight, np.array([probe.bias], np.float64))
-    threshold = _logit(probe.threshold) if probe.link == "sigmoid" else probe.threshold
+    threshold = _logit(probe.threshold, format) if probe.link == "sigmoid" else probe.threshold
     w, b = weight[0], float(bias[0]) - threshold
     return (-w, -b) if probe.comparator in ("<", "<=") else (w, b)
 
@@ -108,5 +111,7 @@ def _unnormalised(
     return wide.astype(np.float32), moved.astype(np.asarray(bias).dtype)
 
 
-def _logit(p: float) -> float:
+def _logit(p: float, format: str) -> float:
+    if not 0 < p < 1:
+        raise NotRepresentable(format, f"a threshold of {p} on a probability")
     return math.log(p / (1 - p))

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Final
 import numpy as np
 
 from steerbridge.errors import NotRepresentable
-from steerbridge.formats import Ask, Format, Given, Holds, unreadable
+from steerbridge.formats import Ask, Format, Given, Holds, several, unreadable
 from steerbridge.package import SteeringPackage
 from steerbridge.tensors import Float32, Tensor
 from steerbridge_convert import pickles, vectors
@@ -108,16 +108,12 @@ class EasyEdit(_TorchVectors):
             pickles.save(pickles.torch_tensor(values), path / f"layer_{k}.pt")
 
 
-def _layers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
-
-
 class Hotwire(_TorchVectors):
     """hotwire-vllm: a tensor [layers, d] of which a request names rows, or one vector [d]."""
 
     name = "hotwire"
     title = "hotwire-vllm vectors (.pt)"
-    layers = Ask("layers", _layers, "blocks whose outputs requests steer, joined by commas")
+    layers = Ask("layers", several(int), "blocks whose outputs requests steer, joined by commas")
     asks = (STRENGTH, layers)
 
     def recognises(self, path: Path) -> bool:
