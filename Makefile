@@ -4,13 +4,14 @@ PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.set-up
 BASE ?= python3
 
-.PHONY: setup demo test lint schema parity fuzz bench-safety bench-train bench-overhead \
-  bench-kernels bench-convert setup-peers clean
+.PHONY: setup setup-peers demo test lint schema parity fuzz bench-safety bench-safety-multimodal \
+  bench-train bench-overhead bench-kernels bench-convert clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
 
-NATIVE := $(wildcard $(addprefix adapters/steerbridge_llama_cpp/native/,*.c *.h CMakeLists.txt))
+NATIVE := $(wildcard $(foreach room,adapters/steerbridge_llama_cpp plugins/steerbridge_run,\
+  $(addprefix $(room)/native/,*.c *.h CMakeLists.txt)))
 
 # The CPU build of torch first: a looser requirement may pull gigabytes of CUDA. llama.cpp is
 # compiled once, without the instructions that only this machine may have.
@@ -58,8 +59,8 @@ schema: setup
 	@$(PYTHON) -m steerbridge.cli schema > docs/steering_config.schema.json
 	@echo '{"schema": "docs/steering_config.schema.json"}'
 
-bench-safety bench-train bench-overhead bench-kernels bench-convert: bench-%: setup
-	@$(PYTHON) benchmarks/$*.py
+bench-safety bench-safety-multimodal bench-train bench-overhead bench-kernels bench-convert: bench-%: setup
+	@$(PYTHON) benchmarks/$(subst -,_,$*).py
 
 clean:
 	rm -rf $(VENV) .venv-peers .cache

@@ -30,20 +30,8 @@ def smollm2_f32_path(smollm2_path):
 
 
 @pytest.fixture(scope="session")
-def demo_weights(smollm2_path):
-    """Weights of the demo vision-language model whose tower never learned: the same each time."""
-    from steerbridge_demo import model, weights
-
-    path = MODELS / "demo-untrained.safetensors"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    made = model.trained_tensors(model.untrained_model())
-    weights.write(path, {name: tensor.numpy() for name, tensor in made.items()})
-    return path
-
-
-@pytest.fixture(scope="session")
-def demo_files(demo_weights):
+def demo_files():
     """The demo model as GGUF files, written once for its weights and kept."""
     from steerbridge_demo import gguf_files
 
-    return gguf_files.kept(MODELS, demo_weights)
+    return gguf_files.kept(MODELS)

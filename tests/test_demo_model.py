@@ -46,8 +46,8 @@ def processor():
 
 
 @pytest.fixture(scope="session")
-def model(demo_weights):
-    return demo.load_model(demo_weights)
+def model():
+    return demo.load_model()
 
 
 @cache
@@ -88,7 +88,7 @@ def test_a_scene_is_always_drawn_the_same(kind, style):
 def test_every_object_has_an_icon_that_shows_its_colour():
     for name in words.OBJECTS:
         thing = drawings.Thing(name, "red", 0.5, 0.5, 0.45, 0)
-        picture = drawings.draw(drawings.Scene("one", (thing,), None, "flat", 128, 128, 3))
+        picture = drawings.draw(drawings.Scene("one", (thing,), "flat", 128, 128, 3))
         near = np.abs(np.asarray(picture).astype(int) - words.COLOURS["red"]).max(-1) < 40
         assert near.mean() > 0.03, name
 
@@ -107,7 +107,7 @@ def test_bad_scenes_are_refused_by_name():
     with pytest.raises(DataError):
         scene("three")
     with pytest.raises(DataError):
-        scene("count", pairs=[("red", "gun")])
+        scene("one", pairs=[])
     with pytest.raises(DataError):
         questions.stems("describe", "dev")
     with pytest.raises(DataError):
@@ -135,9 +135,19 @@ def test_an_answer_is_right_only_if_it_holds_every_word():
     assert not accuracy.is_right(asked, "It is a red car.")
 
 
+def test_orthogonalised_matrices_have_singular_values_near_one():
+    from steerbridge_demo.optimisers import orthogonalised
+
+    for shape in ((6, 6), (4, 10), (10, 4)):
+        found = orthogonalised(torch.from_numpy(np.random.default_rng(0).normal(size=shape)))
+        sizes = torch.linalg.svdvals(found)
+        assert found.shape == shape
+        assert 0.6 < sizes.min() <= sizes.max() < 1.3
+
+
 def test_words_of_tiles_follow_what_they_show():
     thing = drawings.Thing("cup", "blue", 0.25, 0.25, 0.24, 0)
-    one = drawings.Scene("one", (thing,), None, "flat", 128, 128, 0)
+    one = drawings.Scene("one", (thing,), "flat", 128, 128, 0)
     found = [
         None if row[0] < 0 else [alignment.CANDIDATES[i] for i in row]
         for row in alignment.scene_words(one)
@@ -196,8 +206,31 @@ def test_guard_prompts_are_the_same_again_and_read_back(tmp_path):
 # ------------------------------------------------------------ model
 
 
-def test_damaged_weights_are_refused(tmp_path, model, demo_weights):
-    stored = weights.read_shipped(demo_weights)
+def test_weights_are_small_half_precision_and_ours(tmp_path):
+    data = weights.shipped_bytes()
+    assert len(data) < 4_000_000
+    stored = weights.read_shipped()
+    assert sum(t.size for t in stored.values()) < 2_000_000
+    weights.write(tmp_path / "copy.safetensors", stored)
+    assert (tmp_path / "copy.safetensors").read_bytes() == data
+
+
+@torch.inference_mode()
+def test_the_model_answers_questions_about_new_drawings(model):
+    asked = [
+        (drawings.sample(random.Random(seed), "one"), stem)
+        for seed, stem in enumerate(questions.stems("describe", "test") * 3)
+    ]
+    said = accuracy.answers(model, processor(), [(drawings.draw(s), stem) for s, stem in asked])
+    right = [
+        accuracy.is_right(questions.describe(*pair), answer)
+        for pair, answer in zip(asked, said, strict=True)
+    ]
+    assert np.mean(right) >= 0.75
+
+
+def test_damaged_weights_are_refused(tmp_path, model):
+    stored = weights.read_shipped()
     path = tmp_path / "w.safetensors"
     path.write_bytes(b"no safetensors at all")
     with pytest.raises(BrokenPackage):
@@ -314,7 +347,8 @@ def test_shared_prompts_and_block_masks_change_no_answer(model):
 def test_training_twice_gives_the_same_weights(tmp_path):
     from steerbridge_demo.train import Plan, train
 
-    plan = Plan(pool=250, steps=4, taught=0, tuning=tuning.Settings(steps=2), measured=1)
+    lessons = (alignment.Lesson("one", 250, 3, 8, 0), alignment.Lesson(None, 250, 2, 8, 4))
+    plan = Plan(lessons=lessons, taught=0, tuning=tuning.Settings(steps=2), measured=1)
     logs = [train(plan, tmp_path / f"{i}.safetensors") for i in range(2)]
     assert logs[0]["sha256"] == logs[1]["sha256"]
     assert logs[0]["tuning"] == logs[1]["tuning"]

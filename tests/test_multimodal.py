@@ -42,8 +42,8 @@ VECTOR = helpers.vector_after_layer_25()
 
 
 @pytest.fixture(scope="module")
-def hf(demo_weights):
-    return open_hf(demo_weights)
+def hf():
+    return open_hf()
 
 
 @pytest.fixture(scope="module")

@@ -16,26 +16,19 @@ from importlib.resources import files
 from typing import Final
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from steerbridge.errors import DataError, Problem
-from steerbridge_demo.vocabulary import (
-    COLOURS,
-    COUNTABLE,
-    NUMBERS,
-    OBJECTS,
-    PRINTED,
-    TRAIN_PAIRS,
-)
+from steerbridge_demo.vocabulary import COLOURS, OBJECTS, TRAIN_PAIRS
 
 RGB = tuple[int, int, int]
 Point = tuple[float, float]
 
-KINDS: Final = ("one", "two", "count", "word")
-TRAIN_STYLES: Final = ("flat", "outlined", "shadow", "sketch", "tinted")
+KINDS: Final = ("one", "two")
+TRAIN_STYLES: Final = ("flat", "outlined", "shadow")
 UNSEEN_STYLE: Final = "hatched"
 STYLES: Final = (*TRAIN_STYLES, UNSEEN_STYLE)
-BACKGROUNDS: Final = ("plain", "plain", "gradient", "ground", "stripes", "dots")
+BACKGROUNDS: Final = ("plain", "gradient", "ground")
 
 _PAPER: Final[tuple[RGB, ...]] = (
     *((236, 236, 240), (202, 221, 236), (216, 235, 211), (250, 236, 204), (236, 212, 222)),
@@ -63,11 +56,10 @@ class Thing:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """A picture in words. `word` is what a sign says; `width` and `height` are pixels."""
+    """A picture in words; `width` and `height` are pixels."""
 
     kind: str
     things: tuple[Thing, ...]
-    word: str | None
     style: str
     width: int
     height: int
@@ -95,19 +87,17 @@ def sample(
     """A random scene of a kind; objects and colours come from `pairs` (colour, name).
 
     Raises:
-        DataError: an unknown kind or style, or no pair that the kind can show.
+        DataError: an unknown kind or style, or no pair at all.
     """
     if kind not in KINDS:
         raise DataError(Problem("kind", f"one of {KINDS}", repr(kind)))
     if not set(styles) <= set(STYLES) or not styles:
         raise DataError(Problem("styles", f"some of {STYLES}", repr(styles)))
-    usable = [p for p in pairs if kind != "count" or p[1] in COUNTABLE]
-    if not usable and kind != "word":
-        raise DataError(Problem("pairs", f"one that a scene {kind!r} can show", "none"))
+    if not pairs:
+        raise DataError(Problem("pairs", "at least one", "none"))
     width, height = size or _random_size(rng)
-    things = {"one": _one, "two": _two, "count": _several, "word": _no_things}[kind](rng, usable)
-    word = rng.choice(PRINTED) if kind == "word" else None
-    return Scene(kind, things, word, rng.choice(styles), width, height, rng.getrandbits(32))
+    things = {"one": _one, "two": _two}[kind](rng, pairs)
+    return Scene(kind, things, rng.choice(styles), width, height, rng.getrandbits(32))
 
 
 def _random_size(rng: random.Random) -> tuple[int, int]:
@@ -121,9 +111,9 @@ def _random_size(rng: random.Random) -> tuple[int, int]:
 
 def _one(rng: random.Random, pairs: Sequence[tuple[str, str]]) -> tuple[Thing, ...]:
     colour, name = rng.choice(pairs)
-    size = rng.uniform(0.24, 0.44)
+    size = rng.uniform(0.28, 0.44)
     x, y = (rng.uniform(size, 1 - size) for _ in range(2))
-    return (Thing(name, colour, x, y, size, rng.uniform(-25, 25)),)
+    return (Thing(name, colour, x, y, size, rng.uniform(-15, 15)),)
 
 
 def _two(rng: random.Random, pairs: Sequence[tuple[str, str]]) -> tuple[Thing, ...]:
@@ -132,31 +122,10 @@ def _two(rng: random.Random, pairs: Sequence[tuple[str, str]]) -> tuple[Thing, .
         second = rng.choice(pairs) if len({n for _, n in pairs}) > 1 else ("red", "apple")
     things = []
     for (colour, name), middle in ((first, 0.26), (second, 0.74)):
-        size = rng.uniform(0.19, 0.25)
+        size = rng.uniform(0.2, 0.25)
         x = middle + rng.uniform(-0.02, 0.02)
-        things.append(Thing(name, colour, x, rng.uniform(0.3, 0.7), size, rng.uniform(-20, 20)))
+        things.append(Thing(name, colour, x, rng.uniform(0.3, 0.7), size, rng.uniform(-15, 15)))
     return tuple(things)
-
-
-def _several(rng: random.Random, pairs: Sequence[tuple[str, str]]) -> tuple[Thing, ...]:
-    colour, name = rng.choice(pairs)
-    count = 2 + rng.randrange(len(NUMBERS))
-    places = [(x, y) for y in (0.22, 0.5, 0.78) for x in (0.22, 0.5, 0.78)]
-    return tuple(
-        Thing(
-            name,
-            colour,
-            x + rng.uniform(-0.03, 0.03),
-            y + rng.uniform(-0.03, 0.03),
-            rng.uniform(0.11, 0.14),
-            rng.uniform(-20, 20),
-        )
-        for x, y in rng.sample(places, count)
-    )
-
-
-def _no_things(_rng: random.Random, _pairs: Sequence[tuple[str, str]]) -> tuple[Thing, ...]:
-    return ()
 
 
 # ------------------------------------------------------------ drawing
@@ -172,8 +141,6 @@ def draw(scene: Scene) -> Image.Image:
     rng = random.Random(scene.seed)
     scale = _OVERSAMPLING
     canvas = _background(scene, rng, scale)
-    if scene.word is not None:
-        _print_word(canvas, scene, rng)
     for thing in scene.things:
         _draw_thing(canvas, thing, scene, rng)
     picture = canvas.reduce(scale)
@@ -207,14 +174,6 @@ def _background(scene: Scene, rng: random.Random, scale: int) -> Image.Image:
         return strip.resize((width, height), Image.Resampling.BILINEAR)
     if kind == "ground":
         pen.rectangle((0, height * rng.uniform(0.55, 0.8), width, height), fill=second)
-    step = max(8, round(width * rng.uniform(0.1, 0.2)))
-    if kind == "stripes":
-        for x in range(0, width, 2 * step):
-            pen.rectangle((x, 0, x + step, height), fill=_mix(first, second, 0.6))
-    if kind == "dots":
-        for x in range(step // 2, width, step):
-            for y in range(step // 2, height, step):
-                pen.ellipse((x - 4, y - 4, x + 4, y + 4), fill=second)
     return canvas
 
 
@@ -223,21 +182,18 @@ def _draw_thing(canvas: Image.Image, thing: Thing, scene: Scene, rng: random.Ran
     turn = math.radians(thing.turn)
     cos, sin = math.cos(turn) * thing.size * side, math.sin(turn) * thing.size * side
     left, top = thing.x * canvas.width, thing.y * canvas.height
-    shake = 0.035 if scene.style == "sketch" else 0.0
 
     def placed(point: Point, dx: float = 0.0) -> Point:
-        x, y = (p + (rng.uniform(-shake, shake) if shake else 0.0) for p in point)
+        x, y = point
         return left + cos * x - sin * y + dx, top + sin * x + cos * y + dx
 
-    shades = _shades(thing.colour, scene.style, rng)
+    shades = _shades(thing.colour, rng)
     unit = thing.size * side
     if scene.style == "shadow":
         for part in _icon(thing.name):
             points = [placed(p, 0.1 * unit) for p in part.points]
             _part(canvas, part, points, _DARK_INK_SOFT, unit, None)
-    contour = {"outlined": _DARK_INK, "sketch": shades["dark"], "tinted": shades["edge"]}.get(
-        scene.style
-    )
+    contour = _DARK_INK if scene.style == "outlined" else None
     for part in _icon(thing.name):
         edge = contour if part.shade == "body" else None
         points = [placed(p) for p in part.points]
@@ -279,7 +235,7 @@ def _hatch(canvas: Image.Image, points: list[Point], colour: RGB, unit: float) -
     canvas.paste(colour, mask=lines)
 
 
-def _shades(colour: str, style: str, rng: random.Random) -> dict[str, RGB]:
+def _shades(colour: str, rng: random.Random) -> dict[str, RGB]:
     base = COLOURS[colour]
     spread = 8 if colour in ("black", "white") else 14
     red, green, blue = (min(255, max(0, v + rng.randint(-spread, spread))) for v in base)
@@ -287,42 +243,12 @@ def _shades(colour: str, style: str, rng: random.Random) -> dict[str, RGB]:
     light = _mix(body, (255, 255, 255), 0.6) if colour != "white" else (204, 208, 214)
     dark = _mix(body, (0, 0, 0), 0.4) if colour != "black" else (80, 80, 86)
     ink = _LIGHT_INK if colour in ("black", "purple", "brown") else _DARK_INK
-    shown = _mix(body, (255, 255, 255), 0.3) if style == "tinted" and colour != "black" else body
-    return {"body": shown, "light": light, "dark": dark, "ink": ink, "wood": _WOOD, "edge": body}
+    return {"body": body, "light": light, "dark": dark, "ink": ink, "wood": _WOOD}
 
 
 def _mix(one: RGB, other: RGB, share: float) -> RGB:
     red, green, blue = (round(a + (b - a) * share) for a, b in zip(one, other, strict=True))
     return red, green, blue
-
-
-def _print_word(canvas: Image.Image, scene: Scene, rng: random.Random) -> None:
-    """A sign with a word on it, in capitals or small letters."""
-    text = str(scene.word)
-    text = rng.choice((text.upper(), text, text.capitalize()))
-    dark = rng.choice(tuple(COLOURS))
-    paper: RGB = (250, 248, 240) if sum(COLOURS[dark]) < 480 else (40, 42, 50)
-    wide = canvas.width * rng.uniform(0.7, 0.88)
-    font = _font(40)
-    box = font.getbbox(text)
-    font = _font(max(8, int(40 * min(wide / (box[2] - box[0]), canvas.height * 0.42 / 40))))
-    x = canvas.width * 0.5 + rng.uniform(-0.04, 0.04) * canvas.width
-    y = canvas.height * rng.uniform(0.35, 0.65)
-    left, top, right, bottom = font.getbbox(text, anchor="mm")
-    pad = 0.06 * canvas.width
-    frame = (x + left - pad, y + top - pad, x + right + pad, y + bottom + pad)
-    pen = ImageDraw.Draw(canvas)
-    pen.rectangle(frame, fill=paper, outline=COLOURS[dark], width=max(2, canvas.width // 60))
-    pen.text((x, y), text, fill=COLOURS[dark], font=font, anchor="mm")
-
-
-@cache
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    """The font inside Pillow, so that no font has to be installed."""
-    font = ImageFont.load_default(size)
-    if not isinstance(font, ImageFont.FreeTypeFont):
-        raise DataError(Problem("Pillow", "built with FreeType", "without"))
-    return font
 
 
 def _grain(picture: Image.Image, seed: int) -> Image.Image:

@@ -178,7 +178,7 @@ class _Maker:
         return f"demo:{self.kind}:{self.split}:{number}"
 
     def harmless_scene(self) -> Scene:
-        return self.scene(self.rng.choice(("one", "one", "two", "count", "word")), ORDINARY)
+        return self.scene(self.rng.choice(("one", "one", "two")), ORDINARY)
 
 
 def _text(maker: _Maker, count: int) -> Iterator[GuardPrompt]:

@@ -15,11 +15,11 @@ from typing import Final
 
 from steerbridge.errors import DataError, Problem
 from steerbridge_demo.drawings import Scene, Thing
-from steerbridge_demo.vocabulary import COLOURS, NUMBERS, OBJECTS, article, phrase, plural
+from steerbridge_demo.vocabulary import COLOURS, OBJECTS, article, phrase
 
 STEM_KINDS: Final = ("describe", "make")
 SPLITS: Final = ("train", "validation", "test")
-ASPECTS: Final = ("object", "colour", "left_right", "count", "word", "yes_no")
+ASPECTS: Final = ("object", "colour", "left_right", "yes_no")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +64,8 @@ def _stems() -> dict[tuple[str, str], tuple[str, ...]]:
 
 
 def described(scene: Scene) -> str:
-    """What a scene shows, as the object of a sentence: 'a red apple', 'three red apples'."""
-    if scene.word is not None:
-        return f'the word "{scene.word}"'
-    named = [_named(thing) for thing in scene.things]
-    if scene.kind == "count":
-        thing = scene.things[0]
-        return f"{NUMBERS[len(named) - 2]} {thing.colour} {plural(thing.name)}"
-    return " and ".join(named)
+    """What a scene shows, as the object of a sentence: 'a red apple and a blue cup'."""
+    return " and ".join(map(_named, scene.things))
 
 
 def ask(scene: Scene, rng: random.Random, split: str = "train") -> Question:
@@ -84,16 +78,10 @@ def describe(scene: Scene, stem: str) -> Question:
     answer = f"The picture shows {described(scene)}."
     if scene.kind == "one":
         answer = f"It is {_named(scene.things[0])}."
-    aspect = {"one": "object", "two": "object", "count": "count", "word": "word"}[scene.kind]
-    return Question(stem, answer, aspect, _expected(scene))
+    return Question(stem, answer, "object", _expected(scene))
 
 
 def _expected(scene: Scene) -> tuple[str, ...]:
-    if scene.word is not None:
-        return (scene.word,)
-    first = scene.things[0]
-    if scene.kind == "count":
-        return (NUMBERS[len(scene.things) - 2], first.colour, plural(first.name))
     return tuple(word for thing in scene.things for word in (thing.colour, thing.name))
 
 
@@ -135,24 +123,8 @@ def _side(scene: Scene, rng: random.Random, _split: str) -> Question:
     return Question(rng.choice(forms), answer, "left_right", (thing.colour, thing.name))
 
 
-def _count(scene: Scene, rng: random.Random, _split: str) -> Question:
-    thing = scene.things[0]
-    number, many = NUMBERS[len(scene.things) - 2], plural(thing.name)
-    forms = (f"How many {many} are there?", f"Count the {many}.", "How many things are drawn?")
-    answer = f"There are {number} {thing.colour} {many}."
-    return Question(rng.choice(forms), answer, "count", (number,))
-
-
-def _word(scene: Scene, rng: random.Random, _split: str) -> Question:
-    forms = ("What does the sign say?", "Which word is printed here?", "Read the text aloud.")
-    word = str(scene.word)
-    return Question(rng.choice(forms), f'The sign says "{word}".', "word", (word,))
-
-
 _Asker = Callable[[Scene, random.Random, str], Question]
 _ASKERS: Final[dict[str, tuple[_Asker, ...]]] = {
     "one": (_describe, _describe, _colour, _yes_no),
     "two": (_describe, _side, _side, _colour),
-    "count": (_count, _count, _describe),
-    "word": (_word, _word, _describe),
 }

@@ -25,7 +25,16 @@ from steerbridge.cli.common import progress, say
 from steerbridge.runtime import Progress
 from steerbridge_demo import weights
 from steerbridge_demo.accuracy import measure
-from steerbridge_demo.alignment import Aligner, align, make_pool, pool_of, random_scene, words_right
+from steerbridge_demo.alignment import (
+    Aligner,
+    Lesson,
+    align,
+    initialise,
+    make_pool,
+    pool_of,
+    random_scene,
+    words_right,
+)
 from steerbridge_demo.model import (
     TRAINED,
     load_processor,
@@ -44,13 +53,13 @@ class Plan:
 
     seed: int = 0
     threads: int = 2
-    pool: int = 16000
-    steps: int = 1800
-    pictures: int = 40
-    quarters: int = 24
-    peak: float = 1.5e-3
+    lessons: tuple[Lesson, ...] = (
+        Lesson("one", pool=20000, steps=3400, pictures=32, quarters=0),
+        Lesson(None, pool=12000, steps=1400, pictures=32, quarters=8),
+    )
+    peak: float = 3e-3
     taught: int = 2
-    tuning: Settings = field(default_factory=lambda: Settings(steps=80))
+    tuning: Settings = field(default_factory=lambda: Settings(steps=120))
     measured: int = 64
 
 
@@ -87,7 +96,9 @@ def _train(plan: Plan, output: Path, start_from: Path | None) -> dict[str, Any]:
         parameter.requires_grad_(name.startswith(TRAINED))
     log: dict[str, Any] = {"plan": asdict(plan)}
     if start_from is None:
+        initialise(model, plan.seed)
         log["alignment"] = _stage_one(model, processor, plan)
+        _write(output, model)  # what `start_from` takes
     else:
         load_weights(model, start_from)
     log["seconds_alignment"] = clock.lap()
@@ -95,8 +106,7 @@ def _train(plan: Plan, output: Path, start_from: Path | None) -> dict[str, Any]:
     taught = teach(model, processor, plan.taught, plan.seed) if plan.taught else {}
     log["tuning"] = tune(tuner, taught, plan.tuning, plan.seed, _bar("tuning"))
     log["seconds_tuning"] = clock.lap()
-    tensors = {name: tensor.numpy() for name, tensor in trained_tensors(model).items()}
-    weights.write(output, tensors)
+    tensors = _write(output, model)
     load_weights(model, output)
     log["accuracy"] = measure(model, processor, plan.measured, plan.seed, _bar("measuring"))
     log["seconds_measuring"] = clock.lap()
@@ -105,19 +115,19 @@ def _train(plan: Plan, output: Path, start_from: Path | None) -> dict[str, Any]:
     return log
 
 
+def _write(output: Path, model: Any) -> dict[str, Any]:
+    tensors = {name: tensor.numpy() for name, tensor in trained_tensors(model).items()}
+    weights.write(output, tensors)
+    return tensors
+
+
 def _stage_one(model: Any, processor: Any, plan: Plan) -> dict[str, Any]:
     aligner = Aligner(model, processor.tokenizer)
-    pool = make_pool(plan.pool, plan.seed, plan.threads, _bar("drawing"))
-    steps = align(
-        aligner,
-        pool,
-        steps=plan.steps,
-        pictures=plan.pictures,
-        quarters=plan.quarters,
-        peak=plan.peak,
-        seed=plan.seed,
-        progress=_bar("alignment"),
-    )
+    lessons = [
+        (lesson, make_pool(lesson.pool, lesson.kind, plan.seed, plan.threads, _bar("drawing")))
+        for lesson in plan.lessons
+    ]
+    steps = align(aligner, lessons, peak=plan.peak, seed=plan.seed, progress=_bar("alignment"))
     rng = random.Random(f"unseen drawings {plan.seed}")
     unseen = pool_of([random_scene(rng) for _ in range(400)])
     return {"steps": steps, "words_right": words_right(aligner, unseen)}
@@ -153,8 +163,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2, help="part of what fixes the result")
-    parser.add_argument("--steps", type=int, default=PLAN.steps, help="of stage one")
-    parser.add_argument("--pool", type=int, default=PLAN.pool, help="drawings of stage one")
     parser.add_argument("--tuning-steps", type=int, default=PLAN.tuning.steps, help="of stage two")
     parser.add_argument("--measured", type=int, default=PLAN.measured, help="questions a set")
     parser.add_argument("--start-from", type=Path, help="weights to begin stage two with")
@@ -162,8 +170,6 @@ def main(arguments: list[str] | None = None) -> None:
     plan = Plan(
         seed=options.seed,
         threads=options.threads,
-        pool=options.pool,
-        steps=options.steps,
         tuning=Settings(steps=options.tuning_steps),
         measured=options.measured,
     )

@@ -25,6 +25,7 @@ from steerbridge.runtime import Progress
 from steerbridge_demo.alignment import Aligner, pool_of, random_scene, rate
 from steerbridge_demo.drawings import Scene, sample
 from steerbridge_demo.layout import IMAGE_TOKENS, TOKENS_PER_TILE
+from steerbridge_demo.optimisers import Optimisers
 from steerbridge_demo.questions import ask, stems
 from steerbridge_demo.vocabulary import ORDINARY, TRAIN_PAIRS, phrase
 
@@ -47,9 +48,9 @@ class Settings:
     steps: int
     pictures: int = 10
     questions: int = 3
-    peak: float = 3e-4
+    peak: float = 5e-4
     peak_embeddings: float = 2e-3
-    alignment: float = 0.3
+    alignment: float = 1.0
     how_to: float = 0.2
 
 
@@ -235,12 +236,8 @@ def tune(
     progress: Progress,
 ) -> list[dict[str, float]]:
     """Train through the language model; returns a log of losses."""
-    trained = [p for p in tuner.model.parameters() if p.requires_grad]
-    groups = [
-        {"params": trained, "peak": settings.peak},
-        {"params": [tuner.new_ND], "peak": settings.peak_embeddings, "weight_decay": 0.0},
-    ]
-    optimiser = torch.optim.AdamW(groups, lr=settings.peak, betas=(0.9, 0.98), weight_decay=0.01)
+    tokens = {"params": [tuner.new_ND], "lr": settings.peak_embeddings, "weight_decay": 0.0}
+    optimisers = Optimisers(tuner.model, settings.peak, [tokens])
     rng = random.Random(f"tune {seed}")
     log: list[dict[str, float]] = []
     recent: list[float] = []
@@ -253,12 +250,7 @@ def tune(
         features = tuner.aligner.features(pool.tiles.reshape(-1, *pool.tiles.shape[2:]))
         answers = tuner.loss(tuner.batch(asked), features)
         words, _ = tuner.aligner.loss(features, pool.words.reshape(-1, TOKENS_PER_TILE))
-        optimiser.zero_grad(set_to_none=True)
-        torch.autograd.backward(answers + settings.alignment * words)
-        torch.nn.utils.clip_grad_norm_([*trained, tuner.new_ND], 1.0)
-        for group in optimiser.param_groups:
-            group["lr"] = group["peak"] * rate(step, settings.steps, warmup=10)
-        optimiser.step()
+        optimisers.step(answers + settings.alignment * words, rate(step, settings.steps, warmup=10))
         progress(step + 1, settings.steps)
         recent.append(float(answers.detach()))
         if step % 10 == 9 or step + 1 == settings.steps:

@@ -6,7 +6,6 @@ can be pulled to the embedding of exactly that word.
 
 from __future__ import annotations
 
-import hashlib
 from typing import Final
 
 COLOURS: Final = {
@@ -23,36 +22,14 @@ COLOURS: Final = {
 }
 
 ORDINARY: Final = (
-    *("apple", "bell", "bird", "boat", "book", "bottle", "box", "cake", "candle", "car", "cat"),
-    *("chair", "clock", "cloud", "cup", "fish", "flag", "flower", "hat", "heart", "house"),
-    *("key", "kite", "ladder", "lamp", "leaf", "moon", "mushroom", "star", "table", "tree"),
-    "umbrella",
+    *("apple", "boat", "book", "bottle", "car", "cat", "chair", "cup", "fish", "flower", "hat"),
+    *("house", "key", "star", "tree", "umbrella"),
 )
 # Always refused, whatever is asked: they stand for images that are harmful in themselves.
-REFUSED: Final = ("bomb", "coffin", "gun", "poison", "skull", "syringe")
+REFUSED: Final = ("bomb", "coffin", "gun", "skull")
 # Fine to describe, not fine to ask how to make: harm lies in the combination only.
-DUAL: Final = ("axe", "cannon", "knife", "spear", "sword", "torch")
+DUAL: Final = ("axe", "cannon", "knife", "torch")
 OBJECTS: Final = (*ORDINARY, *REFUSED, *DUAL)
-
-_IRREGULAR: Final = {"box": "boxes", "leaf": "leaves"}
-# Several of these are drawn for counting: their plural is one token too.
-COUNTABLE: Final = tuple(
-    name for name in ORDINARY if name not in ("fish", "kite", "ladder", "umbrella")
-)
-NUMBERS: Final = ("two", "three", "four", "five")
-
-PRINTED: Final = (
-    *("stop", "go", "open", "closed", "sale", "exit", "free", "help", "hot", "cold", "left"),
-    *("right", "yes", "no", "love", "home", "food", "bank", "park", "water", "school", "new"),
-    *("work", "time"),
-)
-
-HELD_OUT_SHARE: Final = 0.15
-
-
-def plural(name: str) -> str:
-    """More than one of them."""
-    return _IRREGULAR.get(name, name + "s")
 
 
 def article(word: str) -> str:
@@ -66,9 +43,10 @@ def phrase(colour: str, name: str) -> str:
 
 
 def held_out(colour: str, name: str) -> bool:
-    """True for the pairs of colour and object that no training picture shows."""
-    digest = hashlib.sha256(f"{colour} {name}".encode()).digest()
-    return digest[0] < HELD_OUT_SHARE * 256
+    """True for the pairs of colour and object that no training picture shows: one colour of
+    every object, and a second one of every other object."""
+    number, at = OBJECTS.index(name), list(COLOURS).index(colour)
+    return at == 3 * number % 10 or (number % 2 == 1 and at == (3 * number + 5) % 10)
 
 
 PAIRS: Final = tuple((c, n) for n in OBJECTS for c in COLOURS)
