@@ -38,7 +38,7 @@ AT = [
     reading("layer_input[8]", MEAN),
     reading("layer_input[8]", IMAGE),
 ]
-VECTOR = helpers.vector_after_layer_25()
+VECTOR = helpers.vector_after_layer_25() | {"alpha": 400.0}
 
 
 @pytest.fixture(scope="module")

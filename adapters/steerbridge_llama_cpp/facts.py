@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
-from typing import Any, Final
+from typing import Any
 
 import llama_cpp
 from gguf import LlamaFileType
 
+from steerbridge import gguf_model
 from steerbridge.fingerprint import ModelFacts, text_sha256, tokenizer_sha256
 from steerbridge.spec import BaseModelInfo
-
-# llama.cpp's name of an architecture where it is not transformers' model_type without `_`,
-# `-` and a trailing `_text`. Several model types share the `llama` graph.
-_ARCHITECTURES: Final = {"mistral": "llama", "qwen2_5_vl_text": "qwen2vl", "phi": "phi2"}
 
 
 def facts(model: Any) -> ModelFacts:
@@ -34,31 +29,13 @@ def facts(model: Any) -> ModelFacts:
 
 def facts_for(model: Any, base: BaseModelInfo) -> ModelFacts:
     """The facts with the package's own word for the architecture if it means the same graph."""
-    known = facts(model)
-    same = _architecture(base.model_type) == _plain(known.model_type or "")
-    return replace(known, model_type=base.model_type) if same else known
+    return gguf_model.in_words_of(base, facts(model))
 
 
-def _architecture(model_type: str) -> str:
-    return _plain(_ARCHITECTURES.get(model_type, model_type.removesuffix("_text")))
-
-
-def _plain(name: str) -> str:
-    return name.replace("_", "").replace("-", "")
-
-
-def _tokens(model: Any) -> Iterator[str]:
-    """The vocabulary without the padding that converters add up to the embedding's size."""
+def _tokens(model: Any) -> list[str]:
     vocab = llama_cpp.llama_model_get_vocab(model.model)
-    count = model.n_vocab()
-
-    def text(id: int) -> str:
-        raw: bytes = llama_cpp.llama_vocab_get_text(vocab, id)
-        return raw.decode("utf-8", "surrogateescape")
-
-    while count and text(count - 1) == f"[PAD{count - 1}]":
-        count -= 1
-    return map(text, range(count))
+    raw = (llama_cpp.llama_vocab_get_text(vocab, id) for id in range(model.n_vocab()))
+    return gguf_model.unpadded([text.decode("utf-8", "surrogateescape") for text in raw])
 
 
 def quantisation(model: Any) -> str:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-from steerbridge import encodings
-from steerbridge.fingerprint import text_sha256, tokenizer_sha256
+from steerbridge import encodings, gguf_model
+from steerbridge.errors import DataError
 from steerbridge.formats import unreadable
 from steerbridge.package import load
 from steerbridge.spec import BaseModelInfo
@@ -29,7 +28,10 @@ def base_model(path: Path) -> BaseModelInfo:
     metadata = files.gguf(path).metadata
     if metadata.get("general.architecture") == encodings.GGUF_ARCHITECTURE:
         return load(path).spec.base_model
-    return _of_gguf(metadata, path)
+    try:
+        return gguf_model.facts_of(metadata, path).info()
+    except (DataError, ValueError) as error:
+        raise unreadable(path, "metadata", "a language model", error) from error
 
 
 def _of_config(file: Path) -> BaseModelInfo:
@@ -47,25 +49,3 @@ def _of_config(file: Path) -> BaseModelInfo:
         )
     except (ValueError, KeyError, AttributeError) as error:
         raise unreadable(file, "config", "a transformers configuration", error) from error
-
-
-def _of_gguf(metadata: Any, path: Path) -> BaseModelInfo:
-    architecture = metadata.get("general.architecture")
-    tokens = list(metadata.get("tokenizer.ggml.tokens") or [])
-    vocabulary = len(tokens)
-    while tokens and tokens[-1] == f"[PAD{len(tokens) - 1}]":  # up to the embedding's size
-        tokens.pop()
-    template = metadata.get("tokenizer.chat_template")
-    known = {"chat_template_sha256": text_sha256(template)} if template else {}
-    try:
-        return BaseModelInfo(
-            name=metadata.get("general.name") or path.stem,
-            model_type=architecture,
-            hidden_size=metadata.get(f"{architecture}.embedding_length"),
-            num_layers=metadata.get(f"{architecture}.block_count"),
-            vocab_size=vocabulary,
-            tokenizer_sha256=tokenizer_sha256(tokens),
-            **known,
-        )
-    except ValueError as error:
-        raise unreadable(path, "metadata", "a language model", error) from error

@@ -453,6 +453,82 @@ static void test_batches(const golden *g) {
     steerhook_session_free(t.session);
 }
 
+/* The prompt as a program sends it: logits are asked for at its end only. */
+static int32_t quiet_rows(const golden_request *r, toy_row *rows) {
+    int32_t n = prompt_rows(r, 0, rows);
+    for (int32_t i = 0; i + 1 < n; i++) {
+        rows[i].output = false;
+    }
+    return n;
+}
+
+/* Requests whose prompts end where logits are asked for; layer_guard, as in test_requests. */
+static void test_open(const golden *g) {
+    const golden_request *r = &g->requests[0];
+    toy t;
+    toy_row rows[128];
+    toy_new(&t, g, 8, 2);
+    int32_t n = quiet_rows(r, rows);
+    CHECK(steerhook_request_stage(t.session, 0) == STEERHOOK_NONE);
+    CHECK(steerhook_request_stage(t.session, 2) == STEERHOOK_NONE);
+    CHECK_STATUS(steerhook_request_open(t.session, 0, 2, false), STEERHOOK_CACHED);
+    CHECK_STATUS(steerhook_keep_rows(t.session), STEERHOOK_OK);
+    CHECK_STATUS(steerhook_request_open(t.session, 0, 2, false), STEERHOOK_CACHED);
+    CHECK_STATUS(steerhook_request_open(t.session, 0, 0, false), STEERHOOK_OK);
+    CHECK_STATUS(toy_decode(&t, rows, n - 4, false), STEERHOOK_OK);
+    CHECK(steerhook_request_stage(t.session, 0) == STEERHOOK_PROMPTING);
+    /* No room in the cache: the same rows come again, in smaller batches. */
+    const int8_t output[] = {0, 0, 0, 1};
+    const steerhook_batch batch = {.n_tokens = 4, .output = output};
+    CHECK_STATUS(steerhook_batch_begin(t.session, &batch), STEERHOOK_OK);
+    CHECK_STATUS(steerhook_batch_cancel(t.session), STEERHOOK_OK);
+    CHECK_STATUS(toy_decode(&t, rows + n - 4, 1, false), STEERHOOK_OK);
+    CHECK_STATUS(toy_decode(&t, rows + n - 3, 3, false), STEERHOOK_OK);
+    CHECK(steerhook_request_stage(t.session, 0) == STEERHOOK_ANSWERING);
+    toy_check_verdicts(&t, r, 0);
+    /* The next prompt begins with rows of this one: their mean was kept. */
+    CHECK_STATUS(steerhook_request_cut(t.session, 0, n - 4, -1), STEERHOOK_OK);
+    CHECK(steerhook_request_stage(t.session, 0) == STEERHOOK_NONE);
+    CHECK_STATUS(steerhook_request_open(t.session, 0, n - 3, false), STEERHOOK_CACHED);
+    CHECK_STATUS(steerhook_request_open(t.session, 0, n - 4, false), STEERHOOK_OK);
+    CHECK_STATUS(toy_decode(&t, rows + n - 4, 4, false), STEERHOOK_OK);
+    toy_check_verdicts(&t, r, 0);
+    /* The reading at the prompt end minus two was in an earlier batch. */
+    CHECK_STATUS(steerhook_request_cut(t.session, -1, 0, -1), STEERHOOK_OK);
+    CHECK_STATUS(steerhook_request_open(t.session, 0, 0, false), STEERHOOK_OK);
+    CHECK_STATUS(toy_decode(&t, rows, n - 2, false), STEERHOOK_OK);
+    CHECK_STATUS(toy_decode(&t, rows + n - 2, 2, false), STEERHOOK_PROMPT);
+    steerhook_session_free(t.session);
+}
+
+/* Logits within a prompt, and prompts that are too short. */
+static void test_open_refusals(const golden *g) {
+    toy t;
+    toy_new(&t, g, 8, 2);
+    const int8_t output[] = {0, 1, 0};
+    steerhook_batch batch = {.n_tokens = 3, .output = output};
+    CHECK_STATUS(steerhook_request_open(t.session, 0, 0, false), STEERHOOK_OK);
+    CHECK_STATUS(steerhook_batch_begin(t.session, &batch), STEERHOOK_PROMPT);
+    check_failed(&t, STEERHOOK_PROMPT);
+    CHECK_STATUS(steerhook_request_open(t.session, 0, 0, false), STEERHOOK_OK);
+    batch = (steerhook_batch){.n_tokens = 1};
+    CHECK_STATUS(steerhook_batch_begin(t.session, &batch), STEERHOOK_PROMPT);
+    check_failed(&t, STEERHOOK_PROMPT);
+    /* Two rows: the probe looks two rows before the end, finds none and fires. */
+    CHECK_STATUS(steerhook_request_open(t.session, 0, 0, false), STEERHOOK_OK);
+    batch = (steerhook_batch){.n_tokens = 2};
+    CHECK_STATUS(steerhook_batch_begin(t.session, &batch), STEERHOOK_OK);
+    steerhook_verdict verdict;
+    CHECK(steerhook_verdicts(t.session, 0, &verdict, 1) >= 1 && verdict.fired);
+    CHECK(isnan(verdict.score));
+    CHECK_STATUS(steerhook_batch_cancel(t.session), STEERHOOK_OK);
+    CHECK(steerhook_request_stage(t.session, 0) == STEERHOOK_NONE);
+    /* A cache of unknown history counts as steered. */
+    CHECK_STATUS(steerhook_rows_restored(t.session, 0), STEERHOOK_OK);
+    CHECK(steerhook_first_steered(t.session, 0) == 0);
+    steerhook_session_free(t.session);
+}
+
 void test_sessions(const char *directory) {
     golden *head = golden_load(directory, "head_guard-f32");
     golden *layer = golden_load(directory, "layer_guard-f32");
@@ -473,6 +549,8 @@ void test_sessions(const char *directory) {
     test_steered_cache(scored);
     test_pause(head);
     test_readings(head);
+    test_open(layer);
+    test_open_refusals(layer);
     golden_free(head);
     golden_free(layer);
     golden_free(image);

@@ -123,10 +123,30 @@ static steerhook_status count_row(steerhook_session *s, int32_t row) {
             return sh_session_fail(s, STEERHOOK_SEQUENCE, "row %ld: sequence %ld twice", (long)row,
                                    (long)batch->members[m].seq);
         }
+        if (request->ends_in_batch && request->batch_count == request->n_prompt) {
+            return sh_session_fail(s, STEERHOOK_PROMPT,
+                                   "row %ld: expected the first output row of sequence %ld to be "
+                                   "its last row in the batch, found another",
+                                   (long)row, (long)batch->members[m].seq);
+        }
         request->last_row = row;
         request->batch_count++;
     }
     return STEERHOOK_OK;
+}
+
+/* An output row ends the prompts that were open-ended. */
+static steerhook_status end_prompts(steerhook_session *s, int32_t row) {
+    const sh_batch *batch = &s->batch;
+    steerhook_status status = STEERHOOK_OK;
+    for (int32_t m = batch->first_member[row];
+         status == STEERHOOK_OK && m < batch->n_members; m++) {
+        sh_request *request = &s->requests[batch->members[m].seq];
+        if (request->open_ended) {
+            status = sh_request_end_prompt(s, request, row);
+        }
+    }
+    return status;
 }
 
 /* A row that a probe reads in the last block or at the head must be an output row. */
@@ -168,6 +188,7 @@ static steerhook_status add_row(steerhook_session *s, const steerhook_batch *fro
     batch->is_output[row] = output;
     if (output) {
         batch->outputs[batch->n_outputs++] = row;
+        status = status == STEERHOOK_OK ? end_prompts(s, row) : status;
     } else if (status == STEERHOOK_OK) {
         status = check_output(s, row);
     }
@@ -213,6 +234,11 @@ steerhook_status steerhook_batch_begin(steerhook_session *s, const steerhook_bat
         }
     }
     s->batch.first_member[batch->n_tokens] = s->batch.n_members;
+    for (int32_t i = 0; i < s->model.n_seq_max; i++) {
+        if (s->requests[i].last_row >= 0 && !sh_keep_room(s, &s->requests[i])) {
+            return sh_session_fail(s, STEERHOOK_MEMORY, "batch: no memory for kept rows");
+        }
+    }
     s->batch.idle = sh_batch_is_idle(s);
     s->batch.open = true;
     return STEERHOOK_OK;
@@ -274,7 +300,9 @@ steerhook_status steerhook_batch_end(steerhook_session *s) {
         }
         bool ended = request->count < request->n_prompt &&
                      request->batch_count >= request->n_prompt;
+        sh_keep_batch(s, request);
         request->count = request->batch_count;
+        request->ends_in_batch = false;
         status = ended ? check_decided(s, request) : STEERHOOK_OK;
     }
     if (status == STEERHOOK_OK) {
@@ -295,6 +323,15 @@ steerhook_status steerhook_batch_cancel(steerhook_session *s) {
     if (s->batch.open && touched) {
         return sh_session_fail(s, STEERHOOK_HOOK_LOST,
                                "batch: decoding failed after some of its rows were read");
+    }
+    for (int32_t i = 0; i < s->model.n_seq_max; i++) {
+        sh_request *request = &s->requests[i];
+        if (request->ends_in_batch) { /* it may come in smaller batches */
+            request->ends_in_batch = false;
+            request->open_ended = true;
+            request->n_prompt = SH_ENDLESS;
+            request->open = !request->unread; /* what fired for it would stay fired */
+        }
     }
     sh_batch_forget(s);
     return STEERHOOK_OK;

@@ -59,8 +59,10 @@ static bool reads_row(const steerhook_session *s, const sh_site_plan *site, int3
     for (int32_t m = s->batch.first_member[row]; m < s->batch.first_member[row + 1]; m++) {
         const sh_member *member = &s->batch.members[m];
         const sh_request *request = &s->requests[member->seq];
-        for (int32_t i = 0; member->position < request->n_prompt && i < site->n_reads; i++) {
-            if (sh_wants(s, &site->reads[i], request, member->position)) {
+        bool prompt = member->position < request->n_prompt;
+        for (int32_t i = 0; (prompt || s->keeps) && i < site->n_reads; i++) {
+            const sh_read *read = &site->reads[i];
+            if (sh_keeps(s, read) || sh_wants(s, read, request, member->position)) {
                 return true;
             }
         }
@@ -161,6 +163,10 @@ static steerhook_status read_row(steerhook_session *s, const sh_site_plan *site,
         sh_request *request = &s->requests[member->seq];
         for (int32_t i = 0; status == STEERHOOK_OK && i < site->n_reads; i++) {
             const sh_read *read = &site->reads[i];
+            if (sh_keeps(s, read)) {
+                memcpy(sh_kept(s, request, read->slot, member->position), x,
+                       (size_t)s->package->n_embd * sizeof *x);
+            }
             if (!sh_wants(s, read, request, member->position)) {
                 continue;
             }

@@ -68,6 +68,9 @@ static void store_read(steerhook_session *s, const sh_read *read, int32_t depth)
     if (read->reading == 0) {
         s->first_slot[read->probe] = read->slot;
     }
+    sh_position kind = sh_reading_of(s, read)->position;
+    s->mean_of[read->slot] = kind == SH_PROMPT_END ? -1 : s->n_means++;
+    s->image_only[read->slot] = kind == SH_IMAGE_MEAN;
 }
 
 static void store_act(steerhook_session *s, const sh_act *act, int32_t depth) {
@@ -112,6 +115,11 @@ static bool fill_sites(steerhook_session *s, const sh_error *error) {
         if (site->reads == NULL || site->acts == NULL) {
             return false;
         }
+    }
+    s->mean_of = need(s, (size_t)s->n_slots, sizeof *s->mean_of, error);
+    s->image_only = need(s, (size_t)s->n_slots, sizeof *s->image_only, error);
+    if (s->mean_of == NULL || s->image_only == NULL) {
+        return false;
     }
     each_read(s, store_read);
     each_act(s, store_act);

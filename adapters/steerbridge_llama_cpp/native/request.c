@@ -64,26 +64,31 @@ static steerhook_status may_change(steerhook_session *s, int32_t seq) {
     return STEERHOOK_OK;
 }
 
-static steerhook_status check_prompt(steerhook_session *s, int32_t n_cached, int32_t n_prompt) {
-    if (n_cached < 0 || n_cached >= n_prompt) {
-        return sh_session_refuse(s, STEERHOOK_PROMPT,
-                                 "prompt: expected a row to evaluate, found %ld of %ld cached",
-                                 (long)n_cached, (long)n_prompt);
-    }
+/* The first row of a prompt that a reading takes. */
+static int64_t first_row(const sh_reading *reading, int64_t n_prompt) {
+    return reading->position == SH_PROMPT_END ? n_prompt - 1 + reading->offset : 0;
+}
+
+/* Whether no reading needs a row that is cached or before the prompt. An endless prompt has its
+ * end still to come. */
+static steerhook_status check_readings(steerhook_session *s, const sh_request *request,
+                                       int32_t n_cached, int64_t n_prompt) {
     for (int32_t p = 0; p < s->package->n_probes; p++) {
         const sh_probe *probe = &s->package->probes[p];
         for (int32_t k = 0; k < probe->n_readings; k++) {
-            const sh_reading *reading = &probe->readings[k];
-            int64_t row = (int64_t)n_prompt - 1 + reading->offset;
-            if (reading->position != SH_PROMPT_END) {
-                row = 0;
+            int64_t row = first_row(&probe->readings[k], n_prompt);
+            if (row < 0 && request->open_ended) {
+                continue; /* fires, see fire_unread */
             }
             if (row < 0) {
                 return sh_session_refuse(s, STEERHOOK_PROMPT,
                                          "probe %s: expected a prompt of %ld rows, found %ld",
-                                         probe->id, 1L - (long)reading->offset, (long)n_prompt);
+                                         probe->id, 1L - (long)probe->readings[k].offset,
+                                         (long)n_prompt);
             }
-            if (row < n_cached) {
+            bool kept = s->keeps && probe->readings[k].position != SH_PROMPT_END &&
+                        request->n_kept >= n_cached;
+            if (row < n_cached && !kept) {
                 return sh_session_refuse(s, STEERHOOK_CACHED,
                                          "probe %s: expected row %ld evaluated, found %ld cached",
                                          probe->id, (long)row, (long)n_cached);
@@ -91,6 +96,39 @@ static steerhook_status check_prompt(steerhook_session *s, int32_t n_cached, int
         }
     }
     return STEERHOOK_OK;
+}
+
+static steerhook_status check_prompt(steerhook_session *s, const sh_request *request,
+                                     int32_t n_cached, int32_t n_prompt) {
+    if (n_cached < 0 || n_cached >= n_prompt) {
+        return sh_session_refuse(s, STEERHOOK_PROMPT,
+                                 "prompt: expected a row to evaluate, found %ld of %ld cached",
+                                 (long)n_cached, (long)n_prompt);
+    }
+    return check_readings(s, request, n_cached, n_prompt);
+}
+
+/* Starts a request whose prompt was found good. */
+static steerhook_status start(steerhook_session *s, sh_request *request, int32_t n_cached,
+                              int32_t n_prompt) {
+    if (request->clean > 0 && n_cached >= request->clean) {
+        return sh_session_refuse(s, STEERHOOK_STEERED,
+                                 "prompt: expected %ld cached rows at most, found %ld; later ones "
+                                 "were steered for another prompt",
+                                 (long)request->clean - 1, (long)n_cached);
+    }
+    request->clean = 0;
+    request->open = true;
+    request->open_ended = n_prompt == SH_ENDLESS;
+    request->ends_in_batch = request->unread = false;
+    request->n_cached = n_cached;
+    request->n_prompt = n_prompt;
+    request->count = request->batch_count = n_cached;
+    request->last_row = -1;
+    request->kept_shift = 0; /* what is kept is numbered as the cache is now */
+    sh_kept_sums(s, request);
+    request->n_kept = request->n_kept < n_cached ? request->n_kept : n_cached;
+    return sh_decide_rules(s, request);
 }
 
 steerhook_status steerhook_request_begin(steerhook_session *s, int32_t seq, int32_t n_cached,
@@ -104,23 +142,122 @@ steerhook_status steerhook_request_begin(steerhook_session *s, int32_t seq, int3
     if (!reset(s, request)) {
         return sh_session_refuse(s, STEERHOOK_MEMORY, "request: no memory");
     }
-    status = check_prompt(s, n_cached, n_prompt);
+    status = check_prompt(s, request, n_cached, n_prompt);
     if (status != STEERHOOK_OK) {
         return status;
     }
-    if (request->clean > 0 && n_cached >= request->clean) {
-        return sh_session_refuse(s, STEERHOOK_STEERED,
-                                 "prompt: expected %ld cached rows at most, found %ld; later ones "
-                                 "were steered for another prompt",
-                                 (long)request->clean - 1, (long)n_cached);
+    return start(s, request, n_cached, n_prompt);
+}
+
+/* Rules that fired stay fired: which of the two requests a row belongs to is not known. */
+static void keep_rules(const steerhook_session *s, sh_request *request,
+                       const sh_rule_state *before) {
+    for (int32_t r = 0; r < s->package->n_rules; r++) {
+        if (before[r].decided && before[r].fired) {
+            request->rules[r] = before[r];
+            request->acting = true;
+        }
     }
-    request->clean = 0;
-    request->open = true;
-    request->n_cached = n_cached;
-    request->n_prompt = n_prompt;
-    request->count = request->batch_count = n_cached;
-    request->last_row = -1;
-    return sh_decide_rules(s, request);
+}
+
+steerhook_status steerhook_request_open(steerhook_session *s, int32_t seq, int32_t n_cached,
+                                        bool keep_fired) {
+    steerhook_status status = may_change(s, seq);
+    if (status != STEERHOOK_OK) {
+        return status;
+    }
+    sh_request *request = &s->requests[seq];
+    bool had = request->open && request->rules != NULL;
+    size_t bytes = (size_t)s->package->n_rules * sizeof *request->rules;
+    sh_rule_state *before = keep_fired && had ? malloc(bytes) : NULL;
+    if (before != NULL) {
+        memcpy(before, request->rules, bytes);
+    }
+    request->open = request->acting = false;
+    if ((keep_fired && had && before == NULL) || !reset(s, request)) {
+        free(before);
+        return sh_session_refuse(s, STEERHOOK_MEMORY, "request: no memory");
+    }
+    status = check_prompt(s, request, n_cached, SH_ENDLESS);
+    if (status == STEERHOOK_OK && before != NULL) {
+        keep_rules(s, request, before);
+    }
+    free(before);
+    return status == STEERHOOK_OK ? start(s, request, n_cached, SH_ENDLESS) : status;
+}
+
+/* Whether the rows that are read relative to the prompt end are in the batch that brings it. */
+static steerhook_status check_batch_holds(steerhook_session *s, const sh_request *request,
+                                          int64_t n_prompt) {
+    for (int32_t p = 0; p < s->package->n_probes; p++) {
+        const sh_probe *probe = &s->package->probes[p];
+        for (int32_t k = 0; k < probe->n_readings; k++) {
+            int64_t row = first_row(&probe->readings[k], n_prompt);
+            if (probe->readings[k].position == SH_PROMPT_END && row >= 0 && row < request->count) {
+                return sh_session_refuse(s, STEERHOOK_PROMPT,
+                                         "probe %s: expected row %ld in the batch that ends the "
+                                         "prompt, found it in an earlier one",
+                                         probe->id, (long)row);
+            }
+        }
+    }
+    return STEERHOOK_OK;
+}
+
+/* A probe that looks further back than the prompt reaches cannot be read: it fires, as one with a
+ * score that is no number does. Programs try a context with two tokens; no chat is that short. */
+static steerhook_status fire_unread(steerhook_session *s, sh_request *request) {
+    for (int32_t p = 0; p < s->package->n_probes; p++) {
+        const sh_probe *probe = &s->package->probes[p];
+        for (int32_t k = 0; k < probe->n_readings; k++) {
+            if (first_row(&probe->readings[k], request->n_prompt) < 0) {
+                request->probes[p] = (sh_decision){true, true, NAN, s->thresholds[p]};
+                request->unread = true;
+            }
+        }
+    }
+    return request->unread ? sh_decide_rules(s, request) : STEERHOOK_OK;
+}
+
+steerhook_status sh_request_end_prompt(steerhook_session *s, sh_request *request, int32_t row) {
+    int64_t n_prompt = request->batch_count;
+    if (n_prompt == 1) {
+        return sh_session_fail(s, STEERHOOK_PROMPT,
+                               "row %ld: expected a prompt of two rows or more, found one whose "
+                               "logits are asked for",
+                               (long)row);
+    }
+    steerhook_status status = check_readings(s, request, 0, n_prompt);
+    if (status == STEERHOOK_OK) {
+        status = check_batch_holds(s, request, n_prompt);
+    }
+    if (status != STEERHOOK_OK) {
+        s->status = status;
+        return status;
+    }
+    request->n_prompt = (int32_t)n_prompt;
+    request->open_ended = false;
+    request->ends_in_batch = true;
+    return fire_unread(s, request);
+}
+
+steerhook_stage steerhook_request_stage(const steerhook_session *s, int32_t seq) {
+    if (s == NULL || seq < 0 || seq >= s->model.n_seq_max || !s->requests[seq].open) {
+        return STEERHOOK_NONE;
+    }
+    const sh_request *request = &s->requests[seq];
+    return request->count < request->n_prompt ? STEERHOOK_PROMPTING : STEERHOOK_ANSWERING;
+}
+
+steerhook_status steerhook_rows_restored(steerhook_session *s, int32_t seq) {
+    steerhook_status status = may_change(s, seq);
+    if (status == STEERHOOK_OK) {
+        sh_request *request = &s->requests[seq];
+        request->open = request->acting = false;
+        request->n_kept = 0;
+        request->clean = steerhook_package_describe(s->package).steers_layers ? 1 : 0;
+    }
+    return status;
 }
 
 /* The lower of two marks, 0 being none. */
@@ -140,6 +277,9 @@ steerhook_status steerhook_request_copy(steerhook_session *s, int32_t from, int3
     sh_request *target = &s->requests[to];
     target->open = target->acting = false;
     keep_mark(target, source->clean); /* the target may hold steered rows of its own */
+    if (!sh_kept_copy(s, source, target)) {
+        return sh_session_refuse(s, STEERHOOK_MEMORY, "copy: no memory");
+    }
     if (!source->open) {
         return sh_session_refuse(s, STEERHOOK_NO_REQUEST, "copy: no open request on sequence %ld",
                                  (long)from);
@@ -154,6 +294,9 @@ steerhook_status steerhook_request_copy(steerhook_session *s, int32_t from, int3
     copy.progress = target->progress;
     copy.probes = target->probes;
     copy.rules = target->rules;
+    copy.kept = target->kept;
+    copy.kept_image = target->kept_image;
+    copy.kept_capacity = target->kept_capacity;
     memcpy(copy.values, source->values,
            slots * (size_t)s->package->n_embd * sizeof *copy.values);
     memcpy(copy.progress, source->progress, slots * sizeof *copy.progress);
@@ -163,7 +306,8 @@ steerhook_status steerhook_request_copy(steerhook_session *s, int32_t from, int3
     return STEERHOOK_OK;
 }
 
-static void cut(sh_request *request, int64_t from, int64_t to) {
+static void cut(const steerhook_session *s, sh_request *request, int64_t from, int64_t to) {
+    sh_kept_cut(s, request, from, to);
     if (to < 0 && from < request->clean) {
         request->clean = 0; /* the steered rows went */
     } else if (to > from && from < request->clean) {
@@ -187,7 +331,7 @@ steerhook_status steerhook_request_cut(steerhook_session *s, int32_t seq, int32_
         return status;
     }
     for (int32_t i = seq < 0 ? 0 : seq; i < (seq < 0 ? s->model.n_seq_max : seq + 1); i++) {
-        cut(&s->requests[i], from < 0 ? 0 : from, to);
+        cut(s, &s->requests[i], from < 0 ? 0 : from, to);
     }
     return STEERHOOK_OK;
 }

@@ -102,6 +102,8 @@ static void free_request(sh_request *request) {
     free(request->progress);
     free(request->probes);
     free(request->rules);
+    free(request->kept);
+    free(request->kept_image);
 }
 
 void steerhook_session_free(steerhook_session *s) {
@@ -128,7 +130,7 @@ steerhook_status steerhook_session_clear(steerhook_session *s) {
     for (int32_t i = 0; i < s->model.n_seq_max; i++) {
         sh_request *request = &s->requests[i];
         request->open = request->acting = false;
-        request->clean = 0;
+        request->clean = request->n_kept = 0;
         if (request->probes != NULL) {
             memset(request->probes, 0, (size_t)s->package->n_probes * sizeof *request->probes);
             memset(request->rules, 0, (size_t)s->package->n_rules * sizeof *request->rules);

@@ -50,6 +50,9 @@ typedef struct {
 typedef struct {
     bool open;
     bool acting; /* a fired rule may rewrite rows of this sequence */
+    bool open_ended;     /* n_prompt is not known yet: SH_ENDLESS */
+    bool ends_in_batch;  /* it was found in the open batch */
+    bool unread;         /* and is shorter than a probe looks back */
     int32_t n_cached, n_prompt;
     int64_t count;        /* rows so far, cached ones included */
     int64_t batch_count;  /* the same after the open batch */
@@ -57,6 +60,12 @@ typedef struct {
     int32_t clean;        /* cached rows before the first steered one; 0: no row is steered.
                              Belongs to the cache, so it outlives the request. */
     double *values;       /* readings, n_embd each; sums while a mean is running */
+    /* Rows in the cache as the mean readings saw them, [n_kept][n_means][n_embd], and which of
+     * them are an image's. They belong to the cache too. Row r of the request is kept at
+     * r - kept_shift: a context shift renumbers what it leaves. */
+    float *kept;
+    bool *kept_image;
+    int32_t n_kept, kept_capacity, kept_shift;
     sh_progress *progress;
     sh_decision *probes;
     sh_rule_state *rules;
@@ -86,6 +95,10 @@ struct steerhook_session {
     steerhook_ggml ggml;
     steerhook_status status; /* not OK: failed */
     bool paused;
+    bool keeps; /* rows for means, see steerhook_keep_rows */
+    int32_t n_means;
+    int32_t *mean_of; /* slot -> its number among the means, or -1 */
+    bool *image_only; /* slot -> whether it reads rows of images alone */
     char error[256];
     double *thresholds;
     int32_t n_slots; /* readings of all probes */
@@ -103,6 +116,8 @@ struct steerhook_session {
     bool *missing;  /* by reading of one probe */
     sh_arena arena;
 };
+
+enum { SH_ENDLESS = INT32_MAX };
 
 enum { SH_SPAN = 32 }; /* rows that are copied from or to a backend at a time */
 
@@ -122,6 +137,24 @@ steerhook_status sh_session_fail(steerhook_session *session, steerhook_status st
 bool sh_wants(const steerhook_session *session, const sh_read *read, const sh_request *request,
               int64_t position);
 
+/* Whether the row is kept for the means of later prompts, whatever this prompt takes from it. */
+bool sh_keeps(const steerhook_session *session, const sh_read *read);
+
+/* Where a reading's value of a row is kept. */
+float *sh_kept(const steerhook_session *session, const sh_request *request, int32_t slot,
+               int64_t position);
+
+/* Room for the rows that the open batch adds; false without memory. */
+bool sh_keep_room(const steerhook_session *session, sh_request *request);
+
+/* What a cut, a copy of the cache and the begin of a request with cached rows do to them. */
+void sh_kept_cut(const steerhook_session *session, sh_request *request, int64_t from, int64_t to);
+bool sh_kept_copy(const steerhook_session *session, const sh_request *from, sh_request *to);
+void sh_kept_sums(const steerhook_session *session, sh_request *request);
+
+/* The open batch was decoded: its rows are in the cache. */
+void sh_keep_batch(const steerhook_session *session, sh_request *request);
+
 const sh_reading *sh_reading_of(const steerhook_session *session, const sh_read *read);
 
 /* True if no row of the batch that is being begun will be read or rewritten. */
@@ -129,6 +162,11 @@ bool sh_batch_is_idle(const steerhook_session *session);
 
 /* Ends the batch without counting its rows. */
 void sh_batch_forget(steerhook_session *session);
+
+/* The row of the batch that is being begun ends the open-ended prompt of a request: its length is
+ * known, and whether its readings can be taken. */
+steerhook_status sh_request_end_prompt(steerhook_session *session, sh_request *request,
+                                       int32_t row);
 
 /* Decides every rule whose probes are known. */
 steerhook_status sh_decide_rules(steerhook_session *session, sh_request *request);

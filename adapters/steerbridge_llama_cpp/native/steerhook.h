@@ -136,6 +136,11 @@ STEERHOOK_API steerhook_status steerhook_pause(steerhook_session *session, bool 
 /* The evaluation callback (ggml_backend_sched_eval_callback); `session` is the user data. */
 STEERHOOK_API bool steerhook_eval(struct ggml_tensor *tensor, bool ask, void *session);
 
+/* From now on every row that a mean reading needs is kept beside the KV cache (4 n_embd bytes a row
+ * and mean reading), so that requests may begin with cached rows: for programs that cannot be told
+ * to evaluate a prompt afresh. Reads answers too, at one more cut of the graph a token and site. */
+STEERHOOK_API steerhook_status steerhook_keep_rows(steerhook_session *session);
+
 /* Another threshold for one probe, for verdicts from now on. */
 STEERHOOK_API steerhook_status steerhook_set_threshold(steerhook_session *session,
                                                        const char *probe, double threshold);
@@ -152,6 +157,24 @@ STEERHOOK_API steerhook_status steerhook_calibrate(steerhook_session *session,
  * and will not be evaluated. Ends an older request of the sequence, even if it refuses. */
 STEERHOOK_API steerhook_status steerhook_request_begin(steerhook_session *session, int32_t seq,
                                                        int32_t n_cached, int32_t n_prompt);
+
+/* The same for a caller that sees batches only: the prompt ends at its first output row, which
+ * must be its last row in that batch (programs ask for logits where they sample; one that asks for
+ * logits of the prompt itself is refused). `keep_fired`: rules that fired for the last request of
+ * the sequence stay fired, where it cannot be told from a new one. A single row on an empty cache
+ * is no prompt. A probe that looks further back than the prompt reaches fires. */
+STEERHOOK_API steerhook_status steerhook_request_open(steerhook_session *session, int32_t seq,
+                                                      int32_t n_cached, bool keep_fired);
+
+typedef enum { STEERHOOK_NONE = 0, STEERHOOK_PROMPTING, STEERHOOK_ANSWERING } steerhook_stage;
+
+/* Whether the sequence has an open request, and whether its prompt has ended. */
+STEERHOOK_API steerhook_stage steerhook_request_stage(const steerhook_session *session,
+                                                      int32_t seq);
+
+/* The cache of a sequence was replaced by rows of unknown history (a saved state): its request
+ * has ended, and if the package steers layers the rows count as steered. */
+STEERHOOK_API steerhook_status steerhook_rows_restored(steerhook_session *session, int32_t seq);
 
 /* The request of `from` as it stands also for `to` (beams, n > 1): what llama_memory_seq_cp does
  * to the cache. Ends an older request of `to`. */

@@ -1,0 +1,123 @@
+/* Rows of the KV cache that mean readings need again when a later prompt begins with them. */
+#include <stdlib.h>
+#include <string.h>
+
+#include "session.h"
+
+steerhook_status steerhook_keep_rows(steerhook_session *s) {
+    steerhook_status status = sh_session_check(s);
+    if (status != STEERHOOK_OK) {
+        return status;
+    }
+    if (s->batch.open) {
+        return sh_session_refuse(s, STEERHOOK_ORDER, "keep rows: expected no open batch");
+    }
+    s->keeps = s->n_means > 0;
+    return STEERHOOK_OK;
+}
+
+bool sh_keeps(const steerhook_session *s, const sh_read *read) {
+    bool image = sh_reading_of(s, read)->position == SH_IMAGE_MEAN;
+    return s->keeps && s->mean_of[read->slot] >= 0 && (!image || s->batch.image);
+}
+
+float *sh_kept(const steerhook_session *s, const sh_request *request, int32_t slot,
+               int64_t position) {
+    int64_t row = position - request->kept_shift;
+    return request->kept + (row * s->n_means + s->mean_of[slot]) * s->package->n_embd;
+}
+
+bool sh_keep_room(const steerhook_session *s, sh_request *request) {
+    int64_t need = request->batch_count - request->kept_shift;
+    if (!s->keeps || need <= request->kept_capacity) {
+        return true;
+    }
+    int64_t capacity = need < 256 ? 256 : need + need / 2;
+    size_t row = (size_t)s->n_means * (size_t)s->package->n_embd * sizeof *request->kept;
+    if (capacity > SH_ENDLESS || (size_t)capacity > SIZE_MAX / row) {
+        return false;
+    }
+    void *kept = realloc(request->kept, (size_t)capacity * row);
+    request->kept = kept == NULL ? request->kept : kept;
+    void *image = realloc(request->kept_image, (size_t)capacity * sizeof *request->kept_image);
+    request->kept_image = image == NULL ? request->kept_image : image;
+    if (kept != NULL && image != NULL) {
+        request->kept_capacity = (int32_t)capacity;
+    }
+    return kept != NULL && image != NULL;
+}
+
+void sh_keep_batch(const steerhook_session *s, sh_request *request) {
+    int64_t from = request->count - request->kept_shift;
+    int64_t to = request->batch_count - request->kept_shift;
+    if (!s->keeps || request->n_kept < from) {
+        return; /* rows before these are not known */
+    }
+    for (int64_t row = from; row < to; row++) {
+        request->kept_image[row] = s->batch.image;
+    }
+    request->n_kept = (int32_t)to;
+}
+
+void sh_kept_cut(const steerhook_session *s, sh_request *request, int64_t from, int64_t to) {
+    int64_t first = from - request->kept_shift;
+    int64_t last = to - request->kept_shift;
+    first = first < 0 ? 0 : first;
+    if (!s->keeps || first >= request->n_kept) {
+        return;
+    }
+    if (to < 0 || last >= request->n_kept) {
+        request->n_kept = (int32_t)first;
+    } else if (last > first) {
+        size_t row = (size_t)s->n_means * (size_t)s->package->n_embd;
+        size_t moved = (size_t)(request->n_kept - last);
+        memmove(request->kept + (size_t)first * row, request->kept + (size_t)last * row,
+                moved * row * sizeof *request->kept);
+        memmove(request->kept_image + first, request->kept_image + last,
+                moved * sizeof *request->kept_image);
+        request->n_kept -= (int32_t)(last - first);
+        request->kept_shift += (int32_t)(last - first);
+    }
+}
+
+bool sh_kept_copy(const steerhook_session *s, const sh_request *from, sh_request *to) {
+    to->n_kept = 0;
+    if (!s->keeps || from->n_kept == 0) {
+        return true;
+    }
+    sh_request sized = *to;
+    sized.kept_shift = 0;
+    sized.batch_count = from->n_kept;
+    if (!sh_keep_room(s, &sized)) {
+        return false;
+    }
+    to->kept = sized.kept;
+    to->kept_image = sized.kept_image;
+    to->kept_capacity = sized.kept_capacity;
+    size_t row = (size_t)s->n_means * (size_t)s->package->n_embd;
+    memcpy(to->kept, from->kept, (size_t)from->n_kept * row * sizeof *to->kept);
+    memcpy(to->kept_image, from->kept_image, (size_t)from->n_kept * sizeof *to->kept_image);
+    to->n_kept = from->n_kept;
+    to->kept_shift = from->kept_shift;
+    return true;
+}
+
+void sh_kept_sums(const steerhook_session *s, sh_request *request) {
+    int32_t d = s->package->n_embd;
+    for (int32_t slot = 0; s->keeps && slot < s->n_slots; slot++) {
+        if (s->mean_of[slot] < 0) {
+            continue;
+        }
+        double *sum = request->values + (int64_t)slot * d;
+        for (int32_t row = 0; row < request->n_cached; row++) {
+            if (s->image_only[slot] && !request->kept_image[row]) {
+                continue;
+            }
+            const float *x = sh_kept(s, request, slot, row);
+            for (int32_t i = 0; i < d; i++) {
+                sum[i] += (double)x[i];
+            }
+            request->progress[slot].rows++;
+        }
+    }
+}

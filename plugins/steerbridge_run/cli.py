@@ -1,0 +1,131 @@
+"""`steerbridge run` and `steerbridge doctor`."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from steerbridge import gguf_model
+from steerbridge.cli import common
+from steerbridge.errors import SteerbridgeError
+from steerbridge.package import SteeringPackage, load
+from steerbridge_run import preload, programs, supervisor
+
+Command = Annotated[list[str], typer.Argument(help="The program and its arguments, after --.")]
+PackageOption = Annotated[str, typer.Option("--package", "-p", help="Package that steers.")]
+Also = Annotated[
+    list[Path],
+    typer.Option(help="GGUF model that may run beside, unsteered (embeddings; drafts are found)."),
+]
+
+
+def run(
+    command: Command,
+    package: PackageOption,
+    log: Annotated[Path | None, typer.Option(help="File for one JSON line an event.")] = None,
+    metrics_port: Annotated[
+        int | None, typer.Option(help="Loopback port for Prometheus.", min=1, max=65535)
+    ] = None,
+    also: Also = [],
+    ignore: common.Ignore = [],
+) -> None:
+    """Run an unmodified llama.cpp program with a package inside it.
+
+    The program is refused before it starts where the package could not reach it; a model that
+    the package was not made for ends it before its first token.
+    """
+    loaded = load(package)
+    programs.inspect(command[0])
+    surroundings = preload.inherited()
+    models = preload.named_models(command, surroundings)
+    _check(loaded, models, ignore)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="steerbridge-")))
+        opened = stack.enter_context(log.open("a", encoding="utf-8")) if log else None
+        metrics = supervisor.Metrics()
+        if metrics_port is not None:
+            metrics.serve(metrics_port)
+        listener = supervisor.Supervisor(folder / "events", opened, metrics)
+        environment = preload.environment(
+            loaded,
+            loaded.save(folder / "package.gguf"),
+            folder / "events",
+            [*also, *models.drafts],
+            surroundings,
+            check_vocabulary="vocab_size" not in ignore,
+        )
+        code = supervisor.run(command, environment)
+        listener.close()
+        if not listener.active:
+            supervisor.note("the program ended without running a model; nothing was steered")
+    sys.exit(code)
+
+
+def _check(package: SteeringPackage, models: preload.Models, ignore: list[str]) -> None:
+    """Raise ModelMismatch if the command line names a model the package was not made for."""
+    if models.main is None:
+        return
+    facts = gguf_model.read_facts(models.main)
+    package.check(gguf_model.in_words_of(package.spec.base_model, facts), ignore)
+
+
+def doctor(
+    command: Command = [],
+    package: PackageOption = "",
+    also: Also = [],
+    ignore: common.Ignore = [],
+    json: common.Json = False,
+) -> None:
+    """Say what `run` finds, and why it would or would not work. Exit code 1 if not."""
+    found: dict[str, Any] = {}
+    steps: dict[str, Callable[[], Any]] = {
+        "preload": lambda: str(preload.library()),
+        "package": lambda: _describe(load(package)) if package else None,
+        "program": lambda: _program(programs.inspect(command[0])) if command else None,
+        "model": lambda: _model(command, package, ignore),
+        "unsteered": lambda: [gguf_model.read_facts(path).name for path in also],
+    }
+    problems = []
+    for name, look in steps.items():
+        try:
+            found[name] = look()
+        except (SteerbridgeError, FileNotFoundError) as error:
+            found[name] = None
+            problems.append(f"{name}: {error}")
+    found["problems"] = problems
+    if json:
+        common.print_json(found)
+    else:
+        for name, value in found.items():
+            if value:
+                print(f"{name:10} {value}")
+        print("would work" if not problems else "would not work")
+    if problems:
+        sys.exit(1)
+
+
+def _describe(package: SteeringPackage) -> dict[str, Any]:
+    base = package.spec.base_model
+    return {"name": package.spec.name, "base_model": base.name, "width": base.hidden_size}
+
+
+def _program(found: programs.Program) -> dict[str, Any]:
+    runs = found.runs
+    libraries = [n for n in runs.libraries if n.startswith(("libllama", "libggml", "libmtmd"))]
+    return {"path": str(found.path), "runs": str(runs.path), "libraries": libraries}
+
+
+def _model(command: list[str], package: str, ignore: list[str]) -> dict[str, Any] | None:
+    models = preload.named_models(command, preload.inherited())
+    if models.main is None:
+        return None
+    if package:
+        _check(load(package), models, ignore)
+    facts = gguf_model.read_facts(models.main)
+    return {"path": str(models.main), "architecture": facts.model_type, "name": facts.name}

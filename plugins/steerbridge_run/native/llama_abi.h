@@ -1,0 +1,45 @@
+/* What the preload knows of llama.cpp: names of exported C functions and the few types that cross
+ * them by value. None of these types changed between llama.cpp b3950 (October 2024, which took
+ * three fields from the end of llama_batch) and the version of llama-cpp-python 0.3.36. No header
+ * of llama.cpp is used, so one binary serves them all. Internal. */
+#ifndef SB_LLAMA_ABI_H
+#define SB_LLAMA_ABI_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+typedef struct llama_context llama_context;
+typedef struct llama_model llama_model;
+typedef struct llama_vocab llama_vocab;
+typedef struct llama_memory llama_memory;
+typedef struct llama_sampler llama_sampler;
+typedef struct llama_batch_ext llama_batch_ext;
+typedef struct ggml_backend_sched ggml_backend_sched;
+struct ggml_tensor;
+
+typedef struct {
+    int32_t n_tokens;
+    int32_t *token;
+    float *embd;
+    int32_t *pos;
+    int32_t *n_seq_id;
+    int32_t **seq_id;
+    int8_t *logits;
+} llama_batch;
+
+typedef struct {
+    const float *data;
+    size_t n_rows, n_embd;
+} llama_embd;
+
+typedef struct {
+    bool no_perf;
+} llama_sampler_chain_params;
+
+typedef bool (*eval_callback)(struct ggml_tensor *, bool ask, void *data);
+
+enum { LLAMA_ROPE_MROPE = 8, LLAMA_ROPE_IMROPE = 40 };
+enum { LLAMA_PROCESS_DECODE = 1 };
+
+#endif

@@ -1,0 +1,315 @@
+/* The preloaded library: functions of llama.cpp, ggml and libc under their own names.
+ *
+ * A program that calls one of these through the dynamic linker gets ours; a program that looks it
+ * up (dlsym: ctypes, JNA, P/Invoke) gets ours too, because dlsym is among them. Each does its work
+ * and calls the program's own. Nothing here knows the version of llama.cpp; see llama_abi.h.
+ */
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <string.h>
+
+#include "events.h"
+#include "llama_abi.h"
+#include "real.h"
+#include "shadow.h"
+#include "watch.h"
+
+#define EXPORT __attribute__((visibility("default")))
+
+/* The program's own function of that name, looked up at the first call. */
+#define REAL(name)                                                                 \
+    static __typeof__(&name) real;                                                 \
+    if (real == NULL) {                                                            \
+        void *found = sb_need(#name, (void *)&name);                               \
+        memcpy(&real, &found, sizeof real);                                        \
+    }
+
+/* ---- decoding ---- */
+
+EXPORT int32_t llama_decode(llama_context *context, llama_batch batch) {
+    REAL(llama_decode)
+    sb_rows rows = {batch.n_tokens, batch.pos,    batch.n_seq_id,
+                    batch.seq_id,   batch.logits, batch.token == NULL};
+    sb_watch *watch = sb_watch_of(context);
+    return sb_before(watch, &rows) ? sb_after(watch, real(context, batch)) : SB_ERROR;
+}
+
+EXPORT int32_t llama_process(llama_context *context, int type, llama_batch_ext *batch) {
+    REAL(llama_process)
+    sb_watch *watch = sb_watch_of(context);
+    sb_rows rows;
+    if (!sb_shadow_rows(batch, &rows)) {
+        sb_tell("refused", "a batch whose rows were not all seen, or are partly an image's");
+        return SB_ERROR;
+    }
+    if (type != LLAMA_PROCESS_DECODE) {
+        sb_tell("refused", "llama_process of type %d: expected decoding", type);
+        return SB_ERROR;
+    }
+    return sb_before(watch, &rows) ? sb_after(watch, real(context, type, batch)) : SB_ERROR;
+}
+
+EXPORT int32_t llama_encode(llama_context *context, llama_batch batch) {
+    (void)context;
+    (void)batch;
+    sb_tell("refused", "llama_encode: expected a model without an encoder");
+    return SB_ERROR;
+}
+
+EXPORT void ggml_backend_sched_set_eval_callback(ggml_backend_sched *sched,
+                                                 eval_callback callback, void *data) {
+    REAL(ggml_backend_sched_set_eval_callback)
+    eval_callback ours = NULL;
+    void *session = NULL;
+    switch (sb_current(&ours, &session)) {
+    case SB_STEERED:
+        if (callback != NULL && callback != ours) {
+            sb_fatal("evaluation callback: expected none, the program has one of its own");
+        }
+        real(sched, ours, session);
+        return;
+    case SB_UNSTEERED: break;
+    case SB_UNSEEN:
+        sb_fatal("a graph was built outside llama_decode: is llama.cpp linked into the program?");
+    }
+    real(sched, callback, data);
+}
+
+EXPORT void llama_set_warmup(llama_context *context, bool warming) {
+    REAL(llama_set_warmup)
+    sb_warming_up(context, warming);
+    real(context, warming);
+}
+
+EXPORT void llama_free(llama_context *context) {
+    REAL(llama_free)
+    real(context);
+    sb_watch_free(context);
+}
+
+/* ---- batches that llama.cpp keeps to itself ---- */
+
+EXPORT llama_batch_ext *llama_batch_ext_init(llama_context *context) {
+    REAL(llama_batch_ext_init)
+    llama_batch_ext *batch = real(context);
+    sb_shadow_clear(batch);
+    return batch;
+}
+
+EXPORT void llama_batch_ext_free(llama_batch_ext *batch) {
+    REAL(llama_batch_ext_free)
+    sb_shadow_free(batch);
+    real(batch);
+}
+
+EXPORT void llama_batch_ext_clear(llama_batch_ext *batch) {
+    REAL(llama_batch_ext_clear)
+    sb_shadow_clear(batch);
+    real(batch);
+}
+
+EXPORT int32_t llama_batch_ext_add(llama_batch_ext *batch, int32_t seq) {
+    REAL(llama_batch_ext_add)
+    int32_t index = real(batch, seq);
+    if (index >= 0) {
+        sb_shadow_add(batch, index, seq, false);
+    }
+    return index;
+}
+
+EXPORT int32_t llama_batch_ext_add_token(llama_batch_ext *batch, int32_t seq, int32_t token) {
+    REAL(llama_batch_ext_add_token)
+    int32_t index = real(batch, seq, token);
+    if (index >= 0) {
+        sb_shadow_add(batch, index, seq, false);
+    }
+    return index;
+}
+
+EXPORT int32_t llama_batch_ext_add_embd(llama_batch_ext *batch, int32_t seq, llama_embd embd) {
+    REAL(llama_batch_ext_add_embd)
+    int32_t index = real(batch, seq, embd);
+    if (index >= 0) {
+        sb_shadow_add(batch, index, seq, true);
+    }
+    return index;
+}
+
+EXPORT bool llama_batch_ext_add_seq(llama_batch_ext *batch, int32_t index, int32_t seq) {
+    REAL(llama_batch_ext_add_seq)
+    return real(batch, index, seq) && sb_shadow_add_seq(batch, index, seq);
+}
+
+EXPORT bool llama_batch_ext_set_output_embd(llama_batch_ext *batch, int32_t index, bool value) {
+    REAL(llama_batch_ext_set_output_embd)
+    return real(batch, index, value) && sb_shadow_output(batch, index, value);
+}
+
+EXPORT bool llama_batch_ext_set_output_logits(llama_batch_ext *batch, int32_t index, bool value) {
+    REAL(llama_batch_ext_set_output_logits)
+    return real(batch, index, value) && sb_shadow_output(batch, index, value);
+}
+
+EXPORT bool llama_batch_ext_set_pos(llama_batch_ext *batch, int32_t index, const int32_t *pos) {
+    REAL(llama_batch_ext_set_pos)
+    return real(batch, index, pos) && sb_shadow_pos(batch, index, pos[0]);
+}
+
+/* ---- the KV cache: one set of functions, three names of it over the years ---- */
+
+/* Some versions implement one name by another: only the outermost call is told. */
+static _Thread_local int nested;
+
+#define CACHE(clear_name, prefix, memory_type, CLEAR_ARGUMENTS, CLEAR_VALUES)                \
+    EXPORT void clear_name CLEAR_ARGUMENTS {                                                 \
+        REAL(clear_name)                                                                     \
+        nested++;                                                                            \
+        real CLEAR_VALUES;                                                                   \
+        if (--nested == 0) {                                                                 \
+            sb_cut(memory, -1, 0, -1);                                                       \
+        }                                                                                    \
+    }                                                                                        \
+    EXPORT bool prefix##_seq_rm(memory_type *memory, int32_t seq, int32_t p0, int32_t p1) {  \
+        REAL(prefix##_seq_rm)                                                                \
+        nested++;                                                                            \
+        bool removed = real(memory, seq, p0, p1);                                            \
+        if (--nested == 0 && removed) {                                                      \
+            sb_cut(memory, seq, p0, p1);                                                     \
+        }                                                                                    \
+        return removed;                                                                      \
+    }                                                                                        \
+    EXPORT void prefix##_seq_cp(memory_type *memory, int32_t from, int32_t to, int32_t p0,   \
+                                int32_t p1) {                                                \
+        REAL(prefix##_seq_cp)                                                                \
+        nested++;                                                                            \
+        real(memory, from, to, p0, p1);                                                      \
+        if (--nested == 0) {                                                                 \
+            sb_copied(memory, from, to, p0, p1);                                             \
+        }                                                                                    \
+    }                                                                                        \
+    EXPORT void prefix##_seq_keep(memory_type *memory, int32_t seq) {                        \
+        REAL(prefix##_seq_keep)                                                              \
+        nested++;                                                                            \
+        real(memory, seq);                                                                   \
+        if (--nested == 0) {                                                                 \
+            sb_kept(memory, seq);                                                            \
+        }                                                                                    \
+    }                                                                                        \
+    EXPORT void prefix##_seq_div(memory_type *memory, int32_t seq, int32_t p0, int32_t p1,   \
+                                 int d) {                                                    \
+        REAL(prefix##_seq_div)                                                               \
+        sb_broken(memory, #prefix "_seq_div: positions no longer tell rows");                \
+        real(memory, seq, p0, p1, d);                                                        \
+    }
+
+CACHE(llama_memory_clear, llama_memory, llama_memory, (llama_memory * memory, bool data),
+      (memory, data))
+CACHE(llama_kv_self_clear, llama_kv_self, llama_context, (llama_context * memory), (memory))
+CACHE(llama_kv_cache_clear, llama_kv_cache, llama_context, (llama_context * memory), (memory))
+
+/* ---- saved states ---- */
+
+EXPORT size_t llama_state_set_data(llama_context *context, const uint8_t *data, size_t size) {
+    REAL(llama_state_set_data)
+    size_t read = real(context, data, size);
+    sb_restored(context, -1);
+    return read;
+}
+
+EXPORT bool llama_state_load_file(llama_context *context, const char *path, int32_t *tokens,
+                                  size_t capacity, size_t *count) {
+    REAL(llama_state_load_file)
+    bool loaded = real(context, path, tokens, capacity, count);
+    sb_restored(context, -1);
+    return loaded;
+}
+
+EXPORT size_t llama_state_seq_set_data(llama_context *context, const uint8_t *data, size_t size,
+                                       int32_t seq) {
+    REAL(llama_state_seq_set_data)
+    size_t read = real(context, data, size, seq);
+    sb_restored(context, seq);
+    return read;
+}
+
+EXPORT size_t llama_state_seq_set_data_ext(llama_context *context, const uint8_t *data,
+                                           size_t size, int32_t seq, uint32_t flags) {
+    REAL(llama_state_seq_set_data_ext)
+    size_t read = real(context, data, size, seq, flags);
+    sb_restored(context, seq);
+    return read;
+}
+
+EXPORT size_t llama_state_seq_load_file(llama_context *context, const char *path, int32_t seq,
+                                        int32_t *tokens, size_t capacity, size_t *count) {
+    REAL(llama_state_seq_load_file)
+    size_t read = real(context, path, seq, tokens, capacity, count);
+    sb_restored(context, seq);
+    return read;
+}
+
+/* ---- samplers: a new one means that some request starts ---- */
+
+static _Thread_local int cloning;
+
+EXPORT llama_sampler *llama_sampler_chain_init(llama_sampler_chain_params params) {
+    REAL(llama_sampler_chain_init)
+    if (cloning == 0) {
+        sb_sampler_made();
+    }
+    return real(params);
+}
+
+EXPORT llama_sampler *llama_sampler_clone(const llama_sampler *sampler) {
+    REAL(llama_sampler_clone)
+    cloning++; /* drafts are verified with clones */
+    llama_sampler *clone = real(sampler);
+    cloning--;
+    return clone;
+}
+
+EXPORT void llama_sampler_reset(llama_sampler *sampler) {
+    REAL(llama_sampler_reset)
+    sb_sampler_made();
+    real(sampler);
+}
+
+/* ---- looking up ---- */
+
+#define ENTRY(name) {#name, (void *)&name}
+#define CACHE_ENTRIES(prefix)                                                                \
+    ENTRY(prefix##_clear), ENTRY(prefix##_seq_rm), ENTRY(prefix##_seq_cp),                   \
+        ENTRY(prefix##_seq_keep), ENTRY(prefix##_seq_div)
+
+static const struct {
+    const char *name;
+    void *ours;
+} exported[] = {
+    ENTRY(llama_decode), ENTRY(llama_process), ENTRY(llama_encode),
+    ENTRY(ggml_backend_sched_set_eval_callback), ENTRY(llama_set_warmup), ENTRY(llama_free),
+    ENTRY(llama_batch_ext_init), ENTRY(llama_batch_ext_free), ENTRY(llama_batch_ext_clear),
+    ENTRY(llama_batch_ext_add), ENTRY(llama_batch_ext_add_token),
+    ENTRY(llama_batch_ext_add_embd), ENTRY(llama_batch_ext_add_seq),
+    ENTRY(llama_batch_ext_set_output_embd), ENTRY(llama_batch_ext_set_output_logits),
+    ENTRY(llama_batch_ext_set_pos), CACHE_ENTRIES(llama_memory), CACHE_ENTRIES(llama_kv_self),
+    CACHE_ENTRIES(llama_kv_cache), ENTRY(llama_state_set_data), ENTRY(llama_state_load_file),
+    ENTRY(llama_state_seq_set_data), ENTRY(llama_state_seq_set_data_ext),
+    ENTRY(llama_state_seq_load_file), ENTRY(llama_sampler_chain_init),
+    ENTRY(llama_sampler_clone), ENTRY(llama_sampler_reset),
+};
+
+/* Ours where the program's own lookup finds one of these functions. */
+EXPORT void *dlsym(void *handle, const char *name) {
+    /* These two depend on who asks, so the call must leave this frame before it arrives. */
+    if (handle == RTLD_NEXT || handle == RTLD_DEFAULT ||
+        (strncmp(name, "llama_", 6) != 0 && strncmp(name, "ggml_", 5) != 0)) {
+        return sb_real_dlsym(handle, name);
+    }
+    void *found = sb_real_dlsym(handle, name);
+    for (size_t i = 0; found != NULL && i < sizeof exported / sizeof *exported; i++) {
+        if (strcmp(name, exported[i].name) == 0) {
+            return exported[i].ours;
+        }
+    }
+    return found;
+}

@@ -1,0 +1,125 @@
+"""The environment in which a program runs steered."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from gguf import LlamaFileType
+
+from steerbridge import gguf_model
+from steerbridge.errors import UnsupportedFeature
+from steerbridge.package import SteeringPackage
+from steerbridge.spec import HeadMatrix, PromptEnd
+from steerbridge_run.programs import RUNTIME
+
+_NAME: Final = "libsteerpreload.so"
+_MODEL: Final = ("-m", "--model")
+_DRAFT: Final = ("-md", "--model-draft", "--spec-draft-model")
+
+
+@dataclass(frozen=True, slots=True)
+class Models:
+    """Model files that a command line of llama.cpp names."""
+
+    main: Path | None
+    drafts: tuple[Path, ...]
+
+
+def library() -> Path:
+    """The library to preload, beside this file.
+
+    Raises:
+        UnsupportedFeature: another system than Linux, or built without a C compiler.
+    """
+    if sys.platform != "linux":
+        raise UnsupportedFeature(RUNTIME, f"{sys.platform}: only Linux has the preload")
+    path = Path(__file__).with_name(_NAME)
+    if not path.is_file():
+        raise UnsupportedFeature(
+            RUNTIME, f"{_NAME} was not built", "reinstall steerbridge where a C compiler is"
+        )
+    return path
+
+
+def named_models(command: Sequence[str], environment: Mapping[str, str]) -> Models:
+    """The models that llama.cpp's own programs would open; files that do not exist are left out."""
+    main = [*_values(command, _MODEL), environment.get("LLAMA_ARG_MODEL", "")]
+    drafts = [*_values(command, _DRAFT), environment.get("LLAMA_ARG_SPEC_DRAFT_MODEL", "")]
+    found = [Path(name) for name in main if name and Path(name).is_file()]
+    return Models(
+        found[0] if found else None,
+        tuple(Path(name) for name in drafts if name and Path(name).is_file()),
+    )
+
+
+def _values(command: Sequence[str], options: Sequence[str]) -> Iterator[str]:
+    for word, value in zip(command, [*command[1:], ""], strict=True):
+        name, equals, inline = word.partition("=")
+        if name in options:
+            yield inline if equals else value
+
+
+def environment(
+    package: SteeringPackage,
+    file: Path,
+    events: Path,
+    unsteered: Sequence[Path],
+    before: Mapping[str, str],
+    *,
+    check_vocabulary: bool = True,
+) -> dict[str, str]:
+    """Variables of the program: the preload, its settings, and what llama-server must do.
+
+    Args:
+        file: the package as GGUF, which stays unchanged while the program runs.
+        events: a socket or file that takes one JSON line an event.
+        unsteered: GGUF models that may run beside the steered one (drafts, embeddings).
+        before: the environment without us.
+    """
+    spec = package.spec
+    preloads = [str(library()), *filter(None, [before.get("LD_PRELOAD")])]
+    made = {
+        "LD_PRELOAD": ":".join(preloads),
+        "STEERBRIDGE_PACKAGE": str(file),
+        "STEERBRIDGE_EVENTS": str(events),
+        "STEERBRIDGE_UNSTEERED": ";".join(map(_shape, unsteered)),
+        "STEERBRIDGE_VOCABULARY": str(spec.base_model.vocab_size) if check_vocabulary else "",
+        "STEERBRIDGE_FILE_TYPES": ";".join(_file_types(package)),
+    }
+    # llama-server reads these: rows of several sequences must stay in order, and a state taken
+    # from its store of prompts brings rows that no mean has seen, or that a layer was steered in.
+    made["LLAMA_ARG_KV_UNIFIED"] = "1"
+    if _needs_whole_cache(package):
+        made["LLAMA_ARG_CACHE_RAM"] = "0"
+    return {**before, **made}
+
+
+def _shape(path: Path) -> str:
+    facts = gguf_model.read_facts(path)
+    return f"{facts.model_type}:{facts.hidden_size}:{facts.num_layers}"
+
+
+def _file_types(package: SteeringPackage) -> Iterator[str]:
+    """`general.file_type` numbers of the quantisations that the package is calibrated for."""
+    wanted = {c.quantisation for c in package.spec.calibrations if c.runtime == "llama.cpp"}
+    for kind in LlamaFileType:
+        name = kind.name.removeprefix("ALL_").removeprefix("MOSTLY_")
+        if name in wanted:
+            yield f"{kind.value}:{name}"
+
+
+def _needs_whole_cache(package: SteeringPackage) -> bool:
+    readings = [r.position for p in package.spec.probes for r in p.readings]
+    return any(not isinstance(p, PromptEnd) for p in readings) or any(
+        not isinstance(x, HeadMatrix) for x in package.spec.interventions
+    )
+
+
+def inherited() -> dict[str, str]:
+    """The environment of this process."""
+    return dict(os.environ)

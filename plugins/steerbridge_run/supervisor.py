@@ -1,0 +1,131 @@
+"""Runs the program, and passes on what its preload tells: a log of JSON lines, metrics, notes."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import FrameType
+from typing import Any, Final, TextIO
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+
+_FORWARDED: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_SCORES: Final = (0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
+
+
+class Metrics:
+    """Prometheus counters of verdicts, refusals and failures."""
+
+    def __init__(self) -> None:
+        own = self.registry = CollectorRegistry()
+        self._contexts = Gauge("steerbridge_contexts", "Steered contexts opened", registry=own)
+        self._verdicts = Counter("steerbridge_verdicts", "Prompts judged", ["fired"], registry=own)
+        self._rules = Counter("steerbridge_rules_fired", "Rules fired", ["rule"], registry=own)
+        self._ended = Counter("steerbridge_stopped", "Not answered", ["event"], registry=own)
+        self._scores = Histogram(
+            "steerbridge_score", "Scores of probes", ["probe"], buckets=_SCORES, registry=own
+        )
+
+    def count(self, event: Mapping[str, Any]) -> None:
+        """Take one event into account."""
+        kind = event["event"]
+        if kind == "active":
+            self._contexts.inc()
+        elif kind == "verdict":
+            self._verdicts.labels(str(bool(event["fired"])).lower()).inc()
+            for rule in event["fired"]:
+                self._rules.labels(rule).inc()
+            for probe in event["probes"]:
+                if probe["score"] is not None:
+                    self._scores.labels(probe["probe"]).observe(probe["score"])
+        elif kind in ("refused", "failed", "stopped"):
+            self._ended.labels(kind).inc()
+
+    def serve(self, port: int) -> None:
+        """Answer scrapes on the loopback address."""
+        start_http_server(port, addr="127.0.0.1", registry=self.registry)
+
+
+class Supervisor:
+    """Listens to the preloads of a program and its children.
+
+    Args:
+        address: where the socket shall be; `STEERBRIDGE_EVENTS` of the program.
+        log: takes every event as a JSON line; None: nothing does.
+    """
+
+    def __init__(self, address: Path, log: TextIO | None, metrics: Metrics) -> None:
+        self.active = 0
+        self._log, self._metrics = log, metrics
+        self._lock = threading.Lock()
+        self._readers: list[threading.Thread] = []
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._socket.bind(str(address))
+        self._socket.listen()
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self._socket.accept()
+            except OSError:  # closed
+                return
+            reader = threading.Thread(target=self._read, args=(connection,), daemon=True)
+            self._readers.append(reader)
+            reader.start()
+
+    def _read(self, connection: socket.socket) -> None:
+        with connection, connection.makefile("r", encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                self._take(line)
+
+    def _take(self, line: str) -> None:
+        try:
+            event = json.loads(line)
+        except ValueError:
+            return  # the program was killed within a line
+        with self._lock:
+            if event["event"] == "active":
+                self.active += 1
+                note(f"active in process {event['pid']}: {event['model']}")
+            self._metrics.count(event)
+            if self._log is not None:
+                self._log.write(line)
+                self._log.flush()
+
+    def close(self, seconds: float = 2.0) -> None:
+        """Read what was told before the program ended."""
+        self._socket.close()
+        for reader in self._readers:
+            reader.join(seconds)
+
+
+def note(text: str) -> None:
+    """A line on standard error, which the program shares."""
+    print(f"steerbridge: {text}", file=sys.stderr, flush=True)
+
+
+def run(command: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Run the program to its end and return its exit code (128 + n for a signal n).
+
+    Signals that ask us to end go to the program, which ends as it would without us.
+    """
+    with ExitStack() as stack:
+        child = subprocess.Popen(command, env=environment)
+
+        def forward(number: int, _frame: FrameType | None) -> None:
+            # The terminal has sent Ctrl-C to the program itself.
+            if number != signal.SIGINT or not sys.stdin.isatty():
+                child.send_signal(number)
+
+        for number in _FORWARDED:
+            stack.callback(signal.signal, number, signal.signal(number, forward))
+        code = child.wait()
+    return 128 - code if code < 0 else code

@@ -1,0 +1,69 @@
+"""What the header of a GGUF model says, in the words of a package's `base_model`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+from steerbridge import gguf_file
+from steerbridge.errors import DataError, Problem
+from steerbridge.fingerprint import ModelFacts, text_sha256, tokenizer_sha256
+from steerbridge.spec import BaseModelInfo
+
+# llama.cpp's name of an architecture where it is not transformers' model_type without `_`,
+# `-` and a trailing `_text`. Several model types share the `llama` graph.
+_ARCHITECTURES: Final = {"mistral": "llama", "qwen2_5_vl_text": "qwen2vl", "phi": "phi2"}
+
+
+def read_facts(path: Path) -> ModelFacts:
+    """Facts of a GGUF language model; only its header is read.
+
+    Raises:
+        BrokenPackage: no well-formed GGUF file.
+        DataError: it holds no language model.
+    """
+    return facts_of(gguf_file.read(path).metadata, path)
+
+
+def facts_of(metadata: Mapping[str, Any], path: Path) -> ModelFacts:
+    """The same from metadata already read; `model_type` is llama.cpp's architecture.
+
+    Raises:
+        DataError: a field is missing or of another type.
+    """
+    architecture = metadata.get("general.architecture")
+    numbers = [metadata.get(f"{architecture}.{key}") for key in ("embedding_length", "block_count")]
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    if not all(isinstance(n, int) for n in numbers) or not tokens:
+        found = f"architecture {architecture!r}, width and blocks {numbers}"
+        raise DataError(Problem("metadata", "a language model with its vocabulary", found), path)
+    template = metadata.get("tokenizer.chat_template")
+    return ModelFacts(
+        model_type=architecture,
+        hidden_size=int(numbers[0]),  # type: ignore[arg-type]
+        num_layers=int(numbers[1]),  # type: ignore[arg-type]
+        vocab_size=len(tokens),
+        name=metadata.get("general.name") or path.stem,
+        tokenizer_sha256=tokenizer_sha256(unpadded(list(tokens))),
+        chat_template_sha256=text_sha256(template) if template else None,
+    )
+
+
+def unpadded(tokens: list[str]) -> list[str]:
+    """The vocabulary without the padding that converters add up to the embedding's size."""
+    while tokens and tokens[-1] == f"[PAD{len(tokens) - 1}]":
+        tokens.pop()
+    return tokens
+
+
+def in_words_of(base: BaseModelInfo, known: ModelFacts) -> ModelFacts:
+    """The facts with the package's own word for the architecture if it means the same graph."""
+    name = _ARCHITECTURES.get(base.model_type, base.model_type.removesuffix("_text"))
+    same = _plain(name) == _plain(known.model_type or "")
+    return replace(known, model_type=base.model_type) if same else known
+
+
+def _plain(name: str) -> str:
+    return name.replace("_", "").replace("-", "")
