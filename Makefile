@@ -4,7 +4,7 @@ PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.set-up
 BASE ?= python3
 
-.PHONY: setup setup-peers demo test lint schema parity fuzz bench-safety bench-safety-multimodal \
+.PHONY: setup setup-peers demo test lint schema parity fuzz bench-safety \
   bench-train bench-overhead bench-kernels bench-convert clean
 .DEFAULT_GOAL := setup
 
@@ -59,8 +59,8 @@ schema: setup
 	@$(PYTHON) -m steerbridge.cli schema > docs/steering_config.schema.json
 	@echo '{"schema": "docs/steering_config.schema.json"}'
 
-bench-safety bench-safety-multimodal bench-train bench-overhead bench-kernels bench-convert: bench-%: setup
-	@$(PYTHON) benchmarks/$(subst -,_,$*).py
+bench-safety bench-train bench-overhead bench-kernels bench-convert: bench-%: setup
+	@$(PYTHON) benchmarks/$*.py
 
 clean:
 	rm -rf $(VENV) .venv-peers .cache
