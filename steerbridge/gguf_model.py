@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
+from gguf import LlamaFileType
+
 from steerbridge import gguf_file
 from steerbridge.errors import DataError, Problem
 from steerbridge.fingerprint import ModelFacts, text_sha256, tokenizer_sha256
@@ -56,6 +58,11 @@ def unpadded(tokens: list[str]) -> list[str]:
     while tokens and tokens[-1] == f"[PAD{len(tokens) - 1}]":
         tokens.pop()
     return tokens
+
+
+def storage_name(kind: LlamaFileType) -> str:
+    """Name of the weights' storage as in `calibrations`: F32, F16, Q4_1, Q4_K_M, ..."""
+    return kind.name.removeprefix("ALL_").removeprefix("MOSTLY_")
 
 
 def in_words_of(base: BaseModelInfo, known: ModelFacts) -> ModelFacts:

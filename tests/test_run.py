@@ -156,6 +156,37 @@ def test_events_are_logged_and_counted(tmp_path, capsys):
     assert 'steerbridge_stopped_total{event="refused"} 1.0' in text
 
 
+EVENT = """
+#include "events.h"
+int main(void) {
+    sb_event event;
+    sb_event_begin(&event, "verdict");
+    sb_event_open(&event, "probes", '[');
+    for (int i = 0; i < 500; i++) {
+        sb_event_open(&event, 0, '{');
+        sb_event_text(&event, "probe", "a name with \\"quotes\\" %d", i);
+        sb_event_number(&event, "score", 0.5);
+        sb_event_close(&event, '}');
+    }
+    sb_event_close(&event, ']');
+    sb_event_send(&event);
+    return 0;
+}
+"""
+
+
+def test_a_line_that_is_too_long_is_cut_between_fields(tmp_path):
+    native = Path(preload.__file__).parent / "native"
+    source = f'#include "{native}/events.c"\n{EVENT}'
+    program = compiled(tmp_path, source, f"-I{native}", "-g", "-fsanitize=address,undefined")
+    sink = tmp_path / "events.jsonl"
+    environment = {**os.environ, "STEERBRIDGE_EVENTS": str(sink)}
+    subprocess.run([program], env=environment, check=True)
+    found = json.loads(sink.read_text())["probes"]
+    assert 50 < len(found) < 500
+    assert all(probe["score"] == 0.5 for probe in found[:-1])
+
+
 def test_exit_codes_and_signals_are_the_programs_own():
     assert supervisor.run([sys.executable, "-c", "raise SystemExit(3)"], os.environ) == 3
     kill = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
@@ -178,7 +209,12 @@ for text in sys.argv[3:]:
             break
     print(json.dumps(found), flush=True)
 """
-TEXTS = ["The three colours of the flag are", "The three colours of the sky are", "My name is"]
+TEXTS = [  # the last one is cached but for one row
+    "The three colours of the flag are",
+    "The three colours of the sky are",
+    "My name is",
+    "My name is",
+]
 
 
 def script(folder):

@@ -39,9 +39,9 @@ def _tokens(model: Any) -> list[str]:
 
 
 def quantisation(model: Any) -> str:
-    """Name of the weights' storage as in `calibrations`: F32, F16, Q4_1, Q4_K_M, ..."""
+    """`storage_name` of the weights, or `unknown`."""
     try:
         kind = LlamaFileType(int(model.metadata()["general.file_type"]))
     except (KeyError, ValueError):
         return "unknown"
-    return kind.name.removeprefix("ALL_").removeprefix("MOSTLY_")
+    return gguf_model.storage_name(kind)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 from collections.abc import Callable
@@ -42,8 +43,7 @@ def run(
     """
     loaded = load(package)
     programs.inspect(command[0])
-    surroundings = preload.inherited()
-    models = preload.named_models(command, surroundings)
+    models = preload.named_models(command, os.environ)
     _check(loaded, models, ignore)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="steerbridge-")))
@@ -57,7 +57,7 @@ def run(
             loaded.save(folder / "package.gguf"),
             folder / "events",
             [*also, *models.drafts],
-            surroundings,
+            os.environ,
             check_vocabulary="vocab_size" not in ignore,
         )
         code = supervisor.run(command, environment)
@@ -122,7 +122,7 @@ def _program(found: programs.Program) -> dict[str, Any]:
 
 
 def _model(command: list[str], package: str, ignore: list[str]) -> dict[str, Any] | None:
-    models = preload.named_models(command, preload.inherited())
+    models = preload.named_models(command, os.environ)
     if models.main is None:
         return None
     if package:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -108,7 +107,7 @@ def _file_types(package: SteeringPackage) -> Iterator[str]:
     """`general.file_type` numbers of the quantisations that the package is calibrated for."""
     wanted = {c.quantisation for c in package.spec.calibrations if c.runtime == "llama.cpp"}
     for kind in LlamaFileType:
-        name = kind.name.removeprefix("ALL_").removeprefix("MOSTLY_")
+        name = gguf_model.storage_name(kind)
         if name in wanted:
             yield f"{kind.value}:{name}"
 
@@ -118,8 +117,3 @@ def _needs_whole_cache(package: SteeringPackage) -> bool:
     return any(not isinstance(p, PromptEnd) for p in readings) or any(
         not isinstance(x, HeadMatrix) for x in package.spec.interventions
     )
-
-
-def inherited() -> dict[str, str]:
-    """The environment of this process."""
-    return dict(os.environ)

@@ -105,6 +105,11 @@ static void append_quoted(sb_event *event, const char *text) {
     append(event, "\"", 1);
 }
 
+/* A field that did not fit is left out whole, and so is all that follows. */
+static void finish(sb_event *event, size_t before) {
+    event->length = event->full ? before : event->length;
+}
+
 /* A comma unless this is the first item of its bracket, then the name. */
 static void append_field(sb_event *event, const char *field) {
     if (event->length > 0 && strchr("[{", event->text[event->length - 1]) == NULL) {
@@ -119,6 +124,7 @@ static void append_field(sb_event *event, const char *field) {
 void sb_event_begin(sb_event *event, const char *name) {
     event->length = 0;
     event->full = false;
+    event->skipped = 0;
     struct timespec now;
     clock_gettime(CLOCK_REALTIME, &now);
     append(event, "{", 1);
@@ -130,8 +136,10 @@ void sb_event_begin(sb_event *event, const char *name) {
 static void append_text(sb_event *event, const char *field, const char *format, va_list values) {
     char text[1024];
     vsnprintf(text, sizeof text, format, values);
+    size_t before = event->length;
     append_field(event, field);
     append_quoted(event, text);
+    finish(event, before);
 }
 
 void sb_event_text(sb_event *event, const char *field, const char *format, ...) {
@@ -146,21 +154,32 @@ void sb_event_number(sb_event *event, const char *field, double value) {
     /* JSON has no NaN and no infinity; a score that is neither is told as null. */
     int length = isfinite(value) ? snprintf(text, sizeof text, "%.17g", value)
                                  : snprintf(text, sizeof text, "null");
+    size_t before = event->length;
     append_field(event, field);
     append(event, text, (size_t)length);
+    finish(event, before);
 }
 
 void sb_event_bool(sb_event *event, const char *field, bool value) {
+    size_t before = event->length;
     append_field(event, field);
     append(event, value ? "true" : "false", value ? 4 : 5);
+    finish(event, before);
 }
 
 void sb_event_open(sb_event *event, const char *field, char bracket) {
+    size_t before = event->length;
     append_field(event, field);
     append(event, &bracket, 1);
+    finish(event, before);
+    event->skipped += event->full;
 }
 
 void sb_event_close(sb_event *event, char bracket) {
+    if (event->skipped > 0) { /* it was not opened */
+        event->skipped--;
+        return;
+    }
     event->text[event->length++] = bracket; /* ROOM was left for it */
 }
 

@@ -18,6 +18,7 @@ typedef struct {
     char text[8192];
     size_t length;
     bool full;
+    int skipped; /* brackets that did not fit and are still to be closed */
 } sb_event;
 
 void sb_event_begin(sb_event *event, const char *name);

@@ -75,12 +75,6 @@ EXPORT void ggml_backend_sched_set_eval_callback(ggml_backend_sched *sched,
     real(sched, callback, data);
 }
 
-EXPORT void llama_set_warmup(llama_context *context, bool warming) {
-    REAL(llama_set_warmup)
-    sb_warming_up(context, warming);
-    real(context, warming);
-}
-
 EXPORT void llama_free(llama_context *context) {
     REAL(llama_free)
     real(context);
@@ -286,7 +280,7 @@ static const struct {
     void *ours;
 } exported[] = {
     ENTRY(llama_decode), ENTRY(llama_process), ENTRY(llama_encode),
-    ENTRY(ggml_backend_sched_set_eval_callback), ENTRY(llama_set_warmup), ENTRY(llama_free),
+    ENTRY(ggml_backend_sched_set_eval_callback), ENTRY(llama_free),
     ENTRY(llama_batch_ext_init), ENTRY(llama_batch_ext_free), ENTRY(llama_batch_ext_clear),
     ENTRY(llama_batch_ext_add), ENTRY(llama_batch_ext_add_token),
     ENTRY(llama_batch_ext_add_embd), ENTRY(llama_batch_ext_add_seq),

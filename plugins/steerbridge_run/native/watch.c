@@ -26,7 +26,7 @@ struct sb_watch {
     llama_context *context;
     const void *memory;
     steerhook_session *session; /* NULL: not steered, see `other` */
-    bool other, mrope, paused, failed;
+    bool other, mrope, failed;
     int32_t n_seq_max, number;
     sequence *sequences;
     struct sb_watch *next;
@@ -55,7 +55,7 @@ sb_graph sb_current(eval_callback *callback, void **data) {
 
 /* ---- what a model says of itself ---- */
 
-/* One of two names of a function, the older one second; NULL ends the process if it must exist. */
+/* A function under one of two names, the older one second; NULL if there is neither. */
 static void *either(const char *name, const char *older) {
     void *found = sb_find(name, NULL);
     return found != NULL || older == NULL ? found : sb_find(older, NULL);
@@ -389,7 +389,10 @@ static int32_t cached(const sb_watch *watch, const sb_rows *rows, int32_t seq) {
         return rows->pos[watch->sequences[seq].first];
     }
     typedef int32_t (*last_position)(const void *, int32_t);
-    last_position last = (last_position)either("llama_memory_seq_pos_max", "llama_kv_self_seq_pos_max");
+    static last_position last; /* found once: every prompt without positions asks */
+    if (last == NULL) {
+        last = (last_position)either("llama_memory_seq_pos_max", "llama_kv_self_seq_pos_max");
+    }
     if (last == NULL) {
         last = CALL(last_position, "llama_kv_cache_seq_pos_max", NULL);
     }
@@ -420,7 +423,7 @@ static bool enter(sb_watch *watch, const sb_rows *rows, int32_t seq) {
 
 bool sb_before(sb_watch *watch, const sb_rows *rows) {
     current = watch; /* also where nothing is steered: llama.cpp may use this graph again */
-    if (watch->other || watch->paused) {
+    if (watch->other) {
         return true;
     }
     current = NULL;
@@ -482,7 +485,7 @@ static void tell_verdict(const sb_watch *watch, int32_t seq) {
 
 int32_t sb_after(sb_watch *watch, int32_t result) {
     current = NULL;
-    if (watch->other || watch->paused) {
+    if (watch->other) {
         return result;
     }
     steerhook_status status = result == 0 ? steerhook_batch_end(watch->session)
@@ -580,12 +583,5 @@ void sb_broken(const void *memory, const char *what) {
     sb_watch *watch = of_memory(memory);
     if (watch != NULL) {
         fail(watch, what);
-    }
-}
-
-void sb_warming_up(llama_context *context, bool warming) {
-    sb_watch *watch = sb_watch_of(context);
-    if (watch->session != NULL && steerhook_pause(watch->session, warming) == STEERHOOK_OK) {
-        watch->paused = warming;
     }
 }

@@ -39,7 +39,6 @@ void sb_copied(const void *memory, int32_t from, int32_t to, int32_t p0, int32_t
 void sb_kept(const void *memory, int32_t seq);
 void sb_restored(llama_context *context, int32_t seq); /* seq < 0: every sequence */
 void sb_broken(const void *memory, const char *what);
-void sb_warming_up(llama_context *context, bool warming);
 void sb_sampler_made(void);
 
 #endif
