@@ -493,8 +493,33 @@ static void test_open(const golden *g) {
     CHECK_STATUS(steerhook_request_open(t.session, 0, n - 4, false), STEERHOOK_OK);
     CHECK_STATUS(toy_decode(&t, rows + n - 4, 4, false), STEERHOOK_OK);
     toy_check_verdicts(&t, r, 0);
-    /* The reading at the prompt end minus two was in an earlier batch. */
-    CHECK_STATUS(steerhook_request_cut(t.session, -1, 0, -1), STEERHOOK_OK);
+    /* The reading at the prompt end minus two was in an earlier batch: it was kept. */
+    for (int32_t last = 1; last <= 2; last++) {
+        CHECK_STATUS(steerhook_request_cut(t.session, -1, 0, -1), STEERHOOK_OK);
+        CHECK_STATUS(steerhook_request_open(t.session, 0, 0, false), STEERHOOK_OK);
+        CHECK_STATUS(toy_decode(&t, rows, n - last, false), STEERHOOK_OK);
+        CHECK_STATUS(toy_decode(&t, rows + n - last, last, false), STEERHOOK_OK);
+        toy_check_verdicts(&t, r, 0);
+        /* The same prompt again, whose rows are all cached but the last ones. */
+        CHECK_STATUS(steerhook_request_cut(t.session, 0, n - last, -1), STEERHOOK_OK);
+        CHECK_STATUS(steerhook_request_open(t.session, 0, n - last, false), STEERHOOK_OK);
+        CHECK_STATUS(toy_decode(&t, rows + n - last, last, false), STEERHOOK_OK);
+        toy_check_verdicts(&t, r, 0);
+        CHECK_STATUS(steerhook_request_cut(t.session, 0, n - last, -1), STEERHOOK_OK);
+        CHECK_STATUS(steerhook_request_begin(t.session, 0, n - last, n), STEERHOOK_OK);
+        CHECK_STATUS(toy_decode(&t, rows + n - last, last, false), STEERHOOK_OK);
+        toy_check_verdicts(&t, r, 0);
+    }
+    steerhook_session_free(t.session);
+}
+
+/* Without kept rows, the reading at the prompt end minus two must come with the end. */
+static void test_open_forgets(const golden *g) {
+    const golden_request *r = &g->requests[0];
+    toy t;
+    toy_row rows[128];
+    toy_new(&t, g, 8, 2);
+    int32_t n = quiet_rows(r, rows);
     CHECK_STATUS(steerhook_request_open(t.session, 0, 0, false), STEERHOOK_OK);
     CHECK_STATUS(toy_decode(&t, rows, n - 2, false), STEERHOOK_OK);
     CHECK_STATUS(toy_decode(&t, rows + n - 2, 2, false), STEERHOOK_PROMPT);
@@ -550,6 +575,7 @@ void test_sessions(const char *directory) {
     test_pause(head);
     test_readings(head);
     test_open(layer);
+    test_open_forgets(layer);
     test_open_refusals(layer);
     golden_free(head);
     golden_free(layer);

@@ -330,7 +330,7 @@ steerhook_status steerhook_batch_cancel(steerhook_session *s) {
             request->ends_in_batch = false;
             request->open_ended = true;
             request->n_prompt = SH_ENDLESS;
-            request->open = !request->unread; /* what fired for it would stay fired */
+            request->open = !request->early; /* what fired for it would stay fired */
         }
     }
     sh_batch_forget(s);

@@ -130,7 +130,8 @@ static void take_row(steerhook_session *s, const sh_read *read, sh_request *requ
 }
 
 /* Scores the probe once its readings are complete. */
-static steerhook_status decide(steerhook_session *s, int32_t probe_index, sh_request *request) {
+steerhook_status sh_decide_probe(steerhook_session *s, int32_t probe_index,
+                                 sh_request *request) {
     const sh_probe *probe = &s->package->probes[probe_index];
     int32_t slot = s->first_slot[probe_index];
     for (int32_t k = 0; k < probe->n_readings; k++) {
@@ -172,7 +173,7 @@ static steerhook_status read_row(steerhook_session *s, const sh_site_plan *site,
             }
             take_row(s, read, request, member->position, x);
             if (request->progress[read->slot].complete && !request->probes[read->probe].known) {
-                status = decide(s, read->probe, request);
+                status = sh_decide_probe(s, read->probe, request);
             }
         }
     }

@@ -1,4 +1,5 @@
-/* Rows of the KV cache that mean readings need again when a later prompt begins with them. */
+/* Rows of the KV cache that readings need again: of means when a later prompt begins with them,
+ * of places before a prompt's end when its last rows come in a batch of their own. */
 #include <stdlib.h>
 #include <string.h>
 
@@ -12,19 +13,19 @@ steerhook_status steerhook_keep_rows(steerhook_session *s) {
     if (s->batch.open) {
         return sh_session_refuse(s, STEERHOOK_ORDER, "keep rows: expected no open batch");
     }
-    s->keeps = s->n_means > 0;
+    s->keeps = s->n_kept_readings > 0;
     return STEERHOOK_OK;
 }
 
 bool sh_keeps(const steerhook_session *s, const sh_read *read) {
     bool image = sh_reading_of(s, read)->position == SH_IMAGE_MEAN;
-    return s->keeps && s->mean_of[read->slot] >= 0 && (!image || s->batch.image);
+    return s->keeps && s->kept_of[read->slot] >= 0 && (!image || s->batch.image);
 }
 
 float *sh_kept(const steerhook_session *s, const sh_request *request, int32_t slot,
                int64_t position) {
     int64_t row = position - request->kept_shift;
-    return request->kept + (row * s->n_means + s->mean_of[slot]) * s->package->n_embd;
+    return request->kept + (row * s->n_kept_readings + s->kept_of[slot]) * s->package->n_embd;
 }
 
 bool sh_keep_room(const steerhook_session *s, sh_request *request) {
@@ -33,7 +34,7 @@ bool sh_keep_room(const steerhook_session *s, sh_request *request) {
         return true;
     }
     int64_t capacity = need < 256 ? 256 : need + need / 2;
-    size_t row = (size_t)s->n_means * (size_t)s->package->n_embd * sizeof *request->kept;
+    size_t row = (size_t)s->n_kept_readings * (size_t)s->package->n_embd * sizeof *request->kept;
     if (capacity > SH_ENDLESS || (size_t)capacity > SIZE_MAX / row) {
         return false;
     }
@@ -69,7 +70,7 @@ void sh_kept_cut(const steerhook_session *s, sh_request *request, int64_t from, 
     if (to < 0 || last >= request->n_kept) {
         request->n_kept = (int32_t)first;
     } else if (last > first) {
-        size_t row = (size_t)s->n_means * (size_t)s->package->n_embd;
+        size_t row = (size_t)s->n_kept_readings * (size_t)s->package->n_embd;
         size_t moved = (size_t)(request->n_kept - last);
         memmove(request->kept + (size_t)first * row, request->kept + (size_t)last * row,
                 moved * row * sizeof *request->kept);
@@ -94,7 +95,7 @@ bool sh_kept_copy(const steerhook_session *s, const sh_request *from, sh_request
     to->kept = sized.kept;
     to->kept_image = sized.kept_image;
     to->kept_capacity = sized.kept_capacity;
-    size_t row = (size_t)s->n_means * (size_t)s->package->n_embd;
+    size_t row = (size_t)s->n_kept_readings * (size_t)s->package->n_embd;
     memcpy(to->kept, from->kept, (size_t)from->n_kept * row * sizeof *to->kept);
     memcpy(to->kept_image, from->kept_image, (size_t)from->n_kept * sizeof *to->kept_image);
     to->n_kept = from->n_kept;
@@ -102,10 +103,47 @@ bool sh_kept_copy(const steerhook_session *s, const sh_request *from, sh_request
     return true;
 }
 
+bool sh_kept_has(const steerhook_session *s, const sh_request *request, int32_t slot,
+                 int64_t position) {
+    int64_t row = position - request->kept_shift;
+    return s->keeps && s->kept_of[slot] >= 0 && row >= 0 && row < request->n_kept;
+}
+
+/* The value of a reading at one row, as if the row had just been seen. */
+static void take_again(const steerhook_session *s, sh_request *request, int32_t slot,
+                       int64_t position) {
+    const float *x = sh_kept(s, request, slot, position);
+    double *values = request->values + (int64_t)slot * s->package->n_embd;
+    for (int32_t i = 0; i < s->package->n_embd; i++) {
+        values[i] = (double)x[i];
+    }
+    request->progress[slot] = (sh_progress){1, true};
+}
+
+steerhook_status sh_kept_ends(steerhook_session *s, sh_request *request) {
+    steerhook_status status = STEERHOOK_OK;
+    for (int32_t p = 0; status == STEERHOOK_OK && p < s->package->n_probes; p++) {
+        const sh_probe *probe = &s->package->probes[p];
+        bool taken = false;
+        for (int32_t k = 0; k < probe->n_readings; k++) {
+            int64_t row = sh_first_row(&probe->readings[k], request->n_prompt);
+            int32_t slot = s->first_slot[p] + k;
+            if (probe->readings[k].position == SH_PROMPT_END && row < request->count &&
+                sh_kept_has(s, request, slot, row)) {
+                take_again(s, request, slot, row);
+                taken = true;
+            }
+        }
+        status = taken && !request->probes[p].known ? sh_decide_probe(s, p, request) : status;
+        request->early |= taken && request->probes[p].known;
+    }
+    return status;
+}
+
 void sh_kept_sums(const steerhook_session *s, sh_request *request) {
     int32_t d = s->package->n_embd;
     for (int32_t slot = 0; s->keeps && slot < s->n_slots; slot++) {
-        if (s->mean_of[slot] < 0) {
+        if (!s->sums[slot]) {
             continue;
         }
         double *sum = request->values + (int64_t)slot * d;

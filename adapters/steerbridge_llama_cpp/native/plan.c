@@ -69,7 +69,10 @@ static void store_read(steerhook_session *s, const sh_read *read, int32_t depth)
         s->first_slot[read->probe] = read->slot;
     }
     sh_position kind = sh_reading_of(s, read)->position;
-    s->mean_of[read->slot] = kind == SH_PROMPT_END ? -1 : s->n_means++;
+    bool before_end = kind == SH_PROMPT_END && sh_reading_of(s, read)->offset < 0;
+    bool kept = kind != SH_PROMPT_END || (before_end && !site->outputs_only);
+    s->kept_of[read->slot] = kept ? s->n_kept_readings++ : -1;
+    s->sums[read->slot] = kind != SH_PROMPT_END;
     s->image_only[read->slot] = kind == SH_IMAGE_MEAN;
 }
 
@@ -116,9 +119,10 @@ static bool fill_sites(steerhook_session *s, const sh_error *error) {
             return false;
         }
     }
-    s->mean_of = need(s, (size_t)s->n_slots, sizeof *s->mean_of, error);
+    s->kept_of = need(s, (size_t)s->n_slots, sizeof *s->kept_of, error);
+    s->sums = need(s, (size_t)s->n_slots, sizeof *s->sums, error);
     s->image_only = need(s, (size_t)s->n_slots, sizeof *s->image_only, error);
-    if (s->mean_of == NULL || s->image_only == NULL) {
+    if (s->kept_of == NULL || s->sums == NULL || s->image_only == NULL) {
         return false;
     }
     each_read(s, store_read);

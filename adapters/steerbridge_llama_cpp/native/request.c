@@ -64,8 +64,7 @@ static steerhook_status may_change(steerhook_session *s, int32_t seq) {
     return STEERHOOK_OK;
 }
 
-/* The first row of a prompt that a reading takes. */
-static int64_t first_row(const sh_reading *reading, int64_t n_prompt) {
+int64_t sh_first_row(const sh_reading *reading, int64_t n_prompt) {
     return reading->position == SH_PROMPT_END ? n_prompt - 1 + reading->offset : 0;
 }
 
@@ -76,7 +75,7 @@ static steerhook_status check_readings(steerhook_session *s, const sh_request *r
     for (int32_t p = 0; p < s->package->n_probes; p++) {
         const sh_probe *probe = &s->package->probes[p];
         for (int32_t k = 0; k < probe->n_readings; k++) {
-            int64_t row = first_row(&probe->readings[k], n_prompt);
+            int64_t row = sh_first_row(&probe->readings[k], n_prompt);
             if (row < 0 && request->open_ended) {
                 continue; /* fires, see fire_unread */
             }
@@ -86,8 +85,9 @@ static steerhook_status check_readings(steerhook_session *s, const sh_request *r
                                          probe->id, 1L - (long)probe->readings[k].offset,
                                          (long)n_prompt);
             }
-            bool kept = s->keeps && probe->readings[k].position != SH_PROMPT_END &&
-                        request->n_kept >= n_cached;
+            bool all = probe->readings[k].position != SH_PROMPT_END;
+            bool kept = s->keeps && s->kept_of[s->first_slot[p] + k] >= 0 &&
+                        request->n_kept >= (all ? n_cached : row + 1);
             if (row < n_cached && !kept) {
                 return sh_session_refuse(s, STEERHOOK_CACHED,
                                          "probe %s: expected row %ld evaluated, found %ld cached",
@@ -120,7 +120,7 @@ static steerhook_status start(steerhook_session *s, sh_request *request, int32_t
     request->clean = 0;
     request->open = true;
     request->open_ended = n_prompt == SH_ENDLESS;
-    request->ends_in_batch = request->unread = false;
+    request->ends_in_batch = request->early = false;
     request->n_cached = n_cached;
     request->n_prompt = n_prompt;
     request->count = request->batch_count = n_cached;
@@ -128,7 +128,8 @@ static steerhook_status start(steerhook_session *s, sh_request *request, int32_t
     request->kept_shift = 0; /* what is kept is numbered as the cache is now */
     sh_kept_sums(s, request);
     request->n_kept = request->n_kept < n_cached ? request->n_kept : n_cached;
-    return sh_decide_rules(s, request);
+    steerhook_status status = request->open_ended ? STEERHOOK_OK : sh_kept_ends(s, request);
+    return status == STEERHOOK_OK ? sh_decide_rules(s, request) : status;
 }
 
 steerhook_status steerhook_request_begin(steerhook_session *s, int32_t seq, int32_t n_cached,
@@ -192,8 +193,9 @@ static steerhook_status check_batch_holds(steerhook_session *s, const sh_request
     for (int32_t p = 0; p < s->package->n_probes; p++) {
         const sh_probe *probe = &s->package->probes[p];
         for (int32_t k = 0; k < probe->n_readings; k++) {
-            int64_t row = first_row(&probe->readings[k], n_prompt);
-            if (probe->readings[k].position == SH_PROMPT_END && row >= 0 && row < request->count) {
+            int64_t row = sh_first_row(&probe->readings[k], n_prompt);
+            if (probe->readings[k].position == SH_PROMPT_END && row >= 0 && row < request->count &&
+                !sh_kept_has(s, request, s->first_slot[p] + k, row)) {
                 return sh_session_refuse(s, STEERHOOK_PROMPT,
                                          "probe %s: expected row %ld in the batch that ends the "
                                          "prompt, found it in an earlier one",
@@ -210,13 +212,13 @@ static steerhook_status fire_unread(steerhook_session *s, sh_request *request) {
     for (int32_t p = 0; p < s->package->n_probes; p++) {
         const sh_probe *probe = &s->package->probes[p];
         for (int32_t k = 0; k < probe->n_readings; k++) {
-            if (first_row(&probe->readings[k], request->n_prompt) < 0) {
+            if (sh_first_row(&probe->readings[k], request->n_prompt) < 0) {
                 request->probes[p] = (sh_decision){true, true, NAN, s->thresholds[p]};
-                request->unread = true;
+                request->early = true;
             }
         }
     }
-    return request->unread ? sh_decide_rules(s, request) : STEERHOOK_OK;
+    return request->early ? sh_decide_rules(s, request) : STEERHOOK_OK;
 }
 
 steerhook_status sh_request_end_prompt(steerhook_session *s, sh_request *request, int32_t row) {
@@ -238,7 +240,8 @@ steerhook_status sh_request_end_prompt(steerhook_session *s, sh_request *request
     request->n_prompt = (int32_t)n_prompt;
     request->open_ended = false;
     request->ends_in_batch = true;
-    return fire_unread(s, request);
+    status = fire_unread(s, request);
+    return status == STEERHOOK_OK ? sh_kept_ends(s, request) : status;
 }
 
 steerhook_stage steerhook_request_stage(const steerhook_session *s, int32_t seq) {

@@ -52,7 +52,7 @@ typedef struct {
     bool acting; /* a fired rule may rewrite rows of this sequence */
     bool open_ended;     /* n_prompt is not known yet: SH_ENDLESS */
     bool ends_in_batch;  /* it was found in the open batch */
-    bool unread;         /* and is shorter than a probe looks back */
+    bool early;          /* and something was decided before its rows were seen */
     int32_t n_cached, n_prompt;
     int64_t count;        /* rows so far, cached ones included */
     int64_t batch_count;  /* the same after the open batch */
@@ -60,7 +60,7 @@ typedef struct {
     int32_t clean;        /* cached rows before the first steered one; 0: no row is steered.
                              Belongs to the cache, so it outlives the request. */
     double *values;       /* readings, n_embd each; sums while a mean is running */
-    /* Rows in the cache as the mean readings saw them, [n_kept][n_means][n_embd], and which of
+    /* Rows in the cache as the readings saw them, [n_kept][n_kept_readings][n_embd], and which of
      * them are an image's. They belong to the cache too. Row r of the request is kept at
      * r - kept_shift: a context shift renumbers what it leaves. */
     float *kept;
@@ -95,9 +95,10 @@ struct steerhook_session {
     steerhook_ggml ggml;
     steerhook_status status; /* not OK: failed */
     bool paused;
-    bool keeps; /* rows for means, see steerhook_keep_rows */
-    int32_t n_means;
-    int32_t *mean_of; /* slot -> its number among the means, or -1 */
+    bool keeps; /* rows for later readings, see steerhook_keep_rows */
+    int32_t n_kept_readings;
+    int32_t *kept_of; /* slot -> its number among the kept readings, or -1 */
+    bool *sums;       /* slot -> whether it reads a mean */
     bool *image_only; /* slot -> whether it reads rows of images alone */
     char error[256];
     double *thresholds;
@@ -137,7 +138,7 @@ steerhook_status sh_session_fail(steerhook_session *session, steerhook_status st
 bool sh_wants(const steerhook_session *session, const sh_read *read, const sh_request *request,
               int64_t position);
 
-/* Whether the row is kept for the means of later prompts, whatever this prompt takes from it. */
+/* Whether the row is kept for later readings, whatever this prompt takes from it now. */
 bool sh_keeps(const steerhook_session *session, const sh_read *read);
 
 /* Where a reading's value of a row is kept. */
@@ -151,6 +152,14 @@ bool sh_keep_room(const steerhook_session *session, sh_request *request);
 void sh_kept_cut(const steerhook_session *session, sh_request *request, int64_t from, int64_t to);
 bool sh_kept_copy(const steerhook_session *session, const sh_request *from, sh_request *to);
 void sh_kept_sums(const steerhook_session *session, sh_request *request);
+
+/* Whether the value of a reading at a row is kept. */
+bool sh_kept_has(const steerhook_session *session, const sh_request *request, int32_t slot,
+                 int64_t position);
+
+/* Takes the readings before the prompt's end whose rows are in the cache already, and decides the
+ * probes that need nothing else. */
+steerhook_status sh_kept_ends(steerhook_session *session, sh_request *request);
 
 /* The open batch was decoded: its rows are in the cache. */
 void sh_keep_batch(const steerhook_session *session, sh_request *request);
@@ -167,6 +176,12 @@ void sh_batch_forget(steerhook_session *session);
  * known, and whether its readings can be taken. */
 steerhook_status sh_request_end_prompt(steerhook_session *session, sh_request *request,
                                        int32_t row);
+
+/* The first row of a prompt that a reading takes; negative: the prompt is too short. */
+int64_t sh_first_row(const sh_reading *reading, int64_t n_prompt);
+
+/* Scores a probe if its readings are complete. */
+steerhook_status sh_decide_probe(steerhook_session *session, int32_t probe, sh_request *request);
 
 /* Decides every rule whose probes are known. */
 steerhook_status sh_decide_rules(steerhook_session *session, sh_request *request);

@@ -136,9 +136,11 @@ STEERHOOK_API steerhook_status steerhook_pause(steerhook_session *session, bool 
 /* The evaluation callback (ggml_backend_sched_eval_callback); `session` is the user data. */
 STEERHOOK_API bool steerhook_eval(struct ggml_tensor *tensor, bool ask, void *session);
 
-/* From now on every row that a mean reading needs is kept beside the KV cache (4 n_embd bytes a row
- * and mean reading), so that requests may begin with cached rows: for programs that cannot be told
- * to evaluate a prompt afresh. Reads answers too, at one more cut of the graph a token and site. */
+/* From now on every row that a reading of a mean or of a place before the prompt's end may need
+ * is kept beside the KV cache (4 n_embd bytes a row and reading), so that requests may begin with
+ * cached rows, and a prompt's last rows come in a batch of their own: for programs that cannot be
+ * told to evaluate a prompt afresh. Reads answers too, at one more cut of the graph a token and
+ * site. */
 STEERHOOK_API steerhook_status steerhook_keep_rows(steerhook_session *session);
 
 /* Another threshold for one probe, for verdicts from now on. */

@@ -37,12 +37,12 @@ EXPORT int32_t llama_decode(llama_context *context, llama_batch batch) {
 EXPORT int32_t llama_process(llama_context *context, int type, llama_batch_ext *batch) {
     REAL(llama_process)
     sb_watch *watch = sb_watch_of(context);
-    sb_rows rows;
-    if (!sb_shadow_rows(batch, &rows)) {
+    sb_rows rows = {0};
+    if (sb_steers(watch) && !sb_shadow_rows(batch, &rows)) {
         sb_tell("refused", "a batch whose rows were not all seen, or are partly an image's");
         return SB_ERROR;
     }
-    if (type != LLAMA_PROCESS_DECODE) {
+    if (sb_steers(watch) && type != LLAMA_PROCESS_DECODE) {
         sb_tell("refused", "llama_process of type %d: expected decoding", type);
         return SB_ERROR;
     }
@@ -50,10 +50,14 @@ EXPORT int32_t llama_process(llama_context *context, int type, llama_batch_ext *
 }
 
 EXPORT int32_t llama_encode(llama_context *context, llama_batch batch) {
-    (void)context;
-    (void)batch;
-    sb_tell("refused", "llama_encode: expected a model without an encoder");
-    return SB_ERROR;
+    REAL(llama_encode)
+    sb_watch *watch = sb_watch_of(context);
+    if (sb_steers(watch)) {
+        sb_tell("refused", "llama_encode: expected a model without an encoder");
+        return SB_ERROR;
+    }
+    const sb_rows rows = {0};
+    return sb_before(watch, &rows) ? sb_after(watch, real(context, batch)) : SB_ERROR;
 }
 
 EXPORT void ggml_backend_sched_set_eval_callback(ggml_backend_sched *sched,
@@ -77,8 +81,8 @@ EXPORT void ggml_backend_sched_set_eval_callback(ggml_backend_sched *sched,
 
 EXPORT void llama_free(llama_context *context) {
     REAL(llama_free)
+    sb_watch_free(context); /* before its address may be another context's */
     real(context);
-    sb_watch_free(context);
 }
 
 /* ---- batches that llama.cpp keeps to itself ---- */

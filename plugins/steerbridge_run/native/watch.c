@@ -291,6 +291,10 @@ sb_watch *sb_watch_of(llama_context *context) {
     return found;
 }
 
+bool sb_steers(const sb_watch *watch) {
+    return !watch->other;
+}
+
 void sb_watch_free(llama_context *context) {
     pthread_mutex_lock(&lock);
     sb_watch **link = &watches;

@@ -21,6 +21,7 @@ enum { SB_ERROR = -3 }; /* what llama_decode returns when computing failed */
 /* The watch of a context, made when first asked for. It ends the process if the context cannot be
  * steered and is none that may go unsteered. */
 sb_watch *sb_watch_of(llama_context *context);
+bool sb_steers(const sb_watch *watch); /* false: named with --also */
 void sb_watch_free(llama_context *context);
 
 /* Before llama_decode: false if it must not be called and has failed with SB_ERROR. After it,
