@@ -268,7 +268,8 @@ def test_too_few_prompts_are_refused(model, tmp_path):
 def test_awareness_needs_pairs():
     examples = [Example("a", True), Example("b", False)]
     states = States(np.zeros((2, 1, 4), np.float32), (READING,))
-    assert search.awareness(states, examples) == ({str(READING): 0.0}, {str(READING): {}})
+    found = search.awareness(states, examples)
+    assert found == search.Awareness({str(READING): 0.0}, {str(READING): {}})
 
 
 def test_awareness_by_kind_leaves_out_prompts_without_the_image():
@@ -279,7 +280,8 @@ def test_awareness_by_kind_leaves_out_prompts_without_the_image():
     examples = [
         Example(f"t{i}", i % 2 == 0, "text" if i < 4 else "image", f"p{i // 2}") for i in range(8)
     ]
-    whole, kinds = search.awareness(States(array, (READING, image)), examples)
+    found = search.awareness(States(array, (READING, image)), examples)
+    whole, kinds = found.whole, found.by_kind
     assert kinds[str(READING)].keys() == {"text", "image"}
     assert kinds[str(image)]["text"] == 0.0
     assert whole[str(image)] == kinds[str(image)]["image"] != 0.0
@@ -324,6 +326,20 @@ def test_goals_weigh_both_sides_of_a_kind_apart():
     sides = [goal.weight(Example("t", harmful, "pair")) for harmful in (True, False)]
     assert sides == [0.0, 3.0]
     assert goal.weight(Example("t", True, "other")) == 1.0
+    channel = recipe.Goal("p", 1.0, {"*": 0.0, "image": 2.0}, needs="image")
+    harm = [Example("t", True, kind) for kind in ("image", "pair")]
+    assert [channel.weight(e) for e in harm] == [2.0, 0.0]
+    assert channel.weight(Example("t", False, "pair")) == 1.0
+    assert channel.applies(harm)
+    assert not channel.applies(harm[1:])
+    assert not channel.applies([Example("t", False, "image")])
+
+
+def test_every_kind_of_harm_is_some_goal_s_business():
+    for kind in ("pair", "general_harmful", "twin", "text", "image", "both", "any other"):
+        harm = [Example("t", True, kind)]
+        mine = [goal for goal in recipe.GOALS if goal.applies(harm)]
+        assert any(goal.weight(harm[0]) > 0 for goal in mine), kind
 
 
 def test_a_goal_without_its_prompts_makes_no_probe(model, tmp_path):
@@ -337,6 +353,13 @@ def test_a_goal_without_its_prompts_makes_no_probe(model, tmp_path):
     package = recipe.train(model, [*made_up(), *twins], settings, tmp_path / "b")
     assert [p.id for p in package.spec.probes] == ["harm", "twins"]
     assert package.spec.rules[0].condition.probes == ("harm", "twins")
+    image = [replace(e, kind="image", pair=None) for e in made_up()]
+    package = recipe.train(model, image, settings, tmp_path / "c")
+    assert [p.id for p in package.spec.probes] == ["image"]
+    package = recipe.train(model, [*made_up(), *image], settings, tmp_path / "d")
+    assert [p.id for p in package.spec.probes] == ["harm", "image"]
+    auroc = package.spec.evidence.safety["auroc_per_reading"]
+    assert {kind for kinds in auroc.values() for kind in kinds} == {"*", "pair", "image"}
     assert set(package.spec.evidence.safety) == {
         *("out_of_fold", "auroc_per_reading", "sas_per_reading"),
     }

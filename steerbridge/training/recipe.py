@@ -47,7 +47,7 @@ from steerbridge.training import head as heads
 from steerbridge.training import probes, search
 from steerbridge.training.head import HeadSettings
 from steerbridge.training.probes import Shape
-from steerbridge.training.search import FOLDS, Found, Survey
+from steerbridge.training.search import FOLDS, Awareness, Found
 from steerbridge.training.states import States, all_readings, capture, turn_end
 
 Kind = Literal["head_matrix", "add_vector", "project_out"]
@@ -62,9 +62,10 @@ VECTOR_STRENGTHS = (0.5, 1.0, 2.0, 4.0)
 class Goal:
     """One probe of a guard: what it is for, and its part of the false positives.
 
-    `harmful` and `harmless` map kinds of prompts to their weight in the probe's loss (1 where
-    not named; 0: not its business); `share` is the part of `target_fpr` that it may use. Without
-    harmful prompts of the kind `needs` there is no such probe.
+    `harmful` and `harmless` map kinds of prompts to their weight in the probe's loss; `*` is any
+    kind not named (1 unless given), and 0 means: not its business. The goals at work share
+    `target_fpr` in proportion to `share`. Without harmful prompts of the kind `needs` (None: of
+    any kind with a weight) there is no such probe.
     """
 
     probe: str
@@ -75,14 +76,34 @@ class Goal:
 
     def weight(self, example: Example) -> float:
         """The weight of one prompt in the loss."""
-        return (self.harmful if example.harmful else self.harmless).get(example.kind, 1.0)
+        weights = self.harmful if example.harmful else self.harmless
+        return weights.get(example.kind, weights.get("*", 1.0))
+
+    def applies(self, examples: Sequence[Example]) -> bool:
+        """True if there is something for its probe to catch."""
+        caught = {e.kind for e in examples if e.harmful and self.weight(e) > 0}
+        return self.needs in caught if self.needs else bool(caught)
 
 
 # What tells a harmful request from a harmless one, and what tells it from a harmless one of
-# nearly the same words, pull a single probe apart; each alone does better.
+# nearly the same words, pull a single probe apart; each alone does better. So do the channels of
+# a multimodal model: harm in the image alone (kind `image`), and in the combination (`both`).
 GOALS = (
-    Goal("harm", 0.85, {"general_harmful": 0.33, "twin": 0.0}, {"borderline": 40.0}),
-    Goal("twins", 0.15, {"twin": 5.0, "pair": 0.3}, {"borderline": 20.0, "pair": 0.3}, "twin"),
+    Goal(
+        "harm",
+        0.85,
+        {"general_harmful": 0.33, "twin": 0.0, "image": 0.0, "both": 0.0},
+        {"borderline": 40.0},
+    ),
+    Goal(
+        "twins",
+        0.15,
+        {"twin": 5.0, "pair": 0.3, "image": 0.0, "both": 0.0},
+        {"borderline": 20.0, "pair": 0.3},
+        "twin",
+    ),
+    Goal("image", 0.5, {"*": 0.0, "image": 1.0}, needs="image"),
+    Goal("both", 0.5, {"*": 0.0, "both": 1.0}, needs="both"),
 )
 
 
@@ -134,7 +155,7 @@ def train(
     states = capture(
         model, examples, readings, workdir / "capture", lambda a, b: say("capture", a, b)
     )
-    found = _search(states, examples, settings, say)
+    found, sas = _search(states, examples, settings, say)
     fitted, tensors = _probes(states, examples, found, settings)
     spec = SteeringSpec(
         spec_version=SPEC_VERSION,
@@ -148,7 +169,7 @@ def train(
     package = SteeringPackage(spec, tensors)
     maker = _head if settings.intervention == "head_matrix" else _vector
     package, evidence = maker(model, package, states, examples, settings, say)
-    return _with_evidence(package, found, evidence, examples, settings)
+    return _with_evidence(package, found, sas, evidence, examples, settings)
 
 
 def _check(examples: Sequence[Example]) -> None:
@@ -172,30 +193,31 @@ def _weights(examples: Sequence[Example], goal: Goal) -> NDArray[np.float64]:
 
 def _search(
     states: States, examples: Sequence[Example], settings: TrainSettings, say: Say
-) -> dict[str, Found]:
-    """For each goal, by the name of its probe, where the probe shall read."""
+) -> tuple[dict[str, Found], Awareness]:
+    """For each goal, by the name of its probe, where the probe shall read; and the SAS."""
     tried = count(1)
 
     def progress(_: str) -> None:
         say("search", next(tried), 0)
 
+    folds = np.asarray(data.folds(examples, FOLDS, settings.seed))
+    sas = search.awareness(states, examples)
+    goals = [goal for goal in settings.goals if goal.applies(examples)]
+    shares = sum(goal.share for goal in goals)
     found: dict[str, Found] = {}
-    known: Survey | None = None
-    for goal in settings.goals:
-        if goal.needs and not any(e.harmful and e.kind == goal.needs for e in examples):
-            continue
+    for goal in goals:
+        part = goal.share / shares
         problem = search.Problem(
             states,
             examples,
             _labels(examples),
             _weights(examples, goal),
-            np.asarray(data.folds(examples, FOLDS, settings.seed)),
-            {kind: goal.share * target for kind, target in settings.target_fpr.items()},
+            folds,
+            {kind: part * target for kind, target in settings.target_fpr.items()},
             settings.seed,
         )
-        known = known or search.survey(problem, progress)
-        found[goal.probe] = search.search(problem, known, settings.probe, progress)
-    return found
+        found[goal.probe] = search.search(problem, sas, settings.probe, progress)
+    return found, sas
 
 
 def _probes(
@@ -379,14 +401,14 @@ def unconditional(package: SteeringPackage) -> SteeringPackage:
 def _with_evidence(
     package: SteeringPackage,
     found: Mapping[str, Found],
+    awareness: Awareness,
     intervention: dict[str, Any],
     examples: Sequence[Example],
     settings: TrainSettings,
 ) -> SteeringPackage:
     kinds = [e.kind for e in examples]
-    known = next(iter(found.values())).survey
     evidence = Evidence(
-        sas={reading: round(value, 6) for reading, value in known.sas.items()},
+        sas={reading: round(value, 6) for reading, value in awareness.whole.items()},
         probes={probe: _report(f, examples) for probe, f in found.items()},
         interventions={package.spec.interventions[0].id: intervention},
         data={
@@ -401,13 +423,10 @@ def _with_evidence(
         },
         safety={
             "out_of_fold": _shares(_fired(found), examples),
-            "auroc_per_reading": {
-                str(c.recipe.readings[0]): {"*": c.auroc, **c.auroc_by_kind}
-                for c in known.first_round
-            },
+            "auroc_per_reading": _plain(_auroc(found)),
             "sas_per_reading": {
-                reading: {"*": round(value, 6), **_plain(known.sas_by_kind[reading])}
-                for reading, value in known.sas.items()
+                reading: {"*": round(value, 6), **_plain(awareness.by_kind[reading])}
+                for reading, value in awareness.whole.items()
             },
         },
         settings=_plain(asdict(settings)),
@@ -419,6 +438,19 @@ def _with_evidence(
         SteeringSpec.model_validate_json(spec.model_dump_json(exclude_unset=True)),
         package.tensors,
     )
+
+
+def _auroc(found: Mapping[str, Found]) -> dict[str, dict[str, float]]:
+    """Reading -> kind of harmful prompts -> AUROC of a linear probe that is meant to catch it;
+    `*` is the mean over probes."""
+    known: dict[str, dict[str, float]] = {}
+    for one in found.values():
+        for candidate in one.first_round:
+            kinds = known.setdefault(str(candidate.recipe.readings[0]), {})
+            kinds["*"] = kinds.get("*", 0.0) + candidate.auroc / len(found)
+            for kind, value in candidate.auroc_by_kind.items():
+                kinds[kind] = max(value, kinds.get(kind, 0.0))
+    return known
 
 
 def _fired(found: Mapping[str, Found]) -> NDArray[np.bool_]:

@@ -43,12 +43,11 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True)
-class Survey:
-    """What is known of every reading alone; the same for every goal."""
+class Awareness:
+    """Safety Awareness Scores of every reading; the same for every goal."""
 
-    sas: dict[str, float]  # reading -> Safety Awareness Score
-    sas_by_kind: dict[str, dict[str, float]]  # reading -> kind of pair -> the same
-    first_round: tuple[Candidate, ...]
+    whole: dict[str, float]  # reading -> SAS over all pairs
+    by_kind: dict[str, dict[str, float]]  # reading -> kind of pair -> the same
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +55,7 @@ class Found:
     """The chosen candidate and the evidence of the search."""
 
     best: Candidate
-    survey: Survey
+    first_round: tuple[Candidate, ...]  # every reading alone, on one fold, with a linear probe
     second_round: tuple[Candidate, ...]
 
 
@@ -96,34 +95,29 @@ class Problem:
         )
 
 
-def survey(problem: Problem, progress: Callable[[str], None] = lambda _: None) -> Survey:
-    """SAS, and a first round: every reading alone, on one fold, with a linear probe."""
-    sas, by_kind = awareness(problem.states, problem.examples)
-    found = []
-    for reading in problem.states.readings:
-        found.append(problem.judge(Recipe((reading,), "linear", DECAY), only=[0]))
-        progress(str(found[-1].recipe))
-    return Survey(sas, by_kind, tuple(found))
-
-
 def search(
     problem: Problem,
-    known: Survey,
+    sas: Awareness,
     shape: Shape,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Found:
     """Choose readings by detection at the target false-positive rates.
 
-    On all folds, as `shape`: the best reading of the first round, and every position at a few
-    depths of the model. Candidates within one standard error of the best are equal; among them
-    the readings with the highest mean SAS (the paper's criterion) win, then the higher AUROC.
+    First round: every reading alone, on one fold, with a linear probe. Second, on all folds, as
+    `shape`: the best reading of the first, and every position at a few depths of the model.
+    Candidates within one standard error of the best are equal; among them the readings with the
+    highest mean SAS (the paper's criterion) win, then the higher AUROC.
     """
-    second = []
-    for readings in _sets(known.first_round):
-        second.append(problem.judge(Recipe(readings, shape, DECAY)))
-        progress(str(second[-1].recipe))
+
+    def judged(recipe: Recipe, only: Sequence[int] | None = None) -> Candidate:
+        found = problem.judge(recipe, only)
+        progress(str(recipe))
+        return found
+
+    first = [judged(Recipe((r,), "linear", DECAY), only=[0]) for r in problem.states.readings]
+    second = [judged(Recipe(readings, shape, DECAY)) for readings in _sets(first)]
     meant = int((problem.harmful & (problem.weights > 0)).sum())
-    return Found(_pick(second, known.sas, meant), known, tuple(second))
+    return Found(_pick(second, sas.whole, meant), tuple(first), tuple(second))
 
 
 def _sets(first: Sequence[Candidate]) -> list[tuple[Reading, ...]]:
@@ -152,9 +146,7 @@ def _pick(candidates: Sequence[Candidate], sas: Mapping[str, float], harmful: in
     )
 
 
-def awareness(
-    states: States, examples: Sequence[Example]
-) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+def awareness(states: States, examples: Sequence[Example]) -> Awareness:
     """SAS of every reading over the aligned pairs, and over those of each kind.
 
     0 where fewer than two pairs have the reading (an image, on both sides).
@@ -168,7 +160,7 @@ def awareness(
     kinds = {kind: [p for p in pairs if examples[p[0]].kind == kind] for kind in _kinds(examples)}
     whole = _awareness(states, pairs)
     each = {kind: _awareness(states, found) for kind, found in kinds.items() if len(found) > 1}
-    return whole, {r: {kind: found[r] for kind, found in each.items()} for r in whole}
+    return Awareness(whole, {r: {kind: found[r] for kind, found in each.items()} for r in whole})
 
 
 def _kinds(examples: Sequence[Example]) -> list[str]:
