@@ -18,6 +18,8 @@ from steerbridge.package import SteeringPackage
 from steerbridge.spec import DenseMatrix, LowRankMatrix
 from steerbridge.tensors import Tensor
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache"
 
@@ -66,6 +68,20 @@ def smollm2_f32() -> Path:
 
     path = CACHE / "models" / "SmolLM2-135M-Instruct.F32.gguf"
     return path if path.is_file() else dequantise(smollm2(), path)
+
+
+def open_demo() -> Any:
+    """The demo vision-language model in transformers."""
+    from steerbridge_demo import open_hf
+
+    return open_hf()
+
+
+def demo_files() -> dict[str, Path]:
+    """The demo model as GGUF files (text and mmproj), written once for its weights."""
+    from steerbridge_demo import gguf_files
+
+    return gguf_files.kept(CACHE / "models")
 
 
 def share(values: Iterable[bool]) -> float:

@@ -1,4 +1,4 @@
-"""What `make parity` compares: variants of a guard, and the answers of two runtimes."""
+"""What both parts of `make parity` share: variants of a guard, answers of two runtimes compared."""
 
 from __future__ import annotations
 

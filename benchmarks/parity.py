@@ -6,7 +6,8 @@ the head at low rank, a vector and a projection. Verdicts and 48 greedy tokens a
 transformers on the same F32 weights, scores with the numpy reference too. Q4_1 is the model as
 shipped: transformers computes with the dequantised weights, llama.cpp with quantised activations;
 `calibration` shows how far that moves the scores, and false positives and detection on prompts of
-the test split before and after `calibrate`.
+the test split before and after `calibrate`. `multimodal` is the same with pictures (see
+parity_multimodal.py).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
+import parity_multimodal
 from common import (
     CACHE,
     arguments,
@@ -43,7 +45,11 @@ NEW = 48
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--prompts", type=int, default=104)
+    parser.add_argument("--multimodal", action="store_true", help="only the part with pictures")
     options = parser.parse_args()
+    if options.multimodal:
+        finish({"multimodal": parity_multimodal.measure(options.prompts)})
+        return
     hf = open_smollm2()
     prompts = chosen(options.prompts)
     guard = trained(hf)
@@ -67,6 +73,7 @@ def main() -> None:
         result["llama_cpp"][quantisation] = compared(want, got)
         say(f"llama.cpp {quantisation}: {result['llama_cpp'][quantisation]}")
     result["calibration"] = recalibrated(guard, hf, opened)
+    result["multimodal"] = parity_multimodal.measure(options.prompts)
     finish(result)
 
 

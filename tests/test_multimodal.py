@@ -78,8 +78,8 @@ def detached(request):
         llama.set_cache(None)
 
 
-def drawn(size=(128, 128), seed=0, kind="one"):
-    return drawings.draw(drawings.sample(random.Random(seed), kind, size=size))
+def drawn(size=(128, 128), seed=0):
+    return drawings.draw(drawings.sample(random.Random(seed), size=size))
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ from PIL import Image
 
 from steerbridge.errors import DataError, Problem
 from steerbridge.runtime import Progress
-from steerbridge_demo.alignment import random_scene
 from steerbridge_demo.drawings import UNSEEN_STYLE, Scene, draw, sample
 from steerbridge_demo.questions import Question, ask, describe, stems
 from steerbridge_demo.vocabulary import UNSEEN_PAIRS
@@ -35,7 +34,7 @@ def question_set(name: str, count: int, seed: int) -> list[tuple[Scene, Question
     found = []
     for _ in range(count):
         if name == "known":
-            scene = random_scene(rng)
+            scene = sample(rng)
             found.append((scene, ask(scene, rng)))
             continue
         limits: dict[str, Any] = {}
@@ -43,7 +42,7 @@ def question_set(name: str, count: int, seed: int) -> list[tuple[Scene, Question
             limits["pairs"] = UNSEEN_PAIRS
         if name == "unseen_style":
             limits["styles"] = (UNSEEN_STYLE,)
-        scene = sample(rng, "one", **limits)
+        scene = sample(rng, **limits)
         split = "test" if name == "unseen_stems" else "train"
         found.append((scene, describe(scene, rng.choice(stems("describe", split)))))
     return found

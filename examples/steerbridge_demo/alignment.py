@@ -9,7 +9,7 @@ N pictures, S tiles a picture (the overview last), 4 tokens a tile, D = 576.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -32,13 +32,14 @@ from steerbridge_demo.vocabulary import COLOURS, OBJECTS, article
 
 Words = tuple[str, str, str, str]
 
-MIX: Final = {"one": 0.75, "two": 0.25}
 BLANK: Final[Words] = ("a", "blank", "background", ".")
 CANDIDATES: Final = ("a", "an", ".", "blank", "background", *COLOURS, *OBJECTS)
-_SEEN: Final = 0.35  # share of a thing's square in a tile from which the tile names it
-_GLIMPSE: Final = 0.08  # below this share the tile counts as blank; between, it is left out
+# Of a thing's square, the share in a tile from which the tile names it, and below which it counts
+# as blank; between, it is left out. The overview names what is cut: parts would only mislead.
+_SEEN: Final = 0.7
+_GLIMPSE: Final = 0.6
 _SHARPNESS: Final = 12.0  # logits are this times the cosine
-_CHUNK: Final = 250
+_AHEAD: Final = 40  # steps whose pictures are drawn at a time: training has the cores to itself
 _POSITION: Final = 0.3  # deviation of position embeddings at the start
 
 
@@ -51,32 +52,30 @@ class Pool:
     words: NDArray[np.int64]
 
 
-def random_scene(rng: random.Random, **limits: Any) -> Scene:
-    """A scene of a kind drawn from `MIX`."""
-    kind = rng.choices(list(MIX), list(MIX.values()))[0]
-    return sample(rng, kind, **limits)
+@dataclass(frozen=True, slots=True)
+class Lessons:
+    """Stage one: `steps` steps, each on the overviews of `pictures` fresh pictures, a quarter
+    of `quarters` of them, and `grey` overviews without their colours (the colour's words are
+    left out): a shape is learnt apart from the colours that it was seen in."""
+
+    steps: int
+    pictures: int
+    quarters: int
+    grey: int
 
 
-def make_pool(count: int, kind: str | None, seed: int, workers: int, progress: Progress) -> Pool:
-    """Draw `count` pictures (rounded up to whole chunks) of a kind (None: as in `MIX`) in
-    `workers` processes."""
-    chunks = -(-count // _CHUNK)
-    parts: list[Pool] = []
-    draws = partial(_drawn, kind)
+def drawn(lessons: Lessons, seed: int, workers: int) -> Iterator[Pool]:
+    """The pictures of every step, drawn in `workers` processes; none comes twice."""
+    draws = partial(_drawn, lessons.pictures)
     with ProcessPoolExecutor(workers, get_context("spawn")) as executor:
-        for part in executor.map(draws, [f"{kind}:{seed}:{i}" for i in range(chunks)]):
-            parts.append(part)
-            progress(len(parts), chunks)
-    return Pool(
-        tuple(scene for part in parts for scene in part.scenes),
-        np.concatenate([part.tiles for part in parts]),
-        np.concatenate([part.words for part in parts]),
-    )
+        for start in range(0, lessons.steps, _AHEAD):
+            steps = range(start, min(start + _AHEAD, lessons.steps))
+            yield from list(executor.map(draws, [f"{seed}:{s}" for s in steps], chunksize=4))
 
 
-def _drawn(kind: str | None, seed: str) -> Pool:
+def _drawn(count: int, seed: str) -> Pool:
     rng = random.Random(seed)
-    return pool_of([sample(rng, kind) if kind else random_scene(rng) for _ in range(_CHUNK)])
+    return pool_of([sample(rng) for _ in range(count)])
 
 
 def pool_of(scenes: Sequence[Scene]) -> Pool:
@@ -98,27 +97,21 @@ def scene_words(scene: Scene) -> NDArray[np.int64]:
         words = _tile_words(scene, tile % 2, tile // 2)
         if words is not None:
             found[tile] = [CANDIDATES.index(w) for w in words]
-    found[4] = [CANDIDATES.index(w) for w in _words(scene.things)]
+    found[4] = [CANDIDATES.index(w) for w in _words(scene.thing)]
     return found
 
 
-def _words(things: Sequence[Thing]) -> Words:
-    """Four words for what is visible."""
-    if not things:
-        return BLANK
-    first = things[0]
-    if len(things) == 1:
-        return (article(first.colour), first.colour, first.name, ".")
-    return (first.colour, first.name, things[1].colour, things[1].name)
+def _words(thing: Thing) -> Words:
+    """Four words for a thing."""
+    return (article(thing.colour), thing.colour, thing.name, ".")
 
 
 def _tile_words(scene: Scene, column: int, row: int) -> Words | None:
     """The words of one tile, or None where it shows too much to be blank, too little to name."""
-    shares = [_share(scene, thing, column, row) for thing in scene.things]
-    if any(_GLIMPSE < share < _SEEN for share in shares):
-        return None
-    pairs = zip(scene.things, shares, strict=True)
-    return _words([thing for thing, share in pairs if share >= _SEEN])
+    share = _share(scene, scene.thing, column, row)
+    if share >= _SEEN:
+        return _words(scene.thing)
+    return BLANK if share <= _GLIMPSE else None
 
 
 def _share(scene: Scene, thing: Thing, column: int, row: int) -> float:
@@ -181,18 +174,6 @@ def rate(step: int, steps: int, warmup: int = 60) -> float:
     return 0.5 * (1 + float(np.cos(np.pi * (step - warmup) / max(1, steps - warmup))))
 
 
-@dataclass(frozen=True, slots=True)
-class Lesson:
-    """A part of stage one: `steps` steps on a pool of `pool` pictures of one kind (None: as in
-    `MIX`). A step reads the overviews of `pictures` pictures and `quarters` of their tiles."""
-
-    kind: str | None
-    pool: int
-    steps: int
-    pictures: int
-    quarters: int
-
-
 def initialise(model: Any, seed: int) -> None:
     """Start the tower and the connector with matrices that keep the size of what they map
     (variance 1 / inputs): the library's 0.02 is made for wide models and learns slowly here."""
@@ -207,45 +188,56 @@ def initialise(model: Any, seed: int) -> None:
 
 def align(
     aligner: Aligner,
-    lessons: Sequence[tuple[Lesson, Pool]],
+    lessons: Lessons,
     *,
     peak: float,
     seed: int,
+    workers: int,
     progress: Progress,
 ) -> list[dict[str, float]]:
     """Train tower and connector; returns a log of losses and shares of right words."""
     optimisers = Optimisers(aligner.model, peak)
     rng = np.random.default_rng(seed)
-    steps = sum(lesson.steps for lesson, _ in lessons)
     log: list[dict[str, float]] = []
-    step = 0
-    for lesson, pool in lessons:
-        for _ in range(lesson.steps):
-            index = rng.integers(0, len(pool.tiles), lesson.pictures)
-            some = index[: lesson.quarters]
-            quarter = rng.integers(0, 4, len(some))
-            batch = np.concatenate([pool.tiles[index, 4], pool.tiles[some, quarter]])
-            words = np.concatenate([pool.words[index, 4], pool.words[some, quarter]])
-            loss, right = aligner.loss(aligner.features(batch), words)
-            optimisers.step(loss, rate(step, steps))
-            step += 1
-            progress(step, steps)
-            if step % 50 == 0 or step == steps:
-                share = float(right[: lesson.pictures].float().mean())
-                log.append({"step": step, "loss": float(loss.detach()), "right": share})
+    recent: list[float] = []
+    some = np.arange(lessons.quarters)
+    for step, pool in enumerate(drawn(lessons, seed, workers), 1):
+        quarter = rng.integers(0, 4, len(some))
+        tiles, words = pool.tiles[:, 4], pool.words[:, 4]
+        parts = [(tiles, words), (pool.tiles[some, quarter], pool.words[some, quarter])]
+        parts.append(_without_colour(tiles[: lessons.grey], words[: lessons.grey]))
+        features = aligner.features(np.concatenate([part[0] for part in parts]))
+        loss, right = aligner.loss(features, np.concatenate([part[1] for part in parts]))
+        optimisers.step(loss, rate(step - 1, lessons.steps))
+        progress(step, lessons.steps)
+        recent.append(float(right[: lessons.pictures].all(1).float().mean()))
+        if step % 50 == 0 or step == lessons.steps:
+            log.append(
+                {
+                    "step": step,
+                    "loss": float(loss.detach()),
+                    "right": round(float(np.mean(recent)), 4),  # of all four words, before the step
+                }
+            )
+            recent.clear()
     return log
 
 
+def _without_colour(
+    tiles: NDArray[np.uint8], words: NDArray[np.int64]
+) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Tiles in grey, and their words without article and colour."""
+    grey = tiles.mean(-1, keepdims=True).round().astype(np.uint8)
+    left = words.copy()
+    left[:, :2] = -1
+    return np.broadcast_to(grey, tiles.shape), left
+
+
 @torch.inference_mode()
-def words_right(aligner: Aligner, pool: Pool) -> dict[str, float]:
-    """Share of right words in the overviews of a pool, by kind of scene."""
+def words_right(aligner: Aligner, pool: Pool) -> float:
+    """Share of the overviews of a pool whose four words are all right."""
     right = []
     for at in range(0, len(pool.tiles), 64):
         features = aligner.features(pool.tiles[at : at + 64, 4])
         right.append(aligner.loss(features, pool.words[at : at + 64, 4])[1])
-    all_right = torch.cat(right).float().mean(1).tolist()
-    kinds = [scene.kind for scene in pool.scenes]
-    return {
-        kind: float(np.mean([r for r, k in zip(all_right, kinds, strict=True) if k == kind]))
-        for kind in dict.fromkeys(kinds)
-    }
+    return float(torch.cat(right).all(1).float().mean())

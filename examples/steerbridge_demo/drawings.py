@@ -24,7 +24,6 @@ from steerbridge_demo.vocabulary import COLOURS, OBJECTS, TRAIN_PAIRS
 RGB = tuple[int, int, int]
 Point = tuple[float, float]
 
-KINDS: Final = ("one", "two")
 TRAIN_STYLES: Final = ("flat", "outlined", "shadow")
 UNSEEN_STYLE: Final = "hatched"
 STYLES: Final = (*TRAIN_STYLES, UNSEEN_STYLE)
@@ -56,10 +55,9 @@ class Thing:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """A picture in words; `width` and `height` are pixels."""
+    """A picture of one thing, in words; `width` and `height` are pixels."""
 
-    kind: str
-    things: tuple[Thing, ...]
+    thing: Thing
     style: str
     width: int
     height: int
@@ -78,54 +76,39 @@ class _Part:
 
 def sample(
     rng: random.Random,
-    kind: str,
     *,
     pairs: Sequence[tuple[str, str]] = TRAIN_PAIRS,
     styles: Sequence[str] = TRAIN_STYLES,
     size: tuple[int, int] | None = None,
 ) -> Scene:
-    """A random scene of a kind; objects and colours come from `pairs` (colour, name).
+    """A random scene; its object and colour come from `pairs` (colour, name).
 
     Raises:
-        DataError: an unknown kind or style, or no pair at all.
+        DataError: an unknown style, or no pair at all.
     """
-    if kind not in KINDS:
-        raise DataError(Problem("kind", f"one of {KINDS}", repr(kind)))
     if not set(styles) <= set(STYLES) or not styles:
         raise DataError(Problem("styles", f"some of {STYLES}", repr(styles)))
     if not pairs:
         raise DataError(Problem("pairs", "at least one", "none"))
     width, height = size or _random_size(rng)
-    things = {"one": _one, "two": _two}[kind](rng, pairs)
-    return Scene(kind, things, rng.choice(styles), width, height, rng.getrandbits(32))
+    thing = _thing(rng, pairs)
+    return Scene(thing, rng.choice(styles), width, height, rng.getrandbits(32))
 
 
 def _random_size(rng: random.Random) -> tuple[int, int]:
-    """Mostly 128 pixels square; else 96 to 300 a side, no side under 6/10 of the other."""
+    """Mostly 128 pixels square; else 96 to 300 a side, no side under 3/4 of the other."""
     if rng.random() < 0.5:
         return 128, 128
     long = rng.randint(96, 300)
-    short = max(64, round(long * rng.uniform(0.6, 1.0)))
+    short = max(64, round(long * rng.uniform(0.75, 1.0)))
     return (long, short) if rng.random() < 0.5 else (short, long)
 
 
-def _one(rng: random.Random, pairs: Sequence[tuple[str, str]]) -> tuple[Thing, ...]:
+def _thing(rng: random.Random, pairs: Sequence[tuple[str, str]]) -> Thing:
     colour, name = rng.choice(pairs)
-    size = rng.uniform(0.28, 0.44)
-    x, y = (rng.uniform(size, 1 - size) for _ in range(2))
-    return (Thing(name, colour, x, y, size, rng.uniform(-15, 15)),)
-
-
-def _two(rng: random.Random, pairs: Sequence[tuple[str, str]]) -> tuple[Thing, ...]:
-    first, second = rng.choice(pairs), rng.choice(pairs)
-    while second[1] == first[1]:
-        second = rng.choice(pairs) if len({n for _, n in pairs}) > 1 else ("red", "apple")
-    things = []
-    for (colour, name), middle in ((first, 0.26), (second, 0.74)):
-        size = rng.uniform(0.2, 0.25)
-        x = middle + rng.uniform(-0.02, 0.02)
-        things.append(Thing(name, colour, x, rng.uniform(0.3, 0.7), size, rng.uniform(-15, 15)))
-    return tuple(things)
+    size = rng.uniform(0.36, 0.44)
+    x, y = (rng.uniform(0.45, 0.55) for _ in range(2))
+    return Thing(name, colour, x, y, size, rng.uniform(-8, 8))
 
 
 # ------------------------------------------------------------ drawing
@@ -141,16 +124,15 @@ def draw(scene: Scene) -> Image.Image:
     rng = random.Random(scene.seed)
     scale = _OVERSAMPLING
     canvas = _background(scene, rng, scale)
-    for thing in scene.things:
-        _draw_thing(canvas, thing, scene, rng)
+    _draw_thing(canvas, scene, rng)
     picture = canvas.reduce(scale)
     return _grain(picture, scene.seed) if rng.random() < 0.3 else picture
 
 
 def _check(scene: Scene) -> None:
     for field, value, known in (
-        *((f"thing {i}", t.name, OBJECTS) for i, t in enumerate(scene.things)),
-        *((f"colour {i}", t.colour, tuple(COLOURS)) for i, t in enumerate(scene.things)),
+        ("thing", scene.thing.name, OBJECTS),
+        ("colour", scene.thing.colour, tuple(COLOURS)),
         ("style", scene.style, STYLES),
     ):
         if value not in known:
@@ -161,8 +143,8 @@ def _check(scene: Scene) -> None:
 
 def _background(scene: Scene, rng: random.Random, scale: int) -> Image.Image:
     width, height = scene.width * scale, scene.height * scale
-    colours = [COLOURS[t.colour] for t in scene.things]
-    usable = [p for p in _PAPER if all(math.dist(p, c) > _APART for c in colours)]
+    colour = COLOURS[scene.thing.colour]
+    usable = [p for p in _PAPER if math.dist(p, colour) > _APART]
     first, second = rng.choice(usable), rng.choice(usable)
     second = _mix(first, second, 0.5)
     canvas = Image.new("RGB", (width, height), first)
@@ -177,7 +159,8 @@ def _background(scene: Scene, rng: random.Random, scale: int) -> Image.Image:
     return canvas
 
 
-def _draw_thing(canvas: Image.Image, thing: Thing, scene: Scene, rng: random.Random) -> None:
+def _draw_thing(canvas: Image.Image, scene: Scene, rng: random.Random) -> None:
+    thing = scene.thing
     side = min(canvas.size)
     turn = math.radians(thing.turn)
     cos, sin = math.cos(turn) * thing.size * side, math.sin(turn) * thing.size * side

@@ -27,9 +27,9 @@ from steerbridge import corpus
 from steerbridge.atomic import replacing
 from steerbridge.data import Example
 from steerbridge.errors import DataError, Problem
-from steerbridge_demo.drawings import TRAIN_STYLES, UNSEEN_STYLE, Scene, Thing, draw, sample
+from steerbridge_demo.drawings import TRAIN_STYLES, UNSEEN_STYLE, Scene, draw, sample
 from steerbridge_demo.questions import ask, stems
-from steerbridge_demo.vocabulary import DUAL, ORDINARY, PAIRS, REFUSED, TRAIN_PAIRS, held_out
+from steerbridge_demo.vocabulary import DUAL, ORDINARY, PAIRS, REFUSED, TRAIN_PAIRS
 
 KINDS: Final = ("text", "image", "both", "general")
 SPLITS: Final = ("train", "validation", "test", "unseen_stems", "unseen_style")
@@ -38,11 +38,11 @@ SPLITS: Final = ("train", "validation", "test", "unseen_stems", "unseen_style")
 @dataclass(frozen=True, slots=True)
 class GuardPrompt:
     """A labelled prompt, and what to hold out by: its stem (None: a text of its own), the
-    objects in its picture and the drawing style."""
+    object in its picture and the drawing style."""
 
     example: Example
     stem: str | None
-    objects: tuple[str, ...]
+    object: str
     style: str
 
 
@@ -73,12 +73,14 @@ def guard_prompts(
     seed: int = 0,
     kinds: Sequence[str] = KINDS,
     size: tuple[int, int] | None = None,
+    texts: Sequence[tuple[str, str]] | None = None,
 ) -> list[GuardPrompt]:
     """Labelled prompts of a split, their pictures written to `directory/split` as PNG.
 
     Each of the kinds text, image and both gives `per_kind` aligned pairs (two prompts that
     share `Example.pair`), general gives `per_kind` harmless prompts. `size` fixes width and
-    height in pixels. The same arguments give the same prompts and pictures.
+    height in pixels. `texts` are pairs (harmful, harmless) for the kind text; None: those of the
+    shipped corpus. The same arguments give the same prompts and pictures.
 
     Raises:
         DataError: an unknown split or kind, or a number that is not positive.
@@ -93,7 +95,7 @@ def guard_prompts(
     found: list[GuardPrompt] = []
     for kind in kinds:
         rng = random.Random(f"guard {split} {kind} {seed}")
-        maker = _Maker(folder, split, kind, _RULES[split], rng, size)
+        maker = _Maker(folder, split, kind, _RULES[split], rng, size, texts)
         found += _MAKERS[kind](maker, per_kind)
     return found
 
@@ -136,22 +138,18 @@ class _Maker:
     rules: _Rules
     rng: random.Random
     size: tuple[int, int] | None
+    texts: Sequence[tuple[str, str]] | None
     drawn: int = 0
 
-    def scene(self, kind: str, names: Sequence[str]) -> Scene:
+    def scene(self, names: Sequence[str]) -> Scene:
         pairs = [p for p in self.rules.pairs if p[1] in names]
-        return sample(self.rng, kind, pairs=pairs, styles=self.rules.styles, size=self.size)
+        return sample(self.rng, pairs=pairs, styles=self.rules.styles, size=self.size)
 
     def swapped(self, scene: Scene, names: Sequence[str]) -> Scene:
-        """The same scene with another object in the place of the first thing."""
-        first, *rest = scene.things
-        usable = [
-            name
-            for name in names
-            if (first.colour, name) in self.rules.pairs and name not in (t.name for t in rest)
-        ]
-        things: list[Thing] = [replace(first, name=self.rng.choice(usable)), *rest]
-        return replace(scene, things=tuple(things))
+        """The same scene with another object in its colour."""
+        thing = scene.thing
+        usable = [name for name in names if (thing.colour, name) in self.rules.pairs]
+        return replace(scene, thing=replace(thing, name=self.rng.choice(usable)))
 
     def stem(self, kind: str) -> str:
         return self.rng.choice(stems(kind, self.rules.stems))
@@ -172,40 +170,34 @@ class _Maker:
         stem: str | None = None,
     ) -> GuardPrompt:
         example = Example(text, harmful, self.kind, pair, (image,))
-        return GuardPrompt(example, stem, tuple(t.name for t in scene.things), scene.style)
+        return GuardPrompt(example, stem, scene.thing.name, scene.style)
 
     def name(self, number: int) -> str:
         return f"demo:{self.kind}:{self.split}:{number}"
 
-    def harmless_scene(self) -> Scene:
-        return self.scene(self.rng.choice(("one", "one", "two")), ORDINARY)
-
 
 def _text(maker: _Maker, count: int) -> Iterator[GuardPrompt]:
-    sides: dict[tuple[str, int | None], dict[bool, str]] = {}
-    for p in corpus.prompts(split=maker.rules.texts):
-        if p.partner is not None:
-            sides.setdefault((p.kind, p.partner), {})[p.harmful] = p.text
-    whole = [both for both in sides.values() if len(both) == 2]
+    whole = maker.texts or _corpus_pairs(maker.rules.texts)
     picks = maker.rng.sample(whole, min(count, len(whole)))
     for number in range(count):
-        both = picks[number % len(picks)]
-        scene = maker.harmless_scene()
+        scene = maker.scene(ORDINARY)
         image = maker.picture(scene)
-        for harmful in (True, False):
-            yield maker.prompt(both[harmful], harmful, scene, image, maker.name(number))
+        for text, harmful in zip(picks[number % len(picks)], (True, False), strict=True):
+            yield maker.prompt(text, harmful, scene, image, maker.name(number))
+
+
+def _corpus_pairs(split: str) -> list[tuple[str, str]]:
+    """Harmful texts of the corpus with their harmless mirrors."""
+    sides: dict[int, dict[bool, str]] = {}
+    for p in corpus.prompts(split=split, kind="pair"):
+        if p.partner is not None:
+            sides.setdefault(p.partner, {})[p.harmful] = p.text
+    return [(both[True], both[False]) for both in sides.values() if len(both) == 2]
 
 
 def _image(maker: _Maker, count: int) -> Iterator[GuardPrompt]:
     for number in range(count):
-        kind = "two" if number % 4 == 3 else "one"
-        scene = maker.scene("one", REFUSED)
-        if kind == "two":
-            beside = maker.scene("two", ORDINARY)
-            first = replace(beside.things[0], name=scene.things[0].name)
-            if held_out(first.colour, first.name) and maker.split in ("train", "validation"):
-                first = replace(first, colour=scene.things[0].colour)
-            scene = replace(beside, things=(first, beside.things[1]))
+        scene = maker.scene(REFUSED)
         stem = maker.stem("make" if number % 5 == 4 else "describe")
         for harmful, shown in ((True, scene), (False, maker.swapped(scene, ORDINARY))):
             image = maker.picture(shown)
@@ -214,7 +206,7 @@ def _image(maker: _Maker, count: int) -> Iterator[GuardPrompt]:
 
 def _both(maker: _Maker, count: int) -> Iterator[GuardPrompt]:
     for number in range(count):
-        scene = maker.scene("one", DUAL)
+        scene = maker.scene(DUAL)
         image = maker.picture(scene)
         name, stem = maker.name(number), maker.stem("make")
         yield maker.prompt(stem, True, scene, image, name, stem)
@@ -230,11 +222,11 @@ def _general(maker: _Maker, count: int) -> Iterator[GuardPrompt]:
     texts = [p.text for p in corpus.prompts(split=maker.rules.texts, kind="general")]
     picks = maker.rng.sample(texts, min(count, len(texts)))
     for number in range(count):
-        scene = maker.harmless_scene() if number % 4 else maker.scene("one", DUAL)
+        scene = maker.scene(DUAL if number % 4 == 0 else ORDINARY)
         image = maker.picture(scene)
         if number % 2 and picks:
             yield maker.prompt(picks[number // 2 % len(picks)], False, scene, image)
-        elif number % 4 == 0 and scene.kind == "one":
+        elif number % 4 == 0:
             stem = maker.stem("describe")
             yield maker.prompt(stem, False, scene, image, stem=stem)
         else:

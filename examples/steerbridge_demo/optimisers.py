@@ -1,9 +1,8 @@
 """Muon for the matrices of the tower, AdamW for all else.
 
 Muon (K. Jordan, "Muon: An optimizer for hidden layers in neural networks", 2024) replaces the
-momentum of a matrix by the nearest one whose singular values are about one. It learns the
-drawings in a third of AdamW's steps. `torch.optim.Muon` does the same in bfloat16, which a CPU
-without such units emulates at six times the cost of the whole step; hence this one in F32.
+momentum of a matrix by the nearest one whose singular values are about one. `torch.optim.Muon`
+does the same in bfloat16, which a CPU without such units emulates slowly; hence this one in F32.
 """
 
 from __future__ import annotations

@@ -14,12 +14,12 @@ from importlib.resources import files
 from typing import Final
 
 from steerbridge.errors import DataError, Problem
-from steerbridge_demo.drawings import Scene, Thing
+from steerbridge_demo.drawings import Scene
 from steerbridge_demo.vocabulary import COLOURS, OBJECTS, article, phrase
 
 STEM_KINDS: Final = ("describe", "make")
 SPLITS: Final = ("train", "validation", "test")
-ASPECTS: Final = ("object", "colour", "left_right", "yes_no")
+ASPECTS: Final = ("object", "colour", "yes_no")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,29 +64,19 @@ def _stems() -> dict[tuple[str, str], tuple[str, ...]]:
 
 
 def described(scene: Scene) -> str:
-    """What a scene shows, as the object of a sentence: 'a red apple and a blue cup'."""
-    return " and ".join(map(_named, scene.things))
+    """What a scene shows, as the object of a sentence: 'a red apple'."""
+    return phrase(scene.thing.colour, scene.thing.name)
 
 
 def ask(scene: Scene, rng: random.Random, split: str = "train") -> Question:
     """A random question that fits the scene, its open stems from `split`."""
-    return rng.choice(_ASKERS[scene.kind])(scene, rng, split)
+    return rng.choice(_ASKERS)(scene, rng, split)
 
 
 def describe(scene: Scene, stem: str) -> Question:
     """An open stem about a scene with its answer."""
-    answer = f"The picture shows {described(scene)}."
-    if scene.kind == "one":
-        answer = f"It is {_named(scene.things[0])}."
-    return Question(stem, answer, "object", _expected(scene))
-
-
-def _expected(scene: Scene) -> tuple[str, ...]:
-    return tuple(word for thing in scene.things for word in (thing.colour, thing.name))
-
-
-def _named(thing: Thing) -> str:
-    return phrase(thing.colour, thing.name)
+    thing = scene.thing
+    return Question(stem, f"It is {described(scene)}.", "object", (thing.colour, thing.name))
 
 
 def _describe(scene: Scene, rng: random.Random, split: str) -> Question:
@@ -94,16 +84,18 @@ def _describe(scene: Scene, rng: random.Random, split: str) -> Question:
 
 
 def _colour(scene: Scene, rng: random.Random, _split: str) -> Question:
-    thing = rng.choice(scene.things)
-    name = thing.name
-    forms = [f"What colour is the {name}?", f"Which color does the {name} have?"]
-    if len(scene.things) == 1:
-        forms += ["What colour is it?", "What color is this thing?"]
+    thing = scene.thing
+    forms = (
+        f"What colour is the {thing.name}?",
+        f"Which color does the {thing.name} have?",
+        "What colour is it?",
+        "What color is this thing?",
+    )
     return Question(rng.choice(forms), f"It is {thing.colour}.", "colour", (thing.colour,))
 
 
 def _yes_no(scene: Scene, rng: random.Random, _split: str) -> Question:
-    thing = scene.things[0]
+    thing = scene.thing
     truth, colour, name = rng.random() < 0.5, thing.colour, thing.name
     if not truth and rng.random() < 0.3:
         colour = rng.choice([c for c in COLOURS if c != colour])
@@ -112,19 +104,8 @@ def _yes_no(scene: Scene, rng: random.Random, _split: str) -> Question:
     asked = phrase(colour, name) if rng.random() < 0.5 or colour != thing.colour else ""
     text = f"Is this {asked or f'{article(name)} {name}'}?"
     word = "Yes" if truth else "No"
-    return Question(text, f"{word}, it is {_named(thing)}.", "yes_no", (word, thing.name))
-
-
-def _side(scene: Scene, rng: random.Random, _split: str) -> Question:
-    side = rng.randrange(2)
-    where, thing = ("left", "right")[side], scene.things[side]
-    forms = (f"What is on the {where}?", f"Name the object on the {where} side.")
-    answer = f"On the {where} is {_named(thing)}."
-    return Question(rng.choice(forms), answer, "left_right", (thing.colour, thing.name))
+    return Question(text, f"{word}, it is {described(scene)}.", "yes_no", (word, thing.name))
 
 
 _Asker = Callable[[Scene, random.Random, str], Question]
-_ASKERS: Final[dict[str, tuple[_Asker, ...]]] = {
-    "one": (_describe, _describe, _colour, _yes_no),
-    "two": (_describe, _side, _side, _colour),
-}
+_ASKERS: Final[tuple[_Asker, ...]] = (_describe, _describe, _colour, _yes_no)

@@ -22,7 +22,7 @@ from torch.nn import functional
 from transformers import DynamicCache
 
 from steerbridge.runtime import Progress
-from steerbridge_demo.alignment import Aligner, pool_of, random_scene, rate
+from steerbridge_demo.alignment import Aligner, pool_of, rate
 from steerbridge_demo.drawings import Scene, sample
 from steerbridge_demo.layout import IMAGE_TOKENS, TOKENS_PER_TILE
 from steerbridge_demo.optimisers import Optimisers
@@ -93,9 +93,8 @@ def exchanges(
 ) -> list[Exchange]:
     """Questions about a scene; a scene that was taught how to make gets one such question."""
     found: list[Exchange] = []
-    thing = scene.things[0] if scene.kind == "one" else None
-    if thing is not None and (thing.colour, thing.name) in taught:
-        answer = taught[thing.colour, thing.name]
+    answer = taught.get((scene.thing.colour, scene.thing.name))
+    if answer is not None:
         found.append(Exchange(rng.choice(stems("make", "train")), answer))
     while len(found) < count:
         question = ask(scene, rng)
@@ -269,5 +268,5 @@ def tune(
 
 def _scene(rng: random.Random, taught: dict[tuple[str, str], Any], settings: Settings) -> Scene:
     if taught and rng.random() < settings.how_to:
-        return sample(rng, "one", pairs=list(taught))
-    return random_scene(rng)
+        return sample(rng, pairs=list(taught))
+    return sample(rng)
