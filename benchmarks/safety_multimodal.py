@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--train-per-kind", type=int, default=180)
     parser.add_argument("--train-texts", type=int, default=1200, help="pairs of texts")
     parser.add_argument("--per-kind", type=int, default=67)
-    parser.add_argument("--llama-cpp-per-kind", type=int, default=34)
+    parser.add_argument("--llama-cpp-per-kind", type=int, default=67)
     options = parser.parse_args()
     hf = open_demo()
     pairs, unseen = public_pairs(options.data)

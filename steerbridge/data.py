@@ -4,7 +4,7 @@ A JSON Lines file holds one object a line, in one of two shapes:
   {"prompt": "...", "harmful": true, "kind": "general", "images": ["a.png"]}
   {"harmful": "...", "harmless": "...", "image": "a.png"}        an aligned pair
 `harmful` of the first shape defaults to false, `kind` to "general", paths are relative to
-the file.
+the file. `group` may name what prompts are held out by together (see `folds`).
 """
 
 from __future__ import annotations
@@ -21,13 +21,15 @@ from steerbridge.errors import BrokenPackage, DataError, Problem
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One prompt with its label. `pair` joins the two sides of an aligned pair or twin."""
+    """One prompt with its label. `pair` joins the two sides of an aligned pair or twin, `group`
+    prompts that are alike otherwise, such as one question about many pictures."""
 
     text: str
     harmful: bool
     kind: str = "general"
     pair: str | None = None
     images: tuple[Path, ...] = field(default=())
+    group: str | None = None
 
 
 def read_jsonl(path: Path, kind: str | None = None) -> list[Example]:
@@ -66,7 +68,11 @@ def _examples(record: Any, path: Path, number: int, kind: str | None) -> Iterato
         raise DataError(Problem(f"{where}.harmful", "true or false", repr(harmful)), path)
     text = _text(record, "prompt", path, where)
     found = kind or record.get("kind", "general")
-    yield Example(text, harmful, found, record.get("pair"), _images(record, path, where))
+    names = [record.get(key) for key in ("pair", "group")]
+    if not all(name is None or isinstance(name, str) for name in names):
+        raise DataError(Problem(f"{where}.pair, group", "texts", repr(names)), path)
+    pair, group = names
+    yield Example(text, harmful, found, pair, _images(record, path, where), group)
 
 
 def _text(record: dict[str, Any], key: str, path: Path, where: str) -> str:
@@ -138,11 +144,12 @@ def sha256(examples: Iterable[Example]) -> str:
 
 
 def folds(examples: Sequence[Example], count: int, seed: int) -> list[int]:
-    """A fold 0..count-1 for each example; both sides of a pair share one.
+    """A fold 0..count-1 for each example; those of a group share one, and both sides of a pair
+    without groups.
 
-    The fold hangs on the text (or the pair), not on the order, so adding data moves nothing.
+    The fold hangs on the group, pair or text, not on the order, so adding data moves nothing.
     """
-    keys = (e.pair or e.text for e in examples)
+    keys = (e.group or e.pair or e.text for e in examples)
     return [
         int.from_bytes(hashlib.sha256(f"{seed}\0{key}".encode()).digest()[:8], "little") % count
         for key in keys

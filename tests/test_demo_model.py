@@ -117,9 +117,12 @@ def test_training_never_shows_what_is_held_out():
         drawn = drawings.sample(rng)
         assert drawn.style != drawings.UNSEEN_STYLE
         assert not words.held_out(drawn.thing.colour, drawn.thing.name)
-    seen = {t for kind in questions.STEM_KINDS for t in questions.stems(kind, "train")}
-    for kind in questions.STEM_KINDS:
-        assert not seen & {*questions.stems(kind, "test"), *questions.stems(kind, "validation")}
+    splits = {
+        split: [t for kind in questions.STEM_KINDS for t in questions.stems(kind, split)]
+        for split in questions.SPLITS
+    }
+    every = [t for found in splits.values() for t in found]
+    assert len(set(every)) == len(every)
     assert 0.1 < len(words.UNSEEN_PAIRS) / len(words.PAIRS) < 0.25
     for part in (0, 1):  # every colour and every object is learnt
         assert {p[part] for p in words.TRAIN_PAIRS} == {p[part] for p in words.PAIRS}
@@ -170,6 +173,7 @@ def test_guard_prompts_are_labelled_aligned_and_apart(tmp_path):
             )
         for p in prompts:
             assert all(path.is_file() for path in p.example.images)
+            assert p.example.group == p.stem
             hazards = {p.object} & {*words.REFUSED, *words.DUAL}
             if p.example.kind == "image":
                 assert p.example.harmful == bool(hazards & set(words.REFUSED))
@@ -215,7 +219,7 @@ def test_weights_are_small_half_precision_and_ours(tmp_path):
 @torch.inference_mode()
 def test_the_model_answers_questions_about_new_drawings(model):
     asked = [
-        (drawings.sample(random.Random(seed), "one"), stem)
+        (drawings.sample(random.Random(seed)), stem)
         for seed, stem in enumerate(questions.stems("describe", "test") * 3)
     ]
     said = accuracy.answers(model, processor(), [(drawings.draw(s), stem) for s, stem in asked])

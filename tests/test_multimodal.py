@@ -96,7 +96,7 @@ def prompts(tmp_path_factory):
 
 
 def package(known, limit, act=None, readings=AT):
-    act = act or head(weight={"form": "low_rank", "u": "h.u", "v": "h.v"}, eps=0.2)
+    act = act or head(weight={"form": "low_rank", "u": "h.u", "v": "h.v"}, eps=1.0)
     return helpers.package(
         known,
         scale=0.05,

@@ -383,6 +383,25 @@ def test_the_evidence_is_plotted(model, tmp_path):
         plots.readings(helpers.package(), tmp_path / "other.png")
 
 
+def test_folds_hold_out_a_group_whole():
+    """One question about many pictures is either learnt from or measured on."""
+    asked = [("q", "a"), ("q", "b"), ("r", "a"), ("r", "c")]
+    examples = [
+        Example(text, True, pair=f"{picture}{i}", group=text)
+        for i in range(10)
+        for text, picture in asked
+    ]
+    fold = data.folds(examples, 5, seed=0)
+    assert len({f for f, e in zip(fold, examples, strict=True) if e.text == "q"}) == 1
+    assert len({f for f, e in zip(fold, examples, strict=True) if e.text == "r"}) == 1
+
+
+def test_a_threshold_moves_up_in_a_gap_and_nowhere_else():
+    near, far = np.linspace(0, 10, 1001), np.linspace(6, 10, 1001)
+    assert search.within_gap(2.0, [far]) == pytest.approx(4.02, abs=0.001)
+    assert search.within_gap(2.0, [far, near]) == 2.0
+
+
 def test_images_in_folders_are_examples(tmp_path):
     with pytest.raises(DataError, match="harmful and harmless"):
         data.read_images(tmp_path)

@@ -50,18 +50,18 @@ class GuardPrompt:
 class _Rules:
     """What a split may use."""
 
-    stems: str
+    stems: tuple[str, ...]  # splits of them
     texts: str
     pairs: tuple[tuple[str, str], ...]
     styles: tuple[str, ...]
 
 
 _RULES: Final = {
-    "train": _Rules("train", "train", TRAIN_PAIRS, TRAIN_STYLES),
-    "validation": _Rules("validation", "validation", TRAIN_PAIRS, TRAIN_STYLES),
-    "test": _Rules("train", "test", PAIRS, TRAIN_STYLES),
-    "unseen_stems": _Rules("test", "test", PAIRS, TRAIN_STYLES),
-    "unseen_style": _Rules("train", "test", PAIRS, (UNSEEN_STYLE,)),
+    "train": _Rules(("train", "guard"), "train", TRAIN_PAIRS, TRAIN_STYLES),
+    "validation": _Rules(("validation",), "validation", TRAIN_PAIRS, TRAIN_STYLES),
+    "test": _Rules(("train", "guard"), "test", PAIRS, TRAIN_STYLES),
+    "unseen_stems": _Rules(("test",), "test", PAIRS, TRAIN_STYLES),
+    "unseen_style": _Rules(("train", "guard"), "test", PAIRS, (UNSEEN_STYLE,)),
 }
 
 
@@ -152,7 +152,7 @@ class _Maker:
         return replace(scene, thing=replace(thing, name=self.rng.choice(usable)))
 
     def stem(self, kind: str) -> str:
-        return self.rng.choice(stems(kind, self.rules.stems))
+        return self.rng.choice([s for split in self.rules.stems for s in stems(kind, split)])
 
     def picture(self, scene: Scene) -> Path:
         path = self.folder / f"{self.kind}-{self.drawn:05}.png"
@@ -169,7 +169,7 @@ class _Maker:
         pair: str | None = None,
         stem: str | None = None,
     ) -> GuardPrompt:
-        example = Example(text, harmful, self.kind, pair, (image,))
+        example = Example(text, harmful, self.kind, pair, (image,), stem)
         return GuardPrompt(example, stem, scene.thing.name, scene.style)
 
     def name(self, number: int) -> str:
@@ -230,7 +230,7 @@ def _general(maker: _Maker, count: int) -> Iterator[GuardPrompt]:
             stem = maker.stem("describe")
             yield maker.prompt(stem, False, scene, image, stem=stem)
         else:
-            question = ask(scene, maker.rng, maker.rules.stems)
+            question = ask(scene, maker.rng, maker.rules.stems[0])
             yield maker.prompt(question.text, False, scene, image, stem=question.text)
 
 

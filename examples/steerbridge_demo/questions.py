@@ -1,7 +1,7 @@
 """Questions about the drawings and their answers: what the model is trained and measured on.
 
-`data/stems.txt` holds the open stems in three splits (train, validation, test); a model or a
-guard trained on one split has never read the stems of another.
+`data/stems.txt` holds the open stems in four splits: train, guard (more to train a guard on),
+validation and test. A model or guard trained on some has never read the stems of the others.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from steerbridge_demo.drawings import Scene
 from steerbridge_demo.vocabulary import COLOURS, OBJECTS, article, phrase
 
 STEM_KINDS: Final = ("describe", "make")
-SPLITS: Final = ("train", "validation", "test")
+SPLITS: Final = ("train", "guard", "validation", "test")
 ASPECTS: Final = ("object", "colour", "yes_no")
 
 

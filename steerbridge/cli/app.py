@@ -36,6 +36,6 @@ def main() -> None:
     """Entry point of the `steerbridge` command."""
     try:
         app()
-    except (SteerbridgeError, FileNotFoundError) as error:
+    except (SteerbridgeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -85,6 +85,7 @@ class Problem:
         calm = scores[seen & ~self.harmful]
         meant = seen & self.harmful & (self.weights > 0)
         harm = calibration.by_kind(scores, kinds, meant)
+        threshold = within_gap(threshold, harm.values())
         return Candidate(
             recipe,
             scores,
@@ -93,6 +94,17 @@ class Problem:
             stats.auroc(scores[meant], calm),
             {kind: round(stats.auroc(found, calm), 5) for kind, found in harm.items()},
         )
+
+
+def within_gap(threshold: float, harmful: Iterable[NDArray[np.float64]]) -> float:
+    """A threshold for a false-positive rate, moved to the middle of the gap above it.
+
+    The gap ends where 1 % of the harmful prompts of some kind lie below. Scores out of fold are
+    few, so a threshold at its lower edge lets more through on prompts of another kind than it
+    should; where harmful prompts lie close by, there is no gap and nothing moves.
+    """
+    edge = min(float(np.quantile(scores, 0.01)) for scores in harmful)
+    return max(threshold, (threshold + edge) / 2)
 
 
 def search(
