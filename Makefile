@@ -4,8 +4,8 @@ PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.set-up
 BASE ?= python3
 
-.PHONY: setup setup-peers demo test lint schema parity fuzz bench-safety \
-  bench-train bench-overhead bench-kernels bench-convert clean
+.PHONY: setup setup-peers setup-apps demo test test-apps lint schema parity fuzz soak bench-safety \
+  bench-safety-multimodal bench-train bench-overhead bench-kernels bench-convert clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -35,12 +35,24 @@ $(PEERS): requirements/peers.txt
 	@.venv-peers/bin/python -m pip install --quiet -r $< >&2
 	@touch $@
 
+# Unmodified llama.cpp programs, built from the sources of the installed llama-cpp-python.
+APPS := .cache/apps/.set-up
+setup-apps: $(APPS)
+
+$(APPS): tests/programs.py tests/apps/CMakeLists.txt $(STAMP)
+	@$(PYTHON) tests/programs.py >&2
+	@touch $@
+
 demo: setup
 	@$(PYTHON) examples/demo.py
 
 test: setup setup-peers
 	@$(PYTHON) -m pytest
 	@echo '{"test": "passed"}'
+
+test-apps: setup setup-apps
+	@$(PYTHON) -m pytest -m apps
+	@echo '{"test-apps": "passed"}'
 
 lint: setup
 	@$(VENV)/bin/ruff check . >&2
@@ -55,12 +67,17 @@ parity: setup
 fuzz: setup
 	@$(PYTHON) tests/native/fuzz.py
 
+soak: setup setup-apps
+	@$(PYTHON) benchmarks/soak.py
+
 schema: setup
 	@$(PYTHON) -m steerbridge.cli schema > docs/steering_config.schema.json
 	@echo '{"schema": "docs/steering_config.schema.json"}'
 
-bench-safety bench-train bench-overhead bench-kernels bench-convert: bench-%: setup
-	@$(PYTHON) benchmarks/$*.py
+bench-safety bench-safety-multimodal bench-train bench-overhead bench-kernels bench-convert: bench-%: setup
+	@$(PYTHON) benchmarks/$(subst -,_,$*).py
+
+bench-overhead: setup-apps
 
 clean:
 	rm -rf $(VENV) .venv-peers .cache

@@ -49,8 +49,11 @@ def main() -> None:
     say(str(result))
     if find_spec("llama_cpp"):
         import overhead_llama_cpp
+        import overhead_server
 
         result["llama_cpp"] = overhead_llama_cpp.measure(package, prompts)
+        say(str(result["llama_cpp"]))
+        result["llama_server"] = overhead_server.measure(package, options.rounds)
     finish(result)
 
 

@@ -156,6 +156,27 @@ def test_events_are_logged_and_counted(tmp_path, capsys):
     assert 'steerbridge_stopped_total{event="refused"} 1.0' in text
 
 
+def test_the_log_may_be_a_socket_and_may_fail(tmp_path, capsys):
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(tmp_path / "log"))
+        listening.listen()
+        log = supervisor.open_log(f"unix:{tmp_path / 'log'}")
+        taken, _ = listening.accept()
+    metrics = supervisor.Metrics()
+    listener = supervisor.Supervisor(tmp_path / "events", log, metrics)
+    with socket.socket(socket.AF_UNIX) as sender, taken.makefile("r") as lines:
+        sender.connect(str(tmp_path / "events"))
+        sender.sendall(b'{"event": "refused", "pid": 1}\n')
+        assert json.loads(lines.readline()) == {"event": "refused", "pid": 1}
+        taken.close()
+        lines.close()
+        for _ in range(3):  # what is written after the other side has gone
+            sender.sendall(b'{"event": "refused", "pid": 2}\n')
+    listener.close()
+    assert metrics.registry.get_sample_value("steerbridge_stopped_total", {"event": "refused"}) == 4
+    assert "the log is given up" in capsys.readouterr().err
+
+
 EVENT = """
 #include "events.h"
 int main(void) {

@@ -29,7 +29,10 @@ Also = Annotated[
 def run(
     command: Command,
     package: PackageOption,
-    log: Annotated[Path | None, typer.Option(help="File for one JSON line an event.")] = None,
+    log: Annotated[
+        str | None,
+        typer.Option(help="File, or unix:PATH of a listening socket, for one JSON line an event."),
+    ] = None,
     metrics_port: Annotated[
         int | None, typer.Option(help="Loopback port for Prometheus.", min=1, max=65535)
     ] = None,
@@ -47,7 +50,7 @@ def run(
     _check(loaded, models, ignore)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="steerbridge-")))
-        opened = stack.enter_context(log.open("a", encoding="utf-8")) if log else None
+        opened = stack.enter_context(supervisor.open_log(log)) if log else None
         metrics = supervisor.Metrics()
         if metrics_port is not None:
             metrics.serve(metrics_port)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import socket
@@ -53,6 +54,20 @@ class Metrics:
         start_http_server(port, addr="127.0.0.1", registry=self.registry)
 
 
+def open_log(where: str) -> TextIO:
+    """A file to append to, or `unix:PATH`, a socket on which somebody listens.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+    kind, colon, path = where.partition(":")
+    if kind != "unix" or not colon:
+        return Path(where).open("a", encoding="utf-8")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.connect(path)
+        return connection.makefile("w", encoding="utf-8")
+
+
 class Supervisor:
     """Listens to the preloads of a program and its children.
 
@@ -96,9 +111,20 @@ class Supervisor:
                 self.active += 1
                 note(f"active in process {event['pid']}: {event['model']}")
             self._metrics.count(event)
-            if self._log is not None:
-                self._log.write(line)
-                self._log.flush()
+            self._write(line)
+
+    def _write(self, line: str) -> None:
+        """A log that fails is given up: events must be read, or the program would wait."""
+        if self._log is None:
+            return
+        try:
+            self._log.write(line)
+            self._log.flush()
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._log.close()
+            self._log = None
+            note(f"the log is given up: {error}")
 
     def close(self, seconds: float = 2.0) -> None:
         """Read what was told before the program ended."""

@@ -1,0 +1,85 @@
+"""What the benchmarks of llama-server share: unmodified servers, requests, verdicts."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common import CACHE, ROOT, low_rank
+from steerbridge.cli.common import smollm2
+from steerbridge.package import SteeringPackage
+
+sys.path.insert(0, str(ROOT / "tests"))
+import programs
+
+RANK = 32
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running llama-server; `log` takes a steered one's events."""
+
+    url: str
+    log: Path
+    output: Path
+
+    def complete(self, tokens: Sequence[int], new: int, **options: Any) -> Any:
+        """Exactly `new` greedy tokens after a prompt."""
+        body = {"prompt": list(tokens), "n_predict": new, "temperature": 0, "ignore_eos": True}
+        request = urllib.request.Request(
+            self.url + "/completion",
+            json.dumps({**body, **options}).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=300) as answer:
+            return json.load(answer)
+
+    def events(self) -> list[Any]:
+        lines = self.log.read_text("utf-8").splitlines() if self.log.exists() else []
+        return [json.loads(line) for line in lines]
+
+    def verdicts(self, count: int) -> list[Any]:
+        """Events of so many verdicts, waited for."""
+        until = time.monotonic() + 30
+        while True:
+            found = [e for e in self.events() if e["event"] == "verdict"]
+            if len(found) >= count or time.monotonic() > until:
+                return found
+            time.sleep(0.02)
+
+
+@contextmanager
+def running(name: str, package: SteeringPackage | None, *options: object) -> Iterator[Server]:
+    """llama-server on SmolLM2 as shipped; steered by the package, its head cut to RANK."""
+    folder = CACHE / "llama-server"
+    folder.mkdir(parents=True, exist_ok=True)
+    log, output = folder / f"{name}.jsonl", folder / f"{name}.txt"
+    log.unlink(missing_ok=True)
+    before: list[str] = []
+    if package is not None:
+        guard = low_rank(package, RANK).save(folder / "guard.gguf")
+        run = [sys.executable, "-m", "steerbridge.cli", "run"]
+        before = [*run, "--package", str(guard), "--log", str(log), "--"]
+    command = ["-m", smollm2(), "-t", 2, "-c", 4096, "--no-webui", *options]
+    with programs.llama_server(command, output, before) as url:
+        yield Server(url, log, output)
+
+
+def sorted_by_verdict(
+    server: Server, prompts: Sequence[Sequence[int]]
+) -> tuple[list[Sequence[int]], list[Sequence[int]]]:
+    """Prompts (of tokens) that fire, and those that do not, each judged alone."""
+    start = len(server.verdicts(0))
+    for prompt in prompts:
+        server.complete(prompt, 1, cache_prompt=False)
+    fired = [bool(e["fired"]) for e in server.verdicts(start + len(prompts))[start:]]
+    assert len(fired) == len(prompts)
+    both = list(zip(prompts, fired, strict=True))
+    return [p for p, f in both if f], [p for p, f in both if not f]

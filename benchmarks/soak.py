@@ -1,0 +1,148 @@
+"""`make soak`: thousands of requests at an unmodified llama-server under `steerbridge run`.
+
+Four clients, each with a slot of its own: prompts that share prefixes or repeat, answers of random
+length, streams that are dropped. Every verdict is compared with that of the same prompt alone on
+an idle server; resident memory is read in each fifth of the run.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+import time
+import urllib.request
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+from common import CACHE, arguments, finish, say, share
+from llama_server import Server, running
+from steerbridge import data
+from steerbridge.cli.common import smollm2
+from steerbridge.data import Example
+from steerbridge.package import load
+from steerbridge_llama_cpp import open_model
+
+SLOTS, FIFTHS = 4, 5
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--package", type=Path, default=CACHE / "smollm2-guard.gguf")
+    parser.add_argument("--requests", type=int, default=2000)
+    options = parser.parse_args()
+    if not options.package.exists():
+        sys.exit(f"no package at {options.package}: run make bench-safety or make demo first")
+    prompts = rendered()
+    with running("soak", load(options.package), "-np", SLOTS) as server:
+        warm = len(server.verdicts(0))
+        alone = verdicts_alone(server, prompts, warm)
+        memory = [resident(server)]
+        jobs = [plan(slot, len(prompts), options.requests // SLOTS) for slot in range(SLOTS)]
+        done = 0
+        for fifth in range(FIFTHS):
+            parts = [part(job, fifth) for job in jobs]
+            with ThreadPoolExecutor(SLOTS) as pool:
+                list(pool.map(partial(work, server, prompts), range(SLOTS), parts))
+            done += sum(map(len, parts))
+            say(f"{done} requests, {resident(server) >> 20} MiB resident")
+            memory.append(resident(server))
+        before = warm + len(prompts)
+        told = server.verdicts(before + done)[before:]
+        troubles = [e for e in server.events() if e["event"] in ("refused", "failed", "stopped")]
+    wrong = 0
+    for slot, job in enumerate(jobs):
+        got = [bool(e["fired"]) for e in told if e["sequence"] == slot]
+        want = [alone[prompt] for prompt, *_ in job]
+        wrong += sum(a != b for a, b in zip(got, want, strict=False)) + abs(len(got) - len(want))
+    finish(
+        {
+            "requests": done,
+            "wrong_verdicts": wrong,
+            "fired": share(bool(e["fired"]) for e in told),
+            "refused_or_failed": len(troubles),
+            "memory_mib": [m >> 20 for m in memory],
+            "memory_growth": round(memory[-1] / memory[1] - 1, 4),
+        }
+    )
+
+
+def rendered() -> list[list[int]]:
+    """Chats as tokens: test prompts of every kind, alone and as the second turn of another."""
+    found = [e for e in data.from_corpus("test") if e.kind in ("pair", "general")][:60]
+    model = open_model(smollm2(), n_ctx=1024)
+    alone = [model.render(e) for e in found]
+    first = found[1]
+    start = model.render(Example(first.text, False))
+    later = [[*start, *model.llama.tokenize(b"Well.", add_bos=False), *p] for p in alone[:20]]
+    model.llama.close()
+    return [*alone, *later]
+
+
+def verdicts_alone(server: Server, prompts: Sequence[Sequence[int]], warm: int) -> list[bool]:
+    """`warm`: verdicts on what the server ran before it was ready."""
+    for prompt in prompts:
+        server.complete(prompt, 1, cache_prompt=False, id_slot=0)
+    found = [bool(e["fired"]) for e in server.verdicts(warm + len(prompts))[warm:]]
+    assert len(found) == len(prompts)
+    return found
+
+
+def plan(slot: int, prompts: int, count: int) -> list[tuple[int, int, bool]]:
+    """(prompt, tokens to generate, whether the client leaves early) of one client."""
+    rng = random.Random(slot)
+    chosen: list[tuple[int, int, bool]] = []
+    for _ in range(count):
+        again = chosen and rng.random() < 0.2
+        prompt = chosen[-1][0] if again else rng.randrange(prompts)
+        chosen.append((prompt, rng.randint(1, 32), rng.random() < 0.15))
+    return chosen
+
+
+def part(job: Sequence[Any], fifth: int) -> Sequence[Any]:
+    size = len(job) / FIFTHS
+    return job[round(fifth * size) : round((fifth + 1) * size)]
+
+
+def work(
+    server: Server,
+    prompts: Sequence[Sequence[int]],
+    slot: int,
+    job: Sequence[tuple[int, int, bool]],
+) -> None:
+    for prompt, new, leaves in job:
+        if leaves:
+            leave(server, prompts[prompt], slot)
+        else:
+            server.complete(prompts[prompt], new, id_slot=slot)
+
+
+def leave(server: Server, prompt: Sequence[int], slot: int) -> None:
+    """Take the first tokens of a stream and close it."""
+    body = {"prompt": list(prompt), "n_predict": 200, "temperature": 0, "ignore_eos": True}
+    request = urllib.request.Request(
+        server.url + "/completion",
+        json.dumps({**body, "stream": True, "id_slot": slot}).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=300) as stream:
+        for _ in range(4):
+            stream.readline()
+
+
+def resident(server: Server) -> int:
+    """Bytes of the server's process, which the log names."""
+    time.sleep(0.5)
+    [active] = [e for e in server.events() if e["event"] == "active"]
+    for line in Path(f"/proc/{active['pid']}/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) << 10
+    raise RuntimeError("no VmRSS")
+
+
+if __name__ == "__main__":
+    main()

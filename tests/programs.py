@@ -1,0 +1,150 @@
+"""Unmodified llama.cpp programs for the tests, set up once: `python tests/programs.py`.
+
+llama-server, llama-cli and llama-mtmd-cli are built from the sources that llama-cpp-python ships,
+against the libraries it installed; two releases of node-llama-cpp, two years apart, bring prebuilt
+libraries of other versions of llama.cpp.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Final
+
+APPS: Final = Path(__file__).resolve().parent.parent / ".cache" / "apps"
+TARGETS: Final = ("llama-server", "llama-cli", "llama-mtmd-cli")
+_NODE_MACHINES: Final = {"x86_64": "x64", "aarch64": "arm64"}
+NODE_LLAMA_CPP: Final = ("3.22.1", "3.3.0")  # npm's newest on 2026-11-25; December 2024
+
+
+def llama_version() -> str:
+    """The version of llama-cpp-python, which names its llama.cpp."""
+    return version("llama-cpp-python")
+
+
+def built() -> Path | None:
+    """The folder with llama.cpp's programs; None before they are set up."""
+    if find_spec("llama_cpp") is None:
+        return None
+    folder = APPS / llama_version() / "bin"
+    return folder if all((folder / name).is_file() for name in TARGETS) else None
+
+
+def node(release: str) -> Path | None:
+    """The folder in which node finds a release of node-llama-cpp; None before it is set up."""
+    folder = APPS / f"node-llama-cpp-{release}"
+    return folder if (folder / "ready").is_file() else None
+
+
+@contextlib.contextmanager
+def llama_server(
+    options: Sequence[object], output: Path, before: Sequence[str] = ()
+) -> Iterator[str]:
+    """llama-server, ready, on a free loopback port: its address. `before` starts the command.
+
+    Ended as a user would end it (SIGTERM, then waited for). What it prints goes to `output`.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    program = APPS / llama_version() / "bin" / "llama-server"
+    command = [
+        *before,
+        str(program),
+        *map(str, options),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
+    url = f"http://127.0.0.1:{port}"
+    with output.open("wb") as sink:
+        process = subprocess.Popen(command, stdout=sink, stderr=subprocess.STDOUT)
+        try:
+            while not _ready(url):
+                if process.poll() is not None:
+                    raise RuntimeError(output.read_text()[-3000:])
+                time.sleep(0.05)
+            yield url
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.wait(30)
+
+
+def _ready(url: str) -> bool:
+    with contextlib.suppress(OSError), urllib.request.urlopen(url + "/health") as answer:
+        return bool(answer.status == 200)
+    return False
+
+
+def set_up() -> dict[str, list[str]]:
+    """Build and install what is missing. node-llama-cpp is left out where there is no npm."""
+    if built() is None:
+        _build()
+    for release in NODE_LLAMA_CPP:
+        if node(release) is None and shutil.which("npm") and platform.machine() in _NODE_MACHINES:
+            _install_node(release)
+    return {"ready": [str(path) for path in (built(), *map(node, NODE_LLAMA_CPP)) if path]}
+
+
+def _build() -> None:
+    libraries = Path(str(find_spec("llama_cpp").origin)).parent / "lib"
+    folder = APPS / llama_version()
+    with tempfile.TemporaryDirectory() as scratch:
+        source = _source(Path(scratch))
+        options = [
+            f"-DLLAMA_CPP={source}",
+            f"-DLIBRARIES={libraries}",
+            "-DCMAKE_BUILD_TYPE=Release",
+        ]
+        here = Path(__file__).parent / "apps"
+        _run("cmake", "-S", here, "-B", folder, *options)
+        _run("cmake", "--build", folder, "--parallel", os.cpu_count(), "--target", *TARGETS)
+
+
+def _source(folder: Path) -> Path:
+    """llama.cpp as llama-cpp-python's source distribution carries it."""
+    wanted = f"llama-cpp-python=={llama_version()}"
+    pip = (sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:")
+    # The metadata of a source distribution is made by a build: not of the libraries.
+    _run(*pip, "--no-build-isolation", "--dest", folder, wanted)
+    [archive] = folder.glob("*.tar.gz")
+    with tarfile.open(archive) as opened:
+        opened.extractall(folder, filter="data")
+    [source] = folder.glob("*/vendor/llama.cpp")
+    return source
+
+
+def _install_node(release: str) -> None:
+    folder = APPS / f"node-llama-cpp-{release}"
+    folder.mkdir(parents=True, exist_ok=True)
+    # The libraries for this kind of machine alone: those for CUDA and Vulkan weigh 700 MB.
+    libraries = f"@node-llama-cpp/linux-{_NODE_MACHINES[platform.machine()]}"
+    packages = [f"{name}@{release}" for name in ("node-llama-cpp", libraries)]
+    environment = {**os.environ, "NODE_LLAMA_CPP_SKIP_DOWNLOAD": "true"}
+    install = ("npm", "install", "--silent", "--omit=optional", "--prefix", folder)
+    _run(*install, *packages, environment=environment)
+    (folder / "ready").touch()
+
+
+def _run(*command: object, environment: dict[str, str] | None = None) -> None:
+    subprocess.run([str(c) for c in command], check=True, stdout=sys.stderr, env=environment)
+
+
+if __name__ == "__main__":
+    print(json.dumps(set_up()))
