@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,19 @@ def alternate(round: int, runs: Mapping[str, Callable[[], float]]) -> dict[str, 
 
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+def progress() -> Callable[[str, int, int], None]:
+    """Says what is done, at most every 20 seconds a task and when it is complete."""
+    shown: dict[str, float] = {}
+    start = time.monotonic()
+
+    def tell(what: str, done: int, total: int) -> None:
+        if time.monotonic() - shown.get(what, 0) > 20 or done == total:
+            shown[what] = time.monotonic()
+            say(f"{time.monotonic() - start:6.0f} s  {what} {done}/{total or '?'}")
+
+    return tell
 
 
 def finish(result: dict[str, Any]) -> None:

@@ -30,15 +30,19 @@ class Server:
     log: Path
     output: Path
 
-    def complete(self, tokens: Sequence[int], new: int, **options: Any) -> Any:
-        """Exactly `new` greedy tokens after a prompt."""
+    def open(self, tokens: Sequence[int], new: int, **options: Any) -> Any:
+        """The response, unread, that brings exactly `new` greedy tokens after a prompt."""
         body = {"prompt": list(tokens), "n_predict": new, "temperature": 0, "ignore_eos": True}
         request = urllib.request.Request(
             self.url + "/completion",
             json.dumps({**body, **options}).encode(),
             {"Content-Type": "application/json"},
         )
-        with urllib.request.urlopen(request, timeout=300) as answer:
+        return urllib.request.urlopen(request, timeout=300)
+
+    def complete(self, tokens: Sequence[int], new: int, **options: Any) -> Any:
+        """What `open` brings, read."""
+        with self.open(tokens, new, **options) as answer:
             return json.load(answer)
 
     def events(self) -> list[Any]:
@@ -72,14 +76,11 @@ def running(name: str, package: SteeringPackage | None, *options: object) -> Ite
         yield Server(url, log, output)
 
 
-def sorted_by_verdict(
-    server: Server, prompts: Sequence[Sequence[int]]
-) -> tuple[list[Sequence[int]], list[Sequence[int]]]:
-    """Prompts (of tokens) that fire, and those that do not, each judged alone."""
+def judged_alone(server: Server, prompts: Sequence[Sequence[int]], **options: object) -> list[bool]:
+    """Whether each prompt (of tokens) fires, asked one at a time without a cached prefix."""
     start = len(server.verdicts(0))
     for prompt in prompts:
-        server.complete(prompt, 1, cache_prompt=False)
+        server.complete(prompt, 1, cache_prompt=False, **options)
     fired = [bool(e["fired"]) for e in server.verdicts(start + len(prompts))[start:]]
     assert len(fired) == len(prompts)
-    both = list(zip(prompts, fired, strict=True))
-    return [p for p, f in both if f], [p for p, f in both if not f]
+    return fired

@@ -16,7 +16,7 @@ from itertools import cycle, islice
 from typing import Any
 
 from common import alternate, say
-from llama_server import RANK, Server, running, sorted_by_verdict
+from llama_server import RANK, Server, judged_alone, running
 from steerbridge import data
 from steerbridge.cli.common import smollm2
 from steerbridge.package import SteeringPackage
@@ -35,7 +35,8 @@ def measure(package: SteeringPackage, rounds: int) -> dict[str, Any]:
         running("plain", None, "-np", SLOTS) as plain,
         running("steered", package, "-np", SLOTS) as steered,
     ):
-        fires, quiet = sorted_by_verdict(steered, prompts)
+        judged = list(zip(prompts, judged_alone(steered, prompts), strict=True))
+        fires, quiet = ([p for p, fired in judged if fired is side] for side in (True, False))
         say(f"llama-server: {len(fires)} prompts fire, {len(quiet)} do not")
         calm, harm = cycle(quiet), cycle(fires)
         ratios: dict[str, list[float]] = {"harmless_ratio": [], "mixed_ratio": []}

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import CACHE, arguments, finish, open_smollm2, say, splits
+from common import CACHE, arguments, finish, open_smollm2, progress, say, splits
 from steerbridge.evaluation import measure
 from steerbridge.training.recipe import TrainSettings, train
 
@@ -19,17 +18,10 @@ def main() -> None:
     options = parser.parse_args()
     training, test, public = splits(options.data)
     model = open_smollm2()
-    shown: dict[str, float] = {}
-    start = time.monotonic()
-
-    def progress(what: str, done: int, total: int) -> None:
-        if time.monotonic() - shown.get(what, 0) > 20 or done == total:
-            shown[what] = time.monotonic()
-            say(f"{time.monotonic() - start:6.0f} s  {what} {done}/{total or '?'}")
-
+    tell = progress()
     settings = TrainSettings(name="smollm2-guard", rank=options.rank)
     workdir = CACHE / ("safety-public" if public else "safety-corpus")
-    package = train(model, training, settings, workdir, progress)
+    package = train(model, training, settings, workdir, tell)
     package.save(CACHE / "smollm2-guard.gguf")
     evidence: Any = package.spec.evidence
     say(f"out of fold: {evidence.safety['out_of_fold']}")
@@ -40,7 +32,7 @@ def main() -> None:
         package,
         test,
         max_new_tokens=48,
-        progress=lambda a, b: progress("answers", a, b),
+        progress=lambda a, b: tell("answers", a, b),
     )
     measure.write_rows(CACHE / "safety-rows.jsonl", rows)
     finish(result(rows, package, public))

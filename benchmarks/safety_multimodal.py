@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import CACHE, arguments, demo_files, finish, open_demo, say, share
+from common import CACHE, arguments, demo_files, finish, open_demo, progress, say, share
 from steerbridge import data
 from steerbridge.evaluation import measure, plots
 from steerbridge.evaluation.judge import refuses
@@ -73,16 +72,8 @@ def trained(hf: Any, per_kind: int, texts: int, pairs: Pairs | None) -> Steering
         *guard_examples(folder / "drawings", "validation", per_kind=per_kind // 5, kinds=PICTURED),
         *alone,
     ]
-    shown: dict[str, float] = {}
-    start = time.monotonic()
-
-    def progress(what: str, done: int, total: int) -> None:
-        if time.monotonic() - shown.get(what, 0) > 20 or done == total:
-            shown[what] = time.monotonic()
-            say(f"{time.monotonic() - start:6.0f} s  {what} {done}/{total or '?'}")
-
     settings = TrainSettings(name="demo-vlm-guard", target_fpr={"*": 0.02, "text": 0.03})
-    package = train(hf, examples, settings, folder, progress)
+    package = train(hf, examples, settings, folder, progress())
     package.save(CACHE / "demo-vlm-guard.gguf")
     plots.readings(package, CACHE / "demo-vlm-guard.png")
     evidence: Any = package.spec.evidence

@@ -7,11 +7,9 @@ an idle server; resident memory is read in each fifth of the run.
 
 from __future__ import annotations
 
-import json
 import random
 import sys
 import time
-import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -20,7 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 from common import CACHE, arguments, finish, say, share
-from llama_server import Server, running
+from llama_server import Server, judged_alone, running
 from steerbridge import data
 from steerbridge.cli.common import smollm2
 from steerbridge.data import Example
@@ -39,8 +37,8 @@ def main() -> None:
         sys.exit(f"no package at {options.package}: run make bench-safety or make demo first")
     prompts = rendered()
     with running("soak", load(options.package), "-np", SLOTS) as server:
-        warm = len(server.verdicts(0))
-        alone = verdicts_alone(server, prompts, warm)
+        alone = judged_alone(server, prompts, id_slot=0)
+        before = len(server.verdicts(0))
         memory = [resident(server)]
         jobs = [plan(slot, len(prompts), options.requests // SLOTS) for slot in range(SLOTS)]
         done = 0
@@ -51,7 +49,6 @@ def main() -> None:
             done += sum(map(len, parts))
             say(f"{done} requests, {resident(server) >> 20} MiB resident")
             memory.append(resident(server))
-        before = warm + len(prompts)
         told = server.verdicts(before + done)[before:]
         troubles = [e for e in server.events() if e["event"] in ("refused", "failed", "stopped")]
     wrong = 0
@@ -81,15 +78,6 @@ def rendered() -> list[list[int]]:
     later = [[*start, *model.llama.tokenize(b"Well.", add_bos=False), *p] for p in alone[:20]]
     model.llama.close()
     return [*alone, *later]
-
-
-def verdicts_alone(server: Server, prompts: Sequence[Sequence[int]], warm: int) -> list[bool]:
-    """`warm`: verdicts on what the server ran before it was ready."""
-    for prompt in prompts:
-        server.complete(prompt, 1, cache_prompt=False, id_slot=0)
-    found = [bool(e["fired"]) for e in server.verdicts(warm + len(prompts))[warm:]]
-    assert len(found) == len(prompts)
-    return found
 
 
 def plan(slot: int, prompts: int, count: int) -> list[tuple[int, int, bool]]:
@@ -123,13 +111,7 @@ def work(
 
 def leave(server: Server, prompt: Sequence[int], slot: int) -> None:
     """Take the first tokens of a stream and close it."""
-    body = {"prompt": list(prompt), "n_predict": 200, "temperature": 0, "ignore_eos": True}
-    request = urllib.request.Request(
-        server.url + "/completion",
-        json.dumps({**body, "stream": True, "id_slot": slot}).encode(),
-        {"Content-Type": "application/json"},
-    )
-    with urllib.request.urlopen(request, timeout=300) as stream:
+    with server.open(prompt, 200, stream=True, id_slot=slot) as stream:
         for _ in range(4):
             stream.readline()
 
