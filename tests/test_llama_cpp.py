@@ -21,6 +21,7 @@ from steerbridge.fingerprint import ModelFacts  # noqa: E402
 from steerbridge.package import SteeringPackage, parse  # noqa: E402
 from steerbridge_llama_cpp import SteeredContext, SteeredLlama, open_model, steer  # noqa: E402
 from steerbridge_llama_cpp.facts import facts  # noqa: E402
+from steerbridge_llama_cpp.model import LlamaCppModel  # noqa: E402
 
 pytestmark = pytest.mark.llama_cpp
 
@@ -154,6 +155,14 @@ def test_micro_batches_change_no_verdict(smollm2_path, make, sizes):
     with steer(whole, package) as session:
         assert found == answer(whole, tokens(whole, long))
         assert session.outcomes[0].verdicts[0].score == pytest.approx(score, abs=2e-3)
+
+
+def test_text_of_long_tokens(llama):
+    """`Llama.detokenize` answers with nothing for a token of more than 32 bytes."""
+    text = f"{'-' * 45} and {'=' * 60}"
+    found = llama.tokenize(text.encode(), add_bos=False)
+    assert llama.detokenize(found).decode() != text  # llama-cpp-python 0.3.36
+    assert LlamaCppModel(llama).text_of(found) == text
 
 
 # ---------------------------------------------------------------- untouched when quiet

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -137,13 +138,25 @@ class LlamaCppModel:
                 self._check_room(tokens, max_new_tokens)
                 answer, finish = self._answer(tokens, max_new_tokens)
                 outcome = None if session is None else session.outcomes[0]
-                text = self.llama.detokenize(answer[: -1 if finish == "stop" else None])
-                answers.append(
-                    Generation(text.decode("utf-8", "replace"), tuple(answer), finish, outcome)
-                )
+                text = self.text_of(answer[: -1 if finish == "stop" else None])
+                answers.append(Generation(text, tuple(answer), finish, outcome))
                 if progress:
                     progress(len(answers), len(prompts))
         return answers
+
+    def text_of(self, tokens: Sequence[int]) -> str:
+        """The text of tokens; `Llama.detokenize` drops every token of more than 32 bytes."""
+        return b"".join(map(self._piece, tokens)).decode("utf-8", "replace")
+
+    def _piece(self, token: int) -> bytes:
+        size = 32
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            vocab = self.llama._model.vocab
+            found = llama_cpp.llama_token_to_piece(vocab, token, buffer, size, 0, False)
+            if found >= 0:
+                return buffer.raw[:found]
+            size = -found  # what it takes
 
     def _answer(self, prompt: list[int], limit: int) -> tuple[list[int], str]:
         """Greedy tokens, the end of the turn included, and why they end."""
