@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from steerbridge import data
+from steerbridge.data import Example
 from steerbridge.fingerprint import ModelFacts
 from steerbridge.package import SteeringPackage, parse
+from steerbridge.runtime import Generation, LoadedModel
+from steerbridge.spec import Reading
 from steerbridge.tensors import Tensor
 
 FACTS = ModelFacts("llama", hidden_size=16, num_layers=4, vocab_size=64, name="tiny")
@@ -92,6 +97,47 @@ def package(
         values = rng.normal(size=sizes) * scale
         tensors[name] = Tensor.of(np.abs(values) + 0.1 if "input_scale" in where else values)
     return SteeringPackage(spec, tensors)
+
+
+def fitted(
+    model: LoadedModel, prompts: Sequence[Example], readings: list[dict[str, Any]], new: int
+) -> tuple[SteeringPackage, list[Generation]]:
+    """A guard of these very prompts, and the model's answers with it.
+
+    The probe is fitted by least squares: what is tested is not how well it guesses. The head is
+    random and strong: it changes every answer that it acts on.
+    """
+    states = np.empty((len(prompts), len(readings), model.facts.hidden_size), np.float32)
+    model.capture(prompts, [Reading.model_validate(r) for r in readings], states)
+    x = np.nan_to_num(states.reshape(len(prompts), -1).astype(np.float64))
+    y = np.array([1.0 if p.harmful else -1.0 for p in prompts])
+    gram = x @ x.T
+    w = x.T @ np.linalg.solve(gram + 1e-3 * np.trace(gram) / len(x) * np.eye(len(x)), y)
+    scores = x @ w
+    low, high = scores[y < 0].max(), scores[y > 0].min()
+    assert high - low > 0.3, "the two kinds of prompts are not apart"
+    made = package(
+        model.facts,
+        scale=0.05,
+        probes=[linear_probe(readings=readings, threshold=float(high + low) / 2)],
+        interventions=[head(weight={"form": "low_rank", "u": "h.u", "v": "h.v"}, eps=30.0)],
+        rules=[rule(["p"], ["h"])],
+    )
+    guard = SteeringPackage(made.spec, {**made.tensors, "p.w": Tensor.of(w)})
+    answers = model.generate(prompts, guard, max_new_tokens=new)
+    plain = model.generate(prompts, None, max_new_tokens=new)
+    for prompt, steered, unsteered in zip(prompts, answers, plain, strict=True):
+        assert steered.outcome is not None
+        assert steered.outcome.fired == prompt.harmful
+        assert (steered.tokens != unsteered.tokens) == prompt.harmful
+    return guard, answers
+
+
+def corpus_prompts(count: int = 6) -> list[Example]:
+    """Harmful and harmless prompts in turn, `count` of each."""
+    found = [e for e in data.from_corpus("test") if e.kind == "pair"]
+    sides = [[e for e in found if e.harmful is side][:count] for side in (True, False)]
+    return [e for pair in zip(*sides, strict=True) for e in pair]
 
 
 TINY_TEXT = {

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from steerbridge.errors import RowMappingLost, UnsupportedFeature
 from steerbridge.package import SteeringPackage
-from steerbridge.plan import Plan, Stop, rule_probes
-from steerbridge.reference import Verdict
+from steerbridge.plan import Plan, Stop
 from steerbridge.runtime import Outcome
-from steerbridge.spec import ConstantStrength, ImageMean, PromptEnd, Reading
+from steerbridge.spec import ImageMean, PromptEnd, Reading
 from steerbridge_hf import kernels
+from steerbridge_hf.decisions import decide, outcome
 from steerbridge_hf.kernels import Weights
 from steerbridge_hf.sites import RUNTIME
 
@@ -184,25 +184,8 @@ class Requests:
         self.scores[index] = kernels.score(probe, self.weights, x, missing.to(device)).cpu()
 
     def _decide(self, index: int) -> None:
-        spec = self.package.spec
-        rule = spec.rules[index]
-        needed = rule_probes(spec, index)
-        fired = {spec.probes[i].id: kernels.fires(spec.probes[i], self.scores[i]) for i in needed}
-        held = torch.ones(len(self.mask), dtype=torch.bool)
-        if rule.condition is not None:
-            stacked = torch.stack([fired[id] for id in rule.condition.probes])
-            held = stacked.any(dim=0) if rule.condition.type == "any" else stacked.all(dim=0)
-        if isinstance(rule.strength, ConstantStrength):
-            strength = torch.full((len(held),), rule.strength.value)
-        else:
-            name = rule.strength.probe
-            index_of = next(i for i in needed if spec.probes[i].id == name)
-            value = self.scores[index_of]
-            strength = rule.strength.scale * torch.where(
-                torch.isfinite(value), value, torch.ones_like(value)
-            )
-        self.held[index] = held
-        self.strengths[index] = strength.float()
+        held, strengths = decide(self.package.spec, index, self.scores, len(self.mask))
+        self.held[index], self.strengths[index] = held, strengths
         self.active.pop(index, None)
         if bool(held.any()):
             self.active[index] = held.nonzero()[:, 0]
@@ -249,21 +232,7 @@ class Requests:
 
     def outcomes(self) -> tuple[Outcome, ...]:
         """One outcome per prompt (rows made from one prompt share it)."""
-        return tuple(self._outcome(row) for row in range(0, len(self.mask), self.copies))
-
-    def _outcome(self, row: int) -> Outcome:
-        spec = self.package.spec
-        verdicts = []
-        for i, probe in enumerate(spec.probes):
-            fired = bool(kernels.fires(probe, self.scores[i][row]))
-            verdicts.append(
-                Verdict(
-                    probe.id,
-                    float(self.scores[i][row]),
-                    probe.threshold,
-                    probe.comparator,
-                    fired,
-                )
-            )
-        rules = tuple(r.id for i, r in enumerate(spec.rules) if bool(self.held[i][row]))
-        return Outcome(tuple(verdicts), rules)
+        return tuple(
+            outcome(self.package.spec, self.scores, self.held, row)
+            for row in range(0, len(self.mask), self.copies)
+        )

@@ -1,0 +1,293 @@
+"""Attach a package to the model of a `TextGenerationService`: checks, hooks, and the wraps that say
+which rows a pass holds. Only these objects are touched, no class of the server.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from steerbridge.errors import UnsupportedFeature
+from steerbridge.package import SteeringPackage, load
+from steerbridge.plan import Stop
+from steerbridge.spec import HeadMatrix, ImageMean, PromptEnd, Reading
+from steerbridge_tgi import rows
+from steerbridge_tgi.gates import Arguments, Gates
+from steerbridge_tgi.rows import Part
+from steerbridge_tgi.sites import RUNTIME, facts, locate, stream, takes_residual
+from steerbridge_tgi.tell import Teller
+
+_PADDED: Final = "CausalLM"
+_FLAT: Final = "FlashCausalLM"
+_STORAGE: Final = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+# Known to lay out batches in a way that `rows` does not know, or not to run at all.
+_REFUSED: Final = ("Mamba", "Seq2SeqLM", "IdeficsCausalLM", "TransformersFlashVlmCausalLM")
+_STATIC_ROWS: Final = 1024  # of an eager pass; more are served without the static buffer
+_RPCS: Final = ("Prefill", "Decode", "FilterBatch", "ClearCache")
+
+
+def attach(service: Any, package: str) -> Gates:
+    """Steer every request of a service, from before its warm-up on.
+
+    Raises:
+        ModelMismatch: the package was made for another model.
+        UnsupportedFeature: the model's class, or how the server is set up.
+    """
+    model = service.model
+    loaded = load(package)
+    known = facts(model)
+    loaded.check(
+        known, [name for name in os.environ.get("STEERBRIDGE_IGNORE", "").split(",") if name]
+    )
+    steered = loaded.calibrated(RUNTIME, _STORAGE.get(model.dtype, str(model.dtype)))
+    layout = _layout(model)
+    _check(steered, model, layout)
+    size = max(_STATIC_ROWS, _graph_rows())
+    gates = Gates(steered, torch.device(model.device), size, _share(model))
+    _hook(gates, model)
+    teller = Teller(model, known)
+    (_wrap_padded if layout == _PADDED else _wrap_flat)(gates, model, teller)
+    _wrap_warmup(gates, model)
+    _wrap_rpcs(gates, service)
+    teller.active(calibrated=steered is not loaded)
+    return gates
+
+
+# ---------------------------------------------------------------- what is served
+
+
+def _layout(model: Any) -> str:
+    names = [kind.__name__ for kind in type(model).__mro__]
+    refused = [name for name in _REFUSED if name in names]
+    found = [name for name in (_FLAT, _PADDED) if name in names]
+    if refused or not found:
+        raise UnsupportedFeature(RUNTIME, f"models of the class {names[0]}")
+    return found[0]
+
+
+def _check(package: SteeringPackage, model: Any, layout: str) -> None:
+    """Refuse what this server cannot do for every request.
+
+    Raises:
+        UnsupportedFeature: with the setting that helps, if there is one.
+    """
+    spec = package.spec
+    cached = layout == _FLAT and _flag("PREFIX_CACHING")
+    for probe in spec.probes:
+        for reading in probe.readings:
+            _check_reading(spec, probe.id, reading, model, layout, cached)
+    layers = [x.id for x in spec.interventions if not isinstance(x, HeadMatrix)]
+    if layers and cached:
+        raise UnsupportedFeature(
+            RUNTIME,
+            f"{layers[0]}: writes before the head would stay in the cache of prefixes",
+            "PREFIX_CACHING=0",
+        )
+    speculates = bool(getattr(model, "speculate", 0)) or bool(_speculation())
+    if "VlmCausalLM" in [kind.__name__ for kind in type(model).__mro__] and speculates:
+        raise UnsupportedFeature(RUNTIME, "speculation for models with images")
+
+
+def _check_reading(
+    spec: Any, probe: str, reading: Reading, model: Any, layout: str, cached: bool
+) -> None:
+    position = reading.position
+    last = isinstance(position, PromptEnd) and position.offset == 0
+    if cached and not last:
+        raise UnsupportedFeature(
+            RUNTIME, f"{probe}: {reading} needs rows that a cached prefix hides", "PREFIX_CACHING=0"
+        )
+    if spec.depth(reading.site) > spec.base_model.num_layers and not last and layout == _FLAT:
+        raise UnsupportedFeature(RUNTIME, f"{probe}: {reading}: the head sees last rows alone")
+    if isinstance(position, ImageMean) and type(model).__name__ == "MllamaCausalLM":
+        raise UnsupportedFeature(RUNTIME, f"{probe}: {reading}: images are no rows of this model")
+
+
+def _flag(name: str) -> bool:
+    return os.environ.get(name, "").lower() in ("1", "true")
+
+
+def _speculation() -> int:
+    from text_generation_server.utils.speculate import get_speculate
+
+    found: int = get_speculate()
+    return found
+
+
+def _graph_rows() -> int:
+    """Rows of the largest pass that may be captured."""
+    from text_generation_server.models import globals as settings
+
+    sizes = getattr(settings, "CUDA_GRAPHS", None) or [0]
+    return int(max(sizes)) * (1 + _speculation())
+
+
+def _share(model: Any) -> Callable[[Tensor], Tensor]:
+    """The first rank's values for all: every rank decides alike, whatever rounding does."""
+    import torch.distributed
+
+    if not torch.distributed.is_initialized() or model.world_size == 1:
+        return lambda values: values
+
+    def share(values: Tensor) -> Tensor:
+        values = values.contiguous()
+        torch.distributed.broadcast(values, 0, group=model.process_group)
+        return values
+
+    return share
+
+
+# ---------------------------------------------------------------- hooks and wraps
+
+
+def _hook(gates: Gates, model: Any) -> None:
+    sites = locate(model)
+    watched = {stop.depth: stop for stop in gates.plan.stops}
+    # The head is always watched: logits that did not pass it were not guarded.
+    head = gates.plan.head_depth
+    watched.setdefault(head, Stop(head, (), (), (), ()))
+    for depth, stop in watched.items():
+        module = sites.at_depth(depth)
+        # First of all hooks: those of a sharded module turn its input into something else.
+        module.register_forward_pre_hook(
+            functools.partial(_at_site, gates, stop, takes_residual(module)),
+            prepend=True,
+            with_kwargs=True,
+        )
+
+
+def _at_site(
+    gates: Gates,
+    stop: Stop,
+    takes: bool,
+    module: Any,  # noqa: ARG001 - as torch calls it
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Arguments | None:
+    return gates.visit(stop, stream(args, kwargs, takes))
+
+
+@contextmanager
+def _passing(
+    gates: Gates,
+    model: Any,
+    teller: Teller,
+    parts: Sequence[Part],
+    size: int,
+    images: Tensor | None,
+) -> Iterator[None]:
+    """One forward pass, from its announcement to its verdicts."""
+    gates.begin(parts, size, images)
+    try:
+        yield
+        replayed = bool(getattr(model, "cuda_graphs", None))
+        for request, found in gates.end(replayed):
+            teller.verdict(request, found)
+    finally:
+        gates.drop()
+
+
+def _wrap_padded(gates: Gates, model: Any, teller: Teller) -> None:
+    original = model.generate_token
+
+    @functools.wraps(original)
+    def generate_token(batch: Any) -> Any:
+        if gates.idle:
+            return original(batch)
+        # The forward pass is the first thing that it does; sampling follows.
+        model.forward = functools.partial(forward, batch)
+        try:
+            return original(batch)
+        finally:
+            del model.forward
+
+    plain = model.forward
+
+    def forward(batch: Any, *args: Any, **kwargs: Any) -> Any:
+        size = batch.input_ids.numel()
+        with _passing(gates, model, teller, rows.padded(batch), size, None):
+            return plain(*args, **kwargs)
+
+    model.generate_token = generate_token
+
+
+def _wrap_flat(gates: Gates, model: Any, teller: Teller) -> None:
+    original, images = model.forward, _Images(model)
+
+    @functools.wraps(original)
+    def forward(batch: Any, *args: Any, **kwargs: Any) -> Any:
+        if gates.idle:
+            return original(batch, *args, **kwargs)
+        parts = rows.flattened(batch)
+        size = sum(part.count for part in parts)
+        with _passing(gates, model, teller, parts, size, images.taken()):
+            return original(batch, *args, **kwargs)
+
+    model.forward = forward
+
+
+class _Images:
+    """Which rows of the next pass are an image's: noted where the model mixes them in."""
+
+    def __init__(self, model: Any) -> None:
+        self._rows: Tensor | None = None
+        original = getattr(model, "get_inputs_embeds", None)
+        if original is None:
+            return
+        config = model.model.config
+        names = ("image_token_id", "image_token_index")
+        token = next(
+            (getattr(config, n) for n in names if getattr(config, n, None) is not None), None
+        )
+        if token is None:
+            raise UnsupportedFeature(RUNTIME, f"{type(model).__name__} names no token for images")
+
+        @functools.wraps(original)
+        def get_inputs_embeds(input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+            embeds = args[0] if args else kwargs.get("vision_embeds")
+            self._rows = None if embeds is None else input_ids == token
+            return original(input_ids, *args, **kwargs)
+
+        model.get_inputs_embeds = get_inputs_embeds
+
+    def taken(self) -> Tensor | None:
+        found, self._rows = self._rows, None
+        return found
+
+
+def _wrap_warmup(gates: Gates, model: Any) -> None:
+    original = model.warmup
+
+    @functools.wraps(original)
+    def warmup(*args: Any, **kwargs: Any) -> Any:
+        gates.idle = True
+        try:
+            return original(*args, **kwargs)
+        finally:
+            gates.idle = False
+
+    model.warmup = warmup
+
+
+def _wrap_rpcs(gates: Gates, service: Any) -> None:
+    """After every call only requests of cached batches live on: others ended or were cancelled."""
+
+    def wrapped(original: Any) -> Any:
+        @functools.wraps(original)
+        async def call(request: Any, context: Any) -> Any:
+            try:
+                return await original(request, context)
+            finally:
+                batches = service.cache.cache.values()
+                gates.keep([r.id for batch in batches for r in batch.requests])
+
+        return call
+
+    for name in _RPCS:
+        setattr(service, name, wrapped(getattr(service, name)))

@@ -1,0 +1,341 @@
+"""What is known of each request, and what one forward pass reads, decides and rewrites.
+
+State belongs to request ids: batches are concatenated, filtered and reordered between passes. A
+prompt may come in several passes; it is judged in the one that holds its last token, before the
+head sees that row. What a rule of a fired request does in later passes comes from a static buffer,
+one strength for each rule and row, which the graph that TGI captured reads when it is replayed.
+
+Shapes: N rows of a pass, D hidden size, E requests whose prompt ends in it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steerbridge.errors import HookLost, RowMappingLost
+from steerbridge.package import SteeringPackage
+from steerbridge.plan import Stop, plan
+from steerbridge.runtime import Outcome
+from steerbridge.spec import ImageMean, PromptEnd, Reading
+from steerbridge_hf import kernels
+from steerbridge_hf.decisions import decide, outcome
+from steerbridge_tgi.rows import HEALTH, Part
+from steerbridge_tgi.sites import Stream
+
+Share = Callable[[Tensor], Tensor]  # the first rank's values, on every rank
+Key = tuple[int, int]  # (probe, reading)
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(slots=True)
+class State:
+    """One request. `strengths` holds the rules that fired, and those without a condition."""
+
+    rows: int  # of its prompt seen so far, cached ones included
+    strengths: dict[int, float]
+    read: dict[Key, Tensor] = field(default_factory=dict)  # a row [D], or the sum of some
+    images: Tensor | int = 0  # how many of them were an image's
+    outcome: Outcome | None = None
+
+
+@dataclass(slots=True)
+class Pass:
+    """One forward pass under way. `rows` is N; `images` [N] are the rows of images."""
+
+    parts: tuple[Part, ...]
+    rows: int
+    images: Tensor | None
+    scores: dict[int, Tensor] = field(default_factory=dict)  # [E]
+    held: dict[int, Tensor] = field(default_factory=dict)  # [E]
+    seen: set[int] = field(default_factory=set)  # depths that a hook has reached
+
+    @property
+    def prompts(self) -> bool:
+        """True if rows of a prompt are among its own."""
+        return any(part.prompt is not None for part in self.parts)
+
+    @property
+    def ending(self) -> list[Part]:
+        """The E parts that end their prompts."""
+        return [part for part in self.parts if part.ends]
+
+
+class Gates:
+    """The requests of one shard.
+
+    Args:
+        package: with the thresholds of this runtime.
+        device: where the model is.
+        rows: of the largest pass that a captured graph may replay.
+        share: makes every rank of a sharded model see the scores of the first one.
+    """
+
+    def __init__(
+        self, package: SteeringPackage, device: torch.device, rows: int, share: Share
+    ) -> None:
+        self.plan = plan(package.spec)
+        self._package, self._share = package, share
+        self._weights = kernels.Weights(package)
+        for name in package.tensors:
+            self._weights(name, device)  # nothing may be copied while a graph is captured
+        self._static = torch.zeros(len(package.spec.rules), rows, device=device)
+        self._steers = False  # some strength in the static buffer is not 0
+        self._requests: dict[int, State] = {}
+        self._now: Pass | None = None
+        self.idle = False
+        """True while the server warms up: passes belong to no request."""
+
+    # -------------------------------------------------------- passes
+
+    def begin(self, parts: Sequence[Part], rows: int, images: Tensor | None = None) -> None:
+        """A forward pass of `rows` rows starts.
+
+        Raises:
+            RowMappingLost: rows of a request that was never judged, or that do not follow on.
+        """
+        now = Pass(tuple(p for p in parts if p.request != HEALTH), rows, images)
+        for part in now.parts:
+            self._enter(part)
+            if images is not None and part.prompt is not None:
+                found = images[part.first : part.first + part.count].sum()
+                self._requests[part.request].images += found
+        for rule in self.plan.unconditional:
+            now.held[rule] = torch.ones(len(now.ending), dtype=torch.bool)
+        self._fill(now)
+        self._now = now
+
+    def _enter(self, part: Part) -> None:
+        state = self._requests.get(part.request)
+        if part.prompt is None:
+            if state is None or state.outcome is None:
+                raise RowMappingLost(f"request {part.request}: an answer without a verdict")
+            return
+        if state is None or state.outcome is not None:
+            if part.position:
+                self._check_cached(part)
+            state = State(part.position, self._unconditional())
+            self._requests[part.request] = state
+        if state.rows != part.position:
+            raise RowMappingLost(
+                f"request {part.request}: expected row {state.rows} of its prompt, "
+                f"found {part.position}"
+            )
+        state.rows += part.count
+
+    def _unconditional(self) -> dict[int, float]:
+        found = {}
+        for rule in self.plan.unconditional:
+            _, strength = decide(self._package.spec, rule, {}, 1)
+            found[rule] = float(strength[0])
+        return found
+
+    def _check_cached(self, part: Part) -> None:
+        assert part.prompt is not None
+        for probe in self._package.spec.probes:
+            for reading in probe.readings:
+                position = reading.position
+                end = position.offset if isinstance(position, PromptEnd) else -part.prompt
+                if part.prompt - 1 + end < part.position:
+                    raise RowMappingLost(
+                        f"request {part.request}: {reading} lies in a cached prefix of "
+                        f"{part.position} tokens"
+                    )
+
+    def _fill(self, now: Pass) -> None:
+        """The static buffer, for a pass of answers alone: a graph may be replayed with it."""
+        steers = not now.prompts and any(self._strengths_of(p) for p in now.parts)
+        if self._steers or steers:
+            self._static.zero_()
+        self._steers = steers
+        if steers and now.rows <= self._static.shape[1]:
+            values = torch.zeros(self._static.shape[0], now.rows)
+            for part in now.parts:
+                for rule, strength in self._strengths_of(part).items():
+                    values[rule, part.first : part.first + part.count] = strength
+            self._static[:, : now.rows] = values.to(self._static.device)
+
+    def _strengths_of(self, part: Part) -> Mapping[int, float]:
+        return self._requests[part.request].strengths
+
+    def end(self, replayed: bool) -> list[tuple[int, Outcome]]:
+        """The pass has ended: the verdicts on its prompts, by request.
+
+        Args:
+            replayed: a captured graph may have run in place of the hooks.
+
+        Raises:
+            HookLost: the hooks did not run, so nothing may be sampled.
+        """
+        now, self._now = self._now, None
+        assert now is not None
+        wanted = {stop.depth for stop in self.plan.stops}
+        lost = wanted - now.seen
+        if now.parts and lost and (now.prompts or now.seen or not replayed):
+            raise HookLost(f"sites at depths {sorted(lost)} were not reached")
+        verdicts = []
+        for e, part in enumerate(now.ending):
+            found = outcome(self._package.spec, now.scores, now.held, e)
+            state = self._requests[part.request]
+            state.outcome, state.read = found, {}
+            verdicts.append((part.request, found))
+        return verdicts
+
+    def drop(self) -> None:
+        """Forget the pass under way: it failed."""
+        self._now = None
+
+    def keep(self, requests: Collection[int]) -> None:
+        """Forget every request but these."""
+        for gone in self._requests.keys() - set(requests):
+            del self._requests[gone]
+
+    # -------------------------------------------------------- one site
+
+    def visit(self, stop: Stop, stream: Stream) -> Arguments | None:
+        """Read, score, decide and act at one site; new arguments if anything is rewritten.
+
+        Raises:
+            HookLost: rows that belong to no pass.
+            RowMappingLost: other rows than the batch has.
+        """
+        now = self._now
+        if now is None:
+            if not self.idle:
+                raise HookLost("the model runs outside a pass that was announced")
+            return self._act(stop, stream, None)
+        now.seen.add(stop.depth)
+        if now.ending or (now.prompts and stop.readings):
+            self._judge(now, stop, stream)
+        if stop.acts and any(self._strengths_of(p) for p in now.parts):
+            return self._act(stop, stream, now)
+        return None
+
+    def _judge(self, now: Pass, stop: Stop, stream: Stream) -> None:
+        if stop.readings:
+            rows = stream.rows()
+            at_head = stop.depth == self.plan.head_depth
+            if not at_head and len(rows) != now.rows:
+                raise RowMappingLost(f"expected {now.rows} rows in the pass, found {len(rows)}")
+            for part in now.parts:
+                if part.prompt is not None:
+                    for key in stop.readings:
+                        self._read(now, part, key, rows, at_head)
+        if not now.ending:
+            return
+        for probe in stop.probes:
+            now.scores[probe] = self._score(now, probe)
+        for rule in stop.rules:
+            held, strengths = decide(self._package.spec, rule, now.scores, len(now.ending))
+            now.held[rule] = held
+            for e, part in enumerate(now.ending):
+                if held[e]:
+                    self._requests[part.request].strengths[rule] = float(strengths[e])
+
+    def _read(self, now: Pass, part: Part, key: Key, rows: Tensor, at_head: bool) -> None:
+        assert part.prompt is not None
+        position = self._reading(key).position
+        state = self._requests[part.request]
+        if isinstance(position, PromptEnd):
+            at = part.prompt - 1 + position.offset - part.position
+            if 0 <= at < part.count:
+                row = part.head.start if at_head else part.first + at
+                state.read[key] = rows[row].float()
+            return
+        own = rows[part.first : part.first + part.count].double()
+        if isinstance(position, ImageMean):
+            if now.images is None:
+                return
+            own = own * now.images[part.first : part.first + part.count, None]
+        state.read[key] = state.read.get(key, 0) + own.sum(dim=0)
+
+    def _reading(self, key: Key) -> Reading:
+        reading: Reading = self._package.spec.probes[key[0]].readings[key[1]]
+        return reading
+
+    def _score(self, now: Pass, index: int) -> Tensor:
+        """Scores [E] of a probe, on the CPU. A row before the prompt's first one is no number: such
+        a probe fires."""
+        probe = self._package.spec.probes[index]
+        states = [self._requests[part.request] for part in now.ending]
+        inputs = []
+        for part, state in zip(now.ending, states, strict=True):
+            parts = [
+                self._value(state, part, index, at, reading)
+                for at, reading in enumerate(probe.readings)
+            ]
+            inputs.append(torch.cat(parts))
+        missing = torch.tensor([not int(state.images) for state in states])
+        x_EI = torch.stack(inputs)
+        scores = kernels.score(probe, self._weights, x_EI, missing.to(x_EI.device))
+        return self._share(scores).cpu()
+
+    def _value(self, state: State, part: Part, probe: int, at: int, reading: Reading) -> Tensor:
+        assert part.prompt is not None
+        found = state.read.get(self.plan.source[probe, at])
+        if isinstance(reading.position, PromptEnd):
+            return self._row(math.nan) if found is None else found
+        if isinstance(reading.position, ImageMean):
+            images = int(state.images)
+            return self._row(0.0) if found is None or not images else (found / images).float()
+        assert found is not None
+        return (found / part.prompt).float()
+
+    def _row(self, value: float) -> Tensor:
+        width = self._package.spec.base_model.hidden_size
+        return torch.full((width,), value, device=self._static.device)
+
+    # -------------------------------------------------------- acts
+
+    def _act(self, stop: Stop, stream: Stream, now: Pass | None) -> Arguments | None:
+        """Rewrite the rows of requests whose rule holds. Without a pass: as a graph is captured,
+        with strengths that are read when it runs."""
+        spec = self._package.spec
+        rows = stream.rows()
+        changed, touched = rows, torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
+        for act in stop.acts:
+            intervention = spec.interventions[act.intervention]
+            strength = self._strengths(stop, act.rule, intervention, len(rows), now)
+            if strength is None:
+                continue
+            new = kernels.apply(
+                intervention, act.target, self._weights, changed[:, None], strength
+            )[:, 0]
+            chosen = strength != 0
+            changed = torch.where(chosen[:, None], new, changed)
+            touched = touched | chosen
+        return None if changed is rows else stream.replaced(changed, touched)
+
+    def _strengths(
+        self, stop: Stop, rule: int, intervention: Any, rows: int, now: Pass | None
+    ) -> Tensor | None:
+        """One strength a row [N], 0 where nothing is done; None: for no row."""
+        if now is None or not now.prompts:
+            if rows <= self._static.shape[1]:
+                return self._static[rule, :rows]
+            if now is None:
+                return None  # warm-up of a whole prompt
+        values = torch.zeros(rows)
+        for part, place in self._places(stop, intervention, now):
+            strength = self._strengths_of(part).get(rule, 0.0)
+            values[place.start : place.stop] = strength
+        return values.to(self._static.device) if bool(values.any()) else None
+
+    def _places(
+        self, stop: Stop, intervention: Any, now: Pass | None
+    ) -> Iterator[tuple[Part, range]]:
+        """The rows that an intervention may rewrite at a site."""
+        for part in now.parts if now else ():
+            whole = range(part.first, part.first + part.count)
+            if stop.depth == self.plan.head_depth:
+                if not part.goes_on:
+                    yield part, part.head
+            elif part.prompt is None or intervention.position == "all_positions":
+                yield part, whole
+            elif part.ends:
+                yield part, whole[-1:]

@@ -1,0 +1,257 @@
+"""A simulator of TGI's flash classes on a CPU, after server/text_generation_server of TGI 3.3.
+
+The same layout of batches (flattened rows, prompts in parts, answers beside them, drafts), the same
+two tensors of the residual stream with norms that overwrite them, one cache of slots, and graphs
+that are captured once and replayed without Python. The weights are those of a tiny Llama of
+transformers, so the numpy oracle can say what every request must answer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+SLOTS, CONTEXT = 4096, 96
+
+
+class FastRMSNorm(nn.Module):
+    """Adds the residual in place, as the fused kernels do."""
+
+    def __init__(self, norm: Any) -> None:
+        super().__init__()
+        self.weight, self.eps = norm.weight, norm.variance_epsilon
+
+    def forward(self, hidden_states: Tensor, residual: Tensor | None = None) -> Any:
+        if residual is not None:
+            hidden_states += residual
+        residual = hidden_states
+        scale = torch.rsqrt(hidden_states.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * (hidden_states * scale), residual
+
+
+class FlashLlamaLayer(nn.Module):
+    def __init__(self, block: Any, config: Any) -> None:
+        super().__init__()
+        self.attn, self.mlp = block.self_attn, block.mlp
+        self.input_layernorm = FastRMSNorm(block.input_layernorm)
+        self.post_attention_layernorm = FastRMSNorm(block.post_attention_layernorm)
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        shape = (2, SLOTS, self.kv_heads, self.attn.head_dim)
+        self.register_buffer("cache", torch.zeros(shape))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        residual: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        slots: Tensor,
+        tables: Tensor,
+        positions: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        normed, stream = self.input_layernorm(hidden_states, residual)
+        attended = self.attention(normed, cos, sin, slots, tables, positions)
+        normed, stream = self.post_attention_layernorm(attended, stream)
+        return self.mlp(normed), stream
+
+    def attention(self, x: Tensor, cos: Any, sin: Any, slots: Any, tables: Any, at: Any) -> Tensor:
+        q, k, v = (
+            p(x).view(len(x), -1, self.attn.head_dim)
+            for p in (self.attn.q_proj, self.attn.k_proj, self.attn.v_proj)
+        )
+        q, k = apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=1)
+        self.cache[0].index_copy_(0, slots, k)
+        self.cache[1].index_copy_(0, slots, v)
+        keys, values = (
+            c[tables].repeat_interleave(self.heads // self.kv_heads, 2) for c in self.cache
+        )
+        scores = torch.einsum("nhd,nshd->nhs", q, keys) * self.attn.scaling
+        seen = torch.arange(tables.shape[1]) <= at[:, None]
+        scores = scores.masked_fill(~seen[:, None], -torch.inf)
+        mixed = torch.einsum("nhs,nshd->nhd", scores.softmax(-1), values)
+        return self.attn.o_proj(mixed.reshape(len(x), -1))
+
+
+class SpeculativeHead(nn.Module):
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, input: Tensor) -> tuple[Tensor, None]:
+        return input @ self.weight.T, None
+
+
+class FlashLlamaForCausalLM(nn.Module):
+    def __init__(self, llama: Any) -> None:
+        super().__init__()
+        self.config = llama.config
+        inner: Any = nn.Module()
+        inner.embed, inner.rotary = llama.model.embed_tokens, llama.model.rotary_emb
+        inner.layers = nn.ModuleList(FlashLlamaLayer(b, self.config) for b in llama.model.layers)
+        inner.norm = FastRMSNorm(llama.model.norm)
+        self.model = inner
+        self.lm_head = SpeculativeHead(llama.lm_head.weight)
+
+    def forward(
+        self, ids: Tensor, positions: Tensor, slots: Tensor, tables: Tensor, indices: Tensor | None
+    ) -> Any:
+        hidden, residual = self.model.embed(ids), None
+        cos, sin = (part[0] for part in self.model.rotary(hidden, positions[None]))
+        for layer in self.model.layers:
+            hidden, residual = layer(hidden, residual, cos, sin, slots, tables, positions)
+        hidden, _ = self.model.norm(hidden, residual)
+        return self.lm_head(hidden if indices is None else hidden[indices])
+
+
+# ---------------------------------------------------------------- graphs
+
+
+class Graph(TorchDispatchMode):
+    """Records operations once, and runs those alone on the same tensors at each replay."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            raise RuntimeError("a value was asked for while a graph is captured")
+        out = func(*args, **(kwargs or {}))
+        aliases = any(r.alias_info is not None for r in func._schema.returns)
+        if func._schema.is_mutable or not aliases:
+            self.operations.append((func, args, kwargs or {}, out))
+        return out
+
+    def replay(self) -> None:
+        for func, args, kwargs, out in self.operations:
+            again = func(*args, **kwargs)
+            if not func._schema.is_mutable:
+                for old, new in zip(tree_leaves(out), tree_leaves(again), strict=True):
+                    if isinstance(old, Tensor):
+                        old.copy_(new)
+
+
+# ---------------------------------------------------------------- batches
+
+
+@dataclass
+class Request:
+    """A request as the scheduler sees it; `slots` are its places in the cache."""
+
+    id: int
+    prompt: list[int]
+    slots: list[int]
+    answer: list[int] = field(default_factory=list)
+    rows: int = 0  # in the cache
+
+
+@dataclass
+class Work:
+    """What a step does for a request: rows of its prompt, or an answer row and its drafts."""
+
+    request: Request
+    rows: int
+    drafts: tuple[int, ...] = ()
+
+    @property
+    def prefilling(self) -> bool:
+        return self.request.rows < len(self.request.prompt)
+
+
+class FlashCausalLMBatch:
+    """The fields that TGI's batch has at the call of `forward`."""
+
+    def __init__(self, work: list[Work]) -> None:
+        self.work = work
+        self.requests = [w.request for w in work]
+        self.prefilling_mask = [w.prefilling for w in work]
+        evaluates = any(self.prefilling_mask)
+        self.input_lengths = [w.rows for w in work]
+        self.cache_lengths = [w.request.rows for w in work]
+        self.prompt_lengths = [len(w.request.prompt) for w in work]
+        self.cu_seqlen_prefill = torch.zeros(1) if evaluates else None
+        drafts = {len(w.drafts) for w in work}
+        assert len(drafts) == 1
+        self.speculative_ids = None
+        if drafts != {0}:
+            self.speculative_ids = torch.tensor([w.drafts for w in work])
+        self.prefill_cu_outlens = list(range(len(work) + 1)) if evaluates else None
+
+
+class FlashCausalLM:
+    """The model of a shard. `CUDA_GRAPHS` are the sizes that `warmup` captures."""
+
+    def __init__(self, llama: Any, graphs: tuple[int, ...] = ()) -> None:
+        self.model = FlashLlamaForCausalLM(llama).eval()
+        self.dtype, self.device = torch.float32, torch.device("cpu")
+        self.world_size, self.rank, self.model_id = 1, 0, "tiny"
+        self.cuda_graphs: dict[int, Any] = {}
+        self._sizes = graphs
+
+    def warmup(self) -> None:
+        for size in self._sizes:
+            inputs = [torch.zeros(size, dtype=torch.long) for _ in range(3)]
+            inputs.append(torch.zeros(size, CONTEXT, dtype=torch.long))
+            with torch.no_grad():
+                self.model(*inputs, None)  # eager first, as TGI does
+                with Graph() as graph:
+                    logits, _ = self.model(*inputs, None)
+            self.cuda_graphs[size] = SimpleNamespace(graph=graph, inputs=inputs, logits=logits)
+
+    def forward(self, batch: Any, adapter_data: Any = None) -> tuple[Tensor, None]:
+        inputs = _inputs(batch.work)
+        rows = len(inputs[0])
+        usable = sorted(size for size in self.cuda_graphs if size >= rows)
+        with torch.no_grad():
+            if batch.cu_seqlen_prefill is None and usable:
+                captured = self.cuda_graphs[usable[0]]
+                for static, value in zip(captured.inputs, inputs, strict=True):
+                    static[:rows] = value
+                captured.inputs[2][rows:] = 0  # block 0 is nobody's
+                captured.graph.replay()
+                return captured.logits[:rows].clone(), None
+            indices = None
+            if batch.cu_seqlen_prefill is not None:
+                indices = torch.tensor(batch.input_lengths).cumsum(0) - 1
+            logits, _ = self.model.forward(*inputs, indices)
+            return logits, None
+
+
+def _inputs(work: list[Work]) -> list[Tensor]:
+    ids, positions, slots, tables = [], [], [], []
+    for w in work:
+        known = [*w.request.prompt, *w.request.answer, *w.drafts]
+        for at in range(w.request.rows, w.request.rows + w.rows):
+            ids.append(known[at])
+            positions.append(at)
+            slots.append(w.request.slots[at])
+            tables.append([*w.request.slots, *[0] * (CONTEXT - len(w.request.slots))])
+    return [torch.tensor(values) for values in (ids, positions, slots, tables)]
+
+
+def step(model: FlashCausalLM, work: list[Work]) -> None:
+    """Run one pass and take its greedy tokens, rejected drafts left out."""
+    batch = FlashCausalLMBatch(work)
+    ends = [not w.prefilling or w.request.rows + w.rows == len(w.request.prompt) for w in work]
+    logits, _ = model.forward(batch)
+    first = 0  # of a request's rows of logits
+    for w, end in zip(work, ends, strict=True):
+        if w.prefilling:
+            w.request.rows += w.rows
+            if end:
+                w.request.answer.append(int(logits[first].argmax()))
+            first += 1
+            continue
+        for row, drafted in enumerate((*w.drafts, None), first):
+            w.request.rows += 1
+            w.request.answer.append(int(logits[row].argmax()))
+            if w.request.answer[-1] != drafted:
+                break
+        first += w.rows

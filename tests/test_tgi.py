@@ -1,0 +1,375 @@
+"""The TGI plugin on a simulator of the server's flash classes, against the numpy oracle."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import helpers
+from helpers import MEAN, head, linear_probe, reading, rule, site
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import flash
+from oracle import oracle
+from steerbridge.errors import HookLost, PackageError, RowMappingLost, UnsupportedFeature
+from steerbridge.package import SteeringPackage
+from steerbridge_hf.sites import facts as hf_facts
+from steerbridge_tgi import attach, environment, hook
+
+pytestmark = pytest.mark.hf
+
+NEW = 6
+LOW = {"form": "low_rank", "u": "h.u", "v": "h.v"}
+VECTOR = {
+    "id": "v",
+    "type": "add_vector",
+    "position": "from_prompt_end",
+    "alpha": 3.0,
+    "targets": [{"site": site("layer_output[2]"), "vector": "v"}],
+}
+NOTHING = SimpleNamespace(get_speculate=lambda: 0)
+
+
+@pytest.fixture(autouse=True)
+def server_modules(monkeypatch, tmp_path):
+    """The two settings that the plugin asks the server for, and where it tells."""
+    for name in ("", ".utils", ".models"):
+        monkeypatch.setitem(sys.modules, f"text_generation_server{name}", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "text_generation_server.utils.speculate", NOTHING)
+    graphs = SimpleNamespace(CUDA_GRAPHS=[8])
+    monkeypatch.setattr(
+        sys.modules["text_generation_server.models"], "globals", graphs, raising=False
+    )
+    monkeypatch.setitem(sys.modules, "text_generation_server.models.globals", graphs)
+    logger = SimpleNamespace(patch=lambda _: SimpleNamespace(log=lambda *_: None))
+    monkeypatch.setitem(sys.modules, "loguru", SimpleNamespace(logger=logger))
+    monkeypatch.setenv("STEERBRIDGE_EVENTS", str(tmp_path / "events.jsonl"))
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return helpers.tiny("llama")
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.randint(3, 64, (length,), generator=generator).tolist()
+        for length in (5, 9, 14, 6, 11, 7)
+    ]
+
+
+def made(llama, prompts, acts, readings=None):
+    """A package that fires for half of the prompts, and what the oracle answers to each."""
+    readings = readings or [reading("layer_input[2]"), reading("layer_input[1]", MEAN)]
+    found = helpers.package(
+        hf_facts(llama),
+        seed=3,
+        probes=[linear_probe(readings=readings)],
+        interventions=acts,
+        rules=[rule(["p"], [a["id"] for a in acts])],
+    )
+    scores = sorted(oracle(llama, found, p, 0)[0][0].score for p in prompts)
+    middle = len(scores) // 2
+    probe = found.spec.probes[0].model_copy(
+        update={"threshold": (scores[middle - 1] + scores[middle]) / 2}
+    )
+    package = SteeringPackage(found.spec.model_copy(update={"probes": (probe,)}), found.tensors)
+    return package, [oracle(llama, package, p, NEW, eos=-1) for p in prompts]
+
+
+def attached(llama, package, tmp_path, graphs=()):
+    """A service with the plugin inside, warmed up as TGI does it."""
+    model = flash.FlashCausalLM(llama, graphs)
+    calls = dict.fromkeys(("Prefill", "Decode", "FilterBatch", "ClearCache"), rpc)
+    service = SimpleNamespace(model=model, cache=SimpleNamespace(cache={}), **calls)
+    attach.attach(service, str(package.save(tmp_path / "guard.gguf")))
+    model.warmup()
+    return service
+
+
+async def rpc(request, context):
+    return request
+
+
+def events(tmp_path):
+    lines = (tmp_path / "events.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+@pytest.fixture(scope="module", params=["head", "vector", "both"])
+def case(request, llama, prompts):
+    acts = {"head": [head(weight=LOW, eps=2.0)], "vector": [VECTOR]}
+    acts["both"] = [*acts["head"], *acts["vector"]]
+    package, want = made(llama, prompts, acts[request.param])
+    fired = [v[0].fired for v, _ in want]
+    assert set(fired) == {True, False}
+    changed = [oracle(llama, without(package), p, NEW, eos=-1)[1] for p in prompts]
+    assert [a != t for a, (_, t) in zip(changed, want, strict=True)] == fired
+    return package, want
+
+
+def without(package):
+    """The same with a rule that never holds."""
+    probe = package.spec.probes[0].model_copy(update={"threshold": 1e9})
+    return SteeringPackage(package.spec.model_copy(update={"probes": (probe,)}), package.tensors)
+
+
+class Schedule:
+    """Draws what the next step does with which requests, in which order."""
+
+    def __init__(self, draw, prompts, chunks, drafts):
+        self.draw, self.chunks, self.drafts = draw, chunks, drafts
+        order = draw(st.permutations(range(len(prompts))))
+        slots = iter(range(1, flash.SLOTS))
+        self.waiting = [
+            flash.Request(
+                i, list(prompts[i]), [next(slots) for _ in range(len(prompts[i]) + NEW + 3)]
+            )
+            for i in order
+        ]
+        self.live = []
+        self.done = {}
+
+    def admit(self):
+        for _ in range(self.draw(st.integers(0, 2))):
+            if self.waiting:
+                self.live.append(self.waiting.pop())
+        if not self.live and self.waiting:
+            self.live.append(self.waiting.pop())
+
+    def step(self, model):
+        self.admit()
+        self.live = list(self.draw(st.permutations(self.live)))
+        prefilling = [r for r in self.live if r.rows < len(r.prompt)]
+        drafts = 0 if prefilling or not self.drafts else self.draw(st.integers(0, 2))
+        work = []
+        for request in self.live:
+            left = len(request.prompt) - request.rows
+            if left > 0:
+                rows = self.draw(st.integers(1, left)) if self.chunks else left
+                work.append(flash.Work(request, rows))
+            else:
+                guesses = self.draw(st.lists(st.integers(3, 63), min_size=drafts, max_size=drafts))
+                work.append(flash.Work(request, 1 + drafts, tuple(guesses)))
+        flash.step(model, work)
+        for request in self.live:
+            if len(request.answer) >= NEW:
+                self.done[request.id] = request.answer[:NEW]
+        self.live = [r for r in self.live if r.id not in self.done]
+
+
+@pytest.mark.parametrize("graphs", [(), (2, 8)], ids=["eager", "graphs"])
+@pytest.mark.parametrize("shape", ["whole", "chunks", "drafts"])
+def test_every_schedule_answers_as_the_oracle(case, llama, prompts, tmp_path, graphs, shape):
+    """Batches are joined, filtered and reordered at will; prompts come in parts."""
+    package, want = case
+    service = attached(llama, package, tmp_path, graphs)
+
+    @settings(max_examples=25, deadline=None)
+    @given(st.data())
+    def run(data):
+        (tmp_path / "events.jsonl").write_text("")
+        asyncio.run(service.ClearCache(None, None))
+        schedule = Schedule(data.draw, prompts, shape == "chunks", shape == "drafts")
+        while schedule.waiting or schedule.live:
+            schedule.step(service.model)
+        told = {e["request"]: e for e in events(tmp_path)}
+        assert len(told) == len(prompts)
+        for i, (verdicts, tokens) in enumerate(want):
+            assert schedule.done[i] == list(tokens), i
+            [probe] = told[i]["probes"]
+            assert probe["fired"] == verdicts[0].fired
+            assert probe["score"] == pytest.approx(verdicts[0].score, rel=1e-3, abs=1e-3)
+
+    run()
+
+
+# ---------------------------------------------------------------- requests come and go
+
+
+def request(prompt, id=0):
+    return flash.Request(id, list(prompt), list(range(1 + 64 * id, 64 * (id + 1))))
+
+
+def whole(one):
+    return flash.Work(one, len(one.prompt) - one.rows)
+
+
+def test_requests_are_forgotten_with_their_batch(case, llama, prompts, tmp_path):
+    service = attached(llama, case[0], tmp_path)
+    one, two = request(prompts[0]), request(prompts[1], 1)
+    flash.step(service.model, [whole(one), whole(two)])
+    service.cache.cache[1] = SimpleNamespace(requests=[one])
+    asyncio.run(service.FilterBatch(None, None))
+    flash.step(service.model, [flash.Work(one, 1)])
+    with pytest.raises(RowMappingLost, match="request 1: an answer without a verdict"):
+        flash.step(service.model, [flash.Work(two, 1)])
+
+
+def test_an_id_that_comes_again_is_a_new_request(case, llama, prompts, tmp_path):
+    """A router that was started anew counts from 0."""
+    package, want = case
+    service = attached(llama, package, tmp_path)
+    for i in (0, 1, 0):
+        again = request(prompts[i])
+        flash.step(service.model, [whole(again)])
+        while len(again.answer) < NEW:
+            flash.step(service.model, [flash.Work(again, 1)])
+        assert again.answer == list(want[i][1])
+    assert [bool(e["fired"]) for e in events(tmp_path)[1:]] == [
+        want[i][0][0].fired for i in (0, 1, 0)
+    ]
+
+
+def test_prompts_that_do_not_follow_on_are_refused(case, llama, prompts, tmp_path):
+    service = attached(llama, case[0], tmp_path)
+    one = request(prompts[2])
+    flash.step(service.model, [flash.Work(one, 4)])
+    one.rows += 1
+    with pytest.raises(RowMappingLost, match="expected row 4 of its prompt, found 5"):
+        flash.step(service.model, [whole(one)])
+    two = request(prompts[2], 1)
+    two.rows = 3
+    with pytest.raises(RowMappingLost, match="lies in a cached prefix of 3 tokens"):
+        flash.step(service.model, [whole(two)])
+
+
+def test_the_router_s_own_check_is_not_judged(case, llama, tmp_path):
+    service = attached(llama, case[0], tmp_path)
+    health = flash.Request(2**64 - 1, [5], [0])
+    flash.step(service.model, [whole(health)])
+    assert [e["event"] for e in events(tmp_path)] == ["active"]
+
+
+def test_a_prompt_shorter_than_a_probe_looks_back_fires(llama, prompts, tmp_path):
+    back = {"site": site("layer_input[2]"), "position": {"type": "prompt_end", "offset": -3}}
+    package, _ = made(llama, prompts, [head(weight=LOW)], [back])
+    service = attached(llama, package, tmp_path)
+    flash.step(service.model, [whole(request([7, 8]))])
+    told = events(tmp_path)[-1]
+    assert told["fired"] == ["r"]
+    assert told["probes"][0]["score"] is None
+
+
+def test_a_lost_hook_stops_the_batch(case, llama, prompts, tmp_path):
+    service = attached(llama, case[0], tmp_path)
+    service.model.model.model.layers[2]._forward_pre_hooks.clear()
+    with pytest.raises(HookLost, match="depths"):
+        flash.step(service.model, [whole(request(prompts[0]))])
+
+
+def test_the_model_may_not_run_behind_the_plugin(case, llama, prompts, tmp_path):
+    service = attached(llama, case[0], tmp_path)
+    inputs = flash._inputs([whole(request(prompts[0]))])
+    with pytest.raises(HookLost, match="outside a pass"), torch.no_grad():
+        service.model.model(*inputs, None)
+
+
+# ---------------------------------------------------------------- refused at load
+
+
+@pytest.mark.parametrize(
+    ("acts", "readings", "reason"),
+    [
+        ([head(weight=LOW)], [reading("layer_input[1]", MEAN)], "needs rows that a cached prefix"),
+        ([VECTOR], [reading("layer_input[1]")], "would stay in the cache of prefixes"),
+    ],
+)
+def test_cached_prefixes(llama, prompts, tmp_path, monkeypatch, acts, readings, reason):
+    package, _ = made(llama, prompts, acts, readings)
+    attached(llama, package, tmp_path)
+    monkeypatch.setenv("PREFIX_CACHING", "1")
+    with pytest.raises(UnsupportedFeature, match=reason):
+        attached(llama, package, tmp_path)
+
+
+def test_a_head_guard_takes_cached_prefixes(llama, prompts, tmp_path, monkeypatch):
+    monkeypatch.setenv("PREFIX_CACHING", "1")
+    package, want = made(llama, prompts, [head(weight=LOW, eps=2.0)], [reading("layer_input[2]")])
+    service = attached(llama, package, tmp_path)
+    for i, prompt in enumerate(prompts):
+        first, again = request(prompt), request(prompt, 1 + i)
+        again.slots[:3] = first.slots[:3]
+        flash.step(service.model, [whole(first)])
+        again.rows = 3
+        flash.step(service.model, [whole(again)])
+        while len(again.answer) < NEW:
+            flash.step(service.model, [flash.Work(again, 1)])
+        assert again.answer == list(want[i][1])
+
+
+@pytest.mark.parametrize("name", ["Seq2SeqLM", "Mamba", "IdeficsCausalLM", "Model"])
+def test_other_classes_of_models(case, llama, tmp_path, name):
+    kind = type(name, (), {})
+    model = kind()
+    model.__dict__ |= flash.FlashCausalLM(llama).__dict__
+    service = SimpleNamespace(model=model)
+    with pytest.raises(UnsupportedFeature, match=f"models of the class {name}"):
+        attach.attach(service, str(case[0].save(tmp_path / "guard.gguf")))
+
+
+# ---------------------------------------------------------------- into the server
+
+
+SERVER = """
+class TextGenerationService:
+    def __init__(self, model, cache, urls):
+        self.made = (model, cache, urls)
+"""
+
+
+def test_the_service_is_caught_when_it_is_made(tmp_path):
+    """In a fresh interpreter whose environment says so, beside another sitecustomize."""
+    package = tmp_path / "text_generation_server"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "server.py").write_text(SERVER)
+    (tmp_path / "sitecustomize.py").write_text("print('the other one')\n")
+    program = (
+        "import sys, types\n"
+        "stand_in = types.ModuleType('steerbridge_tgi.attach')\n"
+        "stand_in.attach = lambda service, package: print(service.made, package)\n"
+        "sys.modules['steerbridge_tgi.attach'] = stand_in\n"
+        "from text_generation_server import server\n"
+        "server.TextGenerationService(1, 2, urls=3)\n"
+    )
+    variables = environment(Path("guard.gguf"), {"PYTHONPATH": str(tmp_path)})
+
+    def run(extra):
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            env={"PATH": "", **extra},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return done.stdout.splitlines()
+
+    assert run(variables) == ["the other one", "(1, 2, 3) guard.gguf"]
+    assert run({"PYTHONPATH": str(tmp_path)}) == ["the other one"]
+
+
+def test_a_service_without_its_package_is_not_made(case, llama, tmp_path, monkeypatch):
+    class Service:
+        def __init__(self, model, cache):
+            self.model, self.cache = model, cache
+
+    server = SimpleNamespace(TextGenerationService=Service)
+    hook.wrap(server)
+    monkeypatch.setenv("STEERBRIDGE_PACKAGE", str(tmp_path / "gone.gguf"))
+    with pytest.raises((FileNotFoundError, PackageError), match="gone"):
+        server.TextGenerationService(flash.FlashCausalLM(llama), None)

@@ -1,0 +1,180 @@
+"""`make test-tgi`: the plugin inside TGI's own Python server, unmodified (docs/tgi.md sets it up).
+
+STEERBRIDGE_TGI_PYTHON is the Python that it is installed for. With STEERBRIDGE_TGI_FLASH, a folder
+for PYTHONPATH that makes the server's flash classes run on this machine, those are tested too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import helpers
+from helpers import MEAN, reading
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from steerbridge_hf import open_model
+
+PYTHON = os.environ.get("STEERBRIDGE_TGI_PYTHON", "")
+FLASH = os.environ.get("STEERBRIDGE_TGI_FLASH", "")
+pytestmark = [
+    pytest.mark.tgi_server,
+    pytest.mark.skipif(not PYTHON, reason="STEERBRIDGE_TGI_PYTHON names no server"),
+]
+needs_flash = pytest.mark.skipif(not FLASH, reason="STEERBRIDGE_TGI_FLASH is not set")
+
+ROOT = Path(__file__).resolve().parent.parent
+CLI = [sys.executable, "-m", "steerbridge.cli"]
+NEW = 10
+SETTINGS = {
+    "ATTENTION": "paged",
+    "PREFIX_CACHING": "0",
+    "PREFILL_CHUNKING": "0",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "2",
+    # Steerbridge is not installed in the server's environment.
+    "PYTHONPATH": os.pathsep.join(str(ROOT / p) for p in ("", "adapters", "plugins")),
+}
+
+
+@dataclass
+class Guarded:
+    """A model's folder, prompts as text, a guard, and our HF adapter's answers."""
+
+    model: Path
+    harmful: list[bool]
+    texts: list[str]
+    guard: Path
+    answers: list[list[int]]
+    plain: list[list[int]]
+
+
+def exported(model, folder) -> Path:
+    """SmolLM2 as a folder that transformers 4.51 reads."""
+    inner, tokenizer = model.model, model.tokenizer
+    inner.hf_quantizer = None  # it was dequantised from GGUF
+    inner.is_quantized = False
+    config = inner.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    inner.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    path = folder / "config.json"
+    found = json.loads(path.read_text())
+    rope = found.pop("rope_parameters")
+    found |= {"rope_theta": rope["rope_theta"], "rope_scaling": None}
+    found["torch_dtype"] = found.pop("dtype")
+    path.write_text(json.dumps(found))
+    path = folder / "tokenizer_config.json"
+    found = json.loads(path.read_text())
+    found["tokenizer_class"] = "PreTrainedTokenizerFast"
+    path.write_text(json.dumps({k: v for k, v in found.items() if k not in ("backend",)}))
+    return folder
+
+
+def guarded(folder, model, path, readings) -> Guarded:
+    prompts = helpers.corpus_prompts(4)
+    guard, answers = helpers.fitted(model, prompts, readings, NEW)
+    plain = model.generate(prompts, None, max_new_tokens=NEW)
+    texts = [model.tokenizer.decode(model.render(p)) for p in prompts]
+    return Guarded(
+        path,
+        [p.harmful for p in prompts],
+        texts,
+        guard.save(folder / "guard.gguf"),
+        [list(a.tokens) for a in answers],
+        [list(a.tokens) for a in plain],
+    )
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory, smollm2_path):
+    folder = tmp_path_factory.mktemp("tgi")
+    model = open_model(smollm2_path)
+    readings = [reading("layer_input[18]"), reading("layer_input[8]", MEAN)]
+    case = guarded(folder, model, folder / "model", readings)
+    exported(model, folder / "model")
+    return case
+
+
+@contextlib.contextmanager
+def served(case: Guarded, folder, steer=True, **settings):
+    """A shard of the server: its socket, and the events of the plugin."""
+    name, log, output = folder / "shard", folder / "events.jsonl", folder / "output.txt"
+    prefix = [*CLI, "run", "--package", str(case.guard), "--log", str(log), "--"] if steer else []
+    program = str(Path(PYTHON).parent / "text-generation-server")
+    command = [*prefix, program, "serve", str(case.model), "--uds-path", str(name)]
+    extra = [value for key, value in settings.items() if key == "options" for value in value]
+    environment = {**os.environ, **SETTINGS}
+    environment |= {k: v for k, v in settings.items() if k != "options"}
+    with output.open("wb") as sink:
+        process = subprocess.Popen(
+            [*command, *extra], stdout=sink, stderr=subprocess.STDOUT, env=environment
+        )
+    try:
+        socket, until = Path(f"{name}-0"), time.monotonic() + 120
+        while not socket.exists() and process.poll() is None and time.monotonic() < until:
+            time.sleep(0.2)
+        if not socket.exists():
+            raise RuntimeError(output.read_text()[-4000:])
+        yield socket, log
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def asked(case: Guarded, socket: Path, *scenarios: str) -> Any:
+    """What each scenario of tests/tgi/client.py brought."""
+    question = {"model": str(case.model), "prompts": case.texts, "new": NEW, "scenarios": scenarios}
+    done = subprocess.run(
+        [PYTHON, str(ROOT / "tests/tgi/client.py"), str(socket)],
+        input=json.dumps(question),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def verdicts(log: Path) -> dict[int, bool]:
+    events = [json.loads(line) for line in log.read_text().splitlines()]
+    assert events[0]["event"] == "active"
+    return {e["request"]: bool(e["fired"]) for e in events if e["event"] == "verdict"}
+
+
+def check(case: Guarded, found: Any, log: Path, unsteered: Any = None) -> None:
+    """Only what fires is changed: verdicts, and the tokens of our HF adapter.
+
+    `unsteered`: the same scenarios of the server without us, where its arithmetic is another one.
+    """
+    judged = verdicts(log)
+    for name, got in found.items():
+        assert [judged[i] for i in got["requests"]] == case.harmful, name
+        for i, tokens in enumerate(got["tokens"]):
+            if unsteered is None:
+                wanted = case.answers[i]
+                assert tokens[: len(wanted)] == wanted, (name, i)
+            elif not case.harmful[i]:
+                assert tokens == unsteered[name]["tokens"][i], (name, i)
+            else:
+                assert tokens != unsteered[name]["tokens"][i], (name, i)
+                assert tokens == found["alone"]["tokens"][i], (name, i)
+
+
+def test_padded_batches(smollm2, tmp_path):
+    """`CausalLM`: the server that runs where there is no GPU."""
+    with served(smollm2, tmp_path) as (socket, log):
+        found = asked(smollm2, socket, "alone", "batched")
+        check(smollm2, found, log)
