@@ -4,7 +4,7 @@ PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.set-up
 BASE ?= python3
 
-.PHONY: setup setup-peers setup-apps demo test test-apps lint schema parity fuzz soak bench-safety \
+.PHONY: setup setup-peers setup-apps demo test test-apps test-tgi lint schema parity fuzz soak bench-safety \
   bench-safety-multimodal bench-train bench-overhead bench-kernels bench-convert clean
 .DEFAULT_GOAL := setup
 
@@ -46,13 +46,18 @@ $(APPS): tests/programs.py tests/apps/CMakeLists.txt $(STAMP)
 demo: setup
 	@$(PYTHON) examples/demo.py
 
-test: setup setup-peers
+test: setup setup-peers setup-apps
 	@$(PYTHON) -m pytest
 	@echo '{"test": "passed"}'
 
 test-apps: setup setup-apps
 	@$(PYTHON) -m pytest -m apps
 	@echo '{"test-apps": "passed"}'
+
+# STEERBRIDGE_TGI_PYTHON: the Python of an installed server (docs/tgi.md).
+test-tgi: setup
+	@$(PYTHON) -m pytest tests/test_tgi.py tests/test_tgi_server.py
+	@echo '{"test-tgi": "passed"}'
 
 lint: setup
 	@$(VENV)/bin/ruff check . >&2

@@ -20,22 +20,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import requests
 
 import helpers
 import programs
-from helpers import IMAGE, MEAN, head, linear_probe, reading, rule
+from helpers import IMAGE, MEAN, reading
 
 pytest.importorskip("elftools", reason="needs the extra `run`")
 pytest.importorskip("llama_cpp", reason="needs the extra `llama-cpp`")
 
-from steerbridge import data
 from steerbridge.data import Example
-from steerbridge.package import SteeringPackage
-from steerbridge.spec import Reading
-from steerbridge.tensors import Tensor
 from steerbridge_llama_cpp import open_model
 
 needs_programs = pytest.mark.skipif(programs.built() is None, reason="python tests/programs.py")
@@ -61,59 +56,39 @@ class Guarded:
 
     @property
     def options(self) -> list[str]:
+        """For a program: the model, and attention computed as llama-cpp-python does."""
         vision = ["--mmproj", str(self.mmproj)] if self.mmproj else []
-        return ["-m", str(self.model), *vision]
+        return ["-m", str(self.model), *vision, "-fa", "off"]
 
 
 def guarded(folder, model, prompts, readings, mmproj=None) -> Guarded:
-    """Fits a probe by least squares to these very prompts: what is tested is not how well it
-    guesses. The head is random, and changes every answer."""
+    """A guard fitted to these very prompts, and the adapter's answers."""
     opened = open_model(model, mmproj=mmproj, n_ctx=1024, n_threads=2)
-    states = np.empty((len(prompts), len(readings), opened.facts.hidden_size), np.float32)
-    opened.capture(prompts, [Reading.model_validate(r) for r in readings], states)
-    x = states.reshape(len(prompts), -1).astype(np.float64)
-    y = np.array([1.0 if p.harmful else -1.0 for p in prompts])
-    gram = x @ x.T
-    w = x.T @ np.linalg.solve(gram + 1e-3 * np.trace(gram) / len(x) * np.eye(len(x)), y)
-    scores = x @ w
-    low, high = scores[y < 0].max(), scores[y > 0].min()
-    assert high - low > 0.3, "the two kinds of prompts are not apart"
-    act = head(weight={"form": "low_rank", "u": "h.u", "v": "h.v"}, eps=3.0)
-    made = helpers.package(
-        opened.facts,
-        scale=0.05,
-        probes=[linear_probe(readings=readings, threshold=float(high + low) / 2)],
-        interventions=[act],
-        rules=[rule(["p"], ["h"])],
-    )
-    package = SteeringPackage(made.spec, {**made.tensors, "p.w": Tensor.of(w)})
-    answers = opened.generate(prompts, package, max_new_tokens=NEW)
-    assert [a.outcome.fired for a in answers] == [p.harmful for p in prompts]
-    plain = opened.generate(prompts, None, max_new_tokens=NEW)
-    changed = [a.tokens != b.tokens for a, b in zip(answers, plain, strict=True)]
-    assert changed == [p.harmful for p in prompts]
+    package, answers = helpers.fitted(opened, prompts, readings, NEW)
     path = package.save(folder / "guard.gguf")
     rendered = [opened.render(p) for p in prompts]
     opened.llama.close()
     return Guarded(Path(model), mmproj, prompts, rendered, path, answers)
 
 
-def corpus_prompts(count=6) -> list[Example]:
-    """Harmful and harmless prompts in turn."""
-    found = [e for e in data.from_corpus("test") if e.kind == "pair"]
-    sides = [[e for e in found if e.harmful is side][:count] for side in (True, False)]
-    return [e for pair in zip(*sides, strict=True) for e in pair]
+# In F32 rows do not depend on what else is in their batch: programs cut prompts as they like.
+@pytest.fixture(scope="module")
+def text(tmp_path_factory, smollm2_f32_path):
+    return guarded(tmp_path_factory.mktemp("text"), smollm2_f32_path, helpers.corpus_prompts(), END)
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory, smollm2_path):
-    return guarded(tmp_path_factory.mktemp("text"), smollm2_path, corpus_prompts(), END)
+def means(tmp_path_factory, smollm2_f32_path):
+    return guarded(
+        tmp_path_factory.mktemp("means"), smollm2_f32_path, helpers.corpus_prompts(), MEANS
+    )
 
 
 @pytest.fixture(scope="module")
-def exact(tmp_path_factory, smollm2_f32_path):
-    """In F32, where rows do not depend on what else is in their batch."""
-    return guarded(tmp_path_factory.mktemp("exact"), smollm2_f32_path, corpus_prompts(), MEANS)
+def quantised(tmp_path_factory, smollm2_path):
+    return guarded(
+        tmp_path_factory.mktemp("quantised"), smollm2_path, helpers.corpus_prompts(), END
+    )
 
 
 @pytest.fixture(scope="module")
@@ -197,10 +172,14 @@ def served(case: Guarded, *options, steer=True):
 
 
 @needs_programs
-@pytest.mark.parametrize("case", ["text", "exact", "pictures"])
+@pytest.mark.parametrize("case", ["text", "means", "pictures", "quantised"])
 def test_chats_of_llama_server(case, request):
-    """One at a time: what does not fire equals the server without us to the letter."""
-    case = request.getfixturevalue(case)
+    """One at a time: what does not fire equals the server without us to the letter.
+
+    A quantised model computes batches of other sizes with other roundings, steered or not: the
+    server cuts prompts elsewhere than the adapter, so what fires is only compared with the server.
+    """
+    name, case = case, request.getfixturevalue(case)
     with served(case, "-np", "2", steer=False) as server:
         plain = [server.chat(p) for p in case.prompts]
     with served(case, "-np", "2") as server:
@@ -208,55 +187,58 @@ def test_chats_of_llama_server(case, request):
         assert server.fired(len(got)) == [p.harmful for p in case.prompts]
         assert len(server.events("active")) == 1
     for prompt, text, unsteered, wanted in zip(case.prompts, got, plain, case.steered, strict=True):
-        assert text == (wanted.text if prompt.harmful else unsteered)
+        if prompt.harmful and name == "quantised":
+            assert text != unsteered
+        else:
+            assert text == (wanted.text if prompt.harmful else unsteered)
 
 
 @needs_programs
-def test_slots_side_by_side(exact):
+def test_slots_side_by_side(means):
     """Batches of several slots, some of which fire; answers streamed, cancelled, repeated."""
-    jobs = [i for i in range(len(exact.prompts)) for _ in range(2)]
+    jobs = [i for i in range(len(means.prompts)) for _ in range(2)]
     random.Random(0).shuffle(jobs)
-    with served(exact, "-np", "4") as server:
+    with served(means, "-np", "4") as server:
 
         def ask(i):
-            return i, server.complete(exact.rendered[i])["tokens"]
+            return i, server.complete(means.rendered[i])["tokens"]
 
         with ThreadPoolExecutor(4) as pool:
             found = list(pool.map(ask, jobs))
         fired = server.fired(len(jobs))
-        assert sum(fired) == sum(exact.prompts[i].harmful for i in jobs)
+        assert sum(fired) == sum(means.prompts[i].harmful for i in jobs)
     for i, tokens in found:
-        assert tuple(tokens) == exact.steered[i].tokens
+        assert tuple(tokens) == means.steered[i].tokens
 
 
 @needs_programs
-def test_streams_and_cancelled_requests(exact):
-    with served(exact, "-np", "1") as server:
-        for i, prompt in enumerate(exact.prompts[:4]):
-            body = greedy({"prompt": exact.rendered[i], "stream": True, "n_predict": 400})
+def test_streams_and_cancelled_requests(means):
+    with served(means, "-np", "1") as server:
+        for i, prompt in enumerate(means.prompts[:4]):
+            body = greedy({"prompt": means.rendered[i], "stream": True, "n_predict": 400})
             body |= {"ignore_eos": True}
             url = server.url + "/completion"
             with requests.post(url, json=body, stream=True, timeout=120) as stream:
                 lines = (line for line in stream.iter_lines() if line.startswith(b"data: "))
                 tokens = [json.loads(next(lines)[6:])["tokens"][0] for _ in range(4)]
             # Gone after four tokens: the next one on the slot is judged afresh.
-            assert tuple(tokens) == exact.steered[i].tokens[:4]
+            assert tuple(tokens) == means.steered[i].tokens[:4]
             assert server.fired(i + 1)[-1] == prompt.harmful
 
 
 @needs_programs
-def test_cached_prefixes_and_further_turns(exact):
+def test_cached_prefixes_and_further_turns(means):
     """The same prompt again, of which all but one row is cached, and a turn after it."""
-    with served(exact, "-np", "1") as server:
+    with served(means, "-np", "1") as server:
         seen = []
         for i in (0, 0, 1, 1):
-            again = server.complete(exact.rendered[i])
-            assert tuple(again["tokens"]) == exact.steered[i].tokens
-            seen.append(exact.prompts[i].harmful)
+            again = server.complete(means.rendered[i])
+            assert tuple(again["tokens"]) == means.steered[i].tokens
+            seen.append(means.prompts[i].harmful)
             assert server.fired(len(seen)) == seen
         assert again["timings"]["cache_n"] > 5
-        chat = [message(exact.prompts[1]), {"role": "assistant", "content": "Gladly."}]
-        turns = [*chat, message(exact.prompts[3])]
+        chat = [message(means.prompts[1]), {"role": "assistant", "content": "Gladly."}]
+        turns = [*chat, message(means.prompts[3])]
         first = server.post("/v1/chat/completions", messages=turns, temperature=0, max_tokens=4)
         fresh = server.post(
             "/v1/chat/completions",
@@ -271,13 +253,13 @@ def test_cached_prefixes_and_further_turns(exact):
 
 
 @needs_programs
-def test_several_answers_of_one_prompt(exact):
+def test_several_answers_of_one_prompt(means):
     """`n_cmpl`: the prompt is evaluated once and its sequence copied."""
-    with served(exact, "-np", "3") as server:
+    with served(means, "-np", "3") as server:
         for i in (0, 1):
-            body = greedy({"prompt": exact.rendered[i], "n_cmpl": 3})
+            body = greedy({"prompt": means.rendered[i], "n_cmpl": 3})
             found = server.post("/completion", **body)
-            assert [tuple(f["tokens"]) for f in found] == [exact.steered[i].tokens] * 3
+            assert [tuple(f["tokens"]) for f in found] == [means.steered[i].tokens] * 3
 
 
 @needs_programs
@@ -313,21 +295,21 @@ def test_a_context_that_shifts(text):
 
 @needs_programs
 @pytest.mark.parametrize("kind", ["draft", "ngram"])
-def test_speculation(exact, smollm2_path, kind):
+def test_speculation(means, smollm2_path, kind):
     """Drafted tokens are verified in one batch, every row of it steered."""
     options = {
         "draft": ("-md", str(smollm2_path), "--spec-type", "draft-simple"),
         "ngram": ("--spec-type", "ngram-simple"),
     }[kind]
-    with served(exact, "-np", "2", *options) as server:
+    with served(means, "-np", "2", *options) as server:
         for i in range(4):
-            answer = server.complete(exact.rendered[i])
-            assert tuple(answer["tokens"]) == exact.steered[i].tokens
+            answer = server.complete(means.rendered[i])
+            assert tuple(answer["tokens"]) == means.steered[i].tokens
             if kind == "draft":
                 assert answer["timings"]["draft_n"] > 0
         told = server.events(count=4)
         main = [e for e in told if e["context"] == told[0]["context"]]
-        assert [bool(e["fired"]) for e in main] == [p.harmful for p in exact.prompts[:4]]
+        assert [bool(e["fired"]) for e in main] == [p.harmful for p in means.prompts[:4]]
 
 
 @needs_programs
@@ -374,7 +356,7 @@ def test_llama_cli(text, i):
     ]
     plain, _ = ran(text, command, steer=False)
     got, fired = ran(text, command)
-    assert fired == [text.prompts[i].harmful]
+    assert fired[-1] == text.prompts[i].harmful  # the first ones are of its warm-up
     assert text.steered[i].text.strip() in got
     if not text.prompts[i].harmful:
         assert answer_of(got) == answer_of(plain)
@@ -390,12 +372,13 @@ def answer_of(output: str) -> str:
 def test_llama_mtmd_cli(pictures, i):
     prompt = pictures.prompts[i]
     command = [
-        *(str(programs.built() / "llama-mtmd-cli"), *pictures.options, "-t", "2", "-c", "1024"),
-        *("--image", str(prompt.images[0]), "-p", prompt.text, "--temp", "0", "-n", str(NEW)),
+        *(str(programs.built() / "llama-mtmd-cli"), *pictures.options, "--jinja", "-t", "2"),
+        *("--image", str(prompt.images[0]), "-p", prompt.text, "-c", "1024", "--temp", "0"),
+        *("-n", str(NEW)),
     ]
     plain, _ = ran(pictures, command, steer=False)
     got, fired = ran(pictures, command)
-    assert fired == [prompt.harmful]
+    assert fired[-1] == prompt.harmful
     assert got.strip() == (pictures.steered[i].text if prompt.harmful else plain).strip()
 
 
@@ -404,7 +387,9 @@ import {getLlama} from "node-llama-cpp";
 const [path, ...prompts] = process.argv.slice(2);
 const llama = await getLlama({gpu: false, build: "never", logLevel: "error"});
 const model = await llama.loadModel({modelPath: path});
-const context = await model.createContext({contextSize: 1024, threads: 2});
+const context = await model.createContext({
+    contextSize: 1024, threads: 2, flashAttention: false
+});
 const sequence = context.getSequence();
 for (const prompt of prompts) {
     await sequence.clearHistory();
@@ -420,16 +405,16 @@ await llama.dispose();
 
 
 @pytest.mark.parametrize("release", programs.NODE_LLAMA_CPP)
-def test_node_llama_cpp(exact, release):
+def test_node_llama_cpp(means, release):
     """Prebuilt libraries of other versions of llama.cpp than that of llama-cpp-python."""
     if (folder := programs.node(release)) is None:
         pytest.skip("python tests/programs.py, and npm")
     path = folder / "app.mjs"
     path.write_text(NODE.replace("NEW", str(NEW)))
-    command = [shutil.which("node"), str(path), str(exact.model), *map(str, exact.rendered)]
-    plain, _ = ran(exact, command, steer=False)
-    got, fired = ran(exact, command)
-    assert fired == [p.harmful for p in exact.prompts]
+    command = [shutil.which("node"), str(path), str(means.model), *map(str, means.rendered)]
+    plain, _ = ran(means, command, steer=False)
+    got, fired = ran(means, command)
+    assert fired == [p.harmful for p in means.prompts]
     answers = [[tuple(json.loads(line)) for line in out.splitlines()] for out in (got, plain)]
     for i, (steered, unsteered) in enumerate(zip(*answers, strict=True)):
-        assert steered == (exact.steered[i].tokens if exact.prompts[i].harmful else unsteered)
+        assert steered == (means.steered[i].tokens if means.prompts[i].harmful else unsteered)

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import socket
+import struct
 import subprocess
 import sys
 import textwrap
@@ -95,6 +96,40 @@ def test_programs_with_privileges_are_refused(tmp_path):
         programs.inspect(str(path))
     with pytest.raises(FileNotFoundError):
         programs.inspect("no-such-program-here")
+
+
+def mach_o(path, *libraries, tail=b""):
+    """A program for macOS, as far as its header tells."""
+    commands = []
+    for name in libraries:
+        text = name.encode() + b"\0" * (8 - len(name) % 8)
+        # LC_LOAD_DYLIB; size; where the name is; time and versions of the library
+        commands.append(struct.pack("<6I", 0xC, 24 + len(text), 24, 0, 0, 0) + text)
+    body = b"".join(commands)
+    # magic, arm64, any of them, a program, load commands, flags
+    header = struct.pack("<8I", 0xFEEDFACF, 0x0100000C, 0, 2, len(commands), len(body), 0, 0)
+    path.write_bytes(header + body + tail)
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_programs_of_macos(tmp_path):
+    """Their preload was compiled (see docs/run.md) and never run: what can be told, is told."""
+    linked = mach_o(tmp_path / "linked", "/usr/lib/libSystem.B.dylib", "@rpath/libllama.dylib")
+    found = programs.inspect(linked, "darwin")
+    assert found.names_llama
+    assert len(found.libraries) == 2
+    with pytest.raises(UnsupportedFeature, match="linked into it"):
+        programs.inspect(mach_o(tmp_path / "whole", tail=b"llama_model_loader"), "darwin")
+    (tmp_path / "text").write_text("no program, and long enough to look at")
+    (tmp_path / "text").chmod(0o755)
+    with pytest.raises(UnsupportedFeature, match="neither a program nor a script"):
+        programs.inspect(str(tmp_path / "text"), "darwin")
+    script = tmp_path / "app"
+    script.write_text("#!/usr/bin/env python3\n")
+    script.chmod(0o755)
+    with pytest.raises(UnsupportedFeature, match="belongs to macOS"):
+        programs.inspect(str(script), "darwin")
 
 
 def test_models_on_the_command_line_are_found(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Final
 
@@ -16,7 +17,11 @@ from steerbridge.package import SteeringPackage
 from steerbridge.spec import HeadMatrix, PromptEnd
 from steerbridge_run.programs import RUNTIME
 
-_NAME: Final = "libsteerpreload.so"
+# Of a system: the variable that names libraries to load first, and ours.
+_PRELOADS: Final = {
+    "linux": ("LD_PRELOAD", "libsteerpreload.so"),
+    "darwin": ("DYLD_INSERT_LIBRARIES", "libsteerpreload.dylib"),
+}
 _MODEL: Final = ("-m", "--model")
 _DRAFT: Final = ("-md", "--model-draft", "--spec-draft-model")
 
@@ -33,16 +38,20 @@ def library() -> Path:
     """The library to preload, beside this file.
 
     Raises:
-        UnsupportedFeature: another system than Linux, or built without a C compiler.
+        UnsupportedFeature: neither Linux nor macOS, or built without a C compiler.
     """
-    if sys.platform != "linux":
-        raise UnsupportedFeature(RUNTIME, f"{sys.platform}: only Linux has the preload")
-    path = Path(__file__).with_name(_NAME)
+    path = Path(__file__).with_name(_preload()[1])
     if not path.is_file():
         raise UnsupportedFeature(
-            RUNTIME, f"{_NAME} was not built", "reinstall steerbridge where a C compiler is"
+            RUNTIME, f"{path.name} was not built", "reinstall steerbridge where a C compiler is"
         )
     return path
+
+
+def _preload() -> tuple[str, str]:
+    if sys.platform not in _PRELOADS:
+        raise UnsupportedFeature(RUNTIME, f"{sys.platform}: only Linux and macOS have preloads")
+    return _PRELOADS[sys.platform]
 
 
 def named_models(command: Sequence[str], environment: Mapping[str, str]) -> Models:
@@ -72,7 +81,8 @@ def environment(
     *,
     check_vocabulary: bool = True,
 ) -> dict[str, str]:
-    """Variables of the program: the preload, its settings, and what llama-server must do.
+    """Variables of the program: the preload, its settings, what llama-server must do, and what
+    other plugins need for programs that are not llama.cpp's.
 
     Args:
         file: the package as GGUF, which stays unchanged while the program runs.
@@ -81,9 +91,10 @@ def environment(
         before: the environment without us.
     """
     spec = package.spec
-    preloads = [str(library()), *filter(None, [before.get("LD_PRELOAD")])]
+    variable, _ = _preload()
+    preloads = [str(library()), *filter(None, [before.get(variable)])]
     made = {
-        "LD_PRELOAD": ":".join(preloads),
+        variable: ":".join(preloads),
         "STEERBRIDGE_PACKAGE": str(file),
         "STEERBRIDGE_EVENTS": str(events),
         "STEERBRIDGE_UNSTEERED": ";".join(map(_shape, unsteered)),
@@ -95,6 +106,8 @@ def environment(
     made["LLAMA_ARG_KV_UNIFIED"] = "1"
     if _needs_whole_cache(package):
         made["LLAMA_ARG_CACHE_RAM"] = "0"
+    for entry in entry_points(group="steerbridge.environments"):
+        made |= entry.load()(file, before)
     return {**before, **made}
 
 

@@ -8,14 +8,17 @@ import os
 import shlex
 import shutil
 import stat
+import struct
+import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from elftools.common.exceptions import ELFError
 from elftools.elf.dynamic import DynamicSection
 from elftools.elf.elffile import ELFFile
 from elftools.elf.sections import SymbolTableSection
+from macholib.MachO import MachO
 
 from steerbridge.errors import UnsupportedFeature
 
@@ -23,6 +26,9 @@ RUNTIME: Final = "steerbridge run"
 _ENTRY: Final = "llama_decode"
 # A word of llama.cpp's loader that is in every build of it, stripped or not.
 _TRACE: Final = b"llama_model_loader"
+_ELF: Final = b"\x7fELF"
+# Apple's own programs and what they start lose every DYLD variable.
+_PROTECTED: Final = ("/bin/", "/sbin/", "/usr/bin/", "/usr/sbin/", "/usr/libexec/", "/System/")
 _STATIC: Final = "a control vector or LoRA of it may do (see docs/run.md)"
 
 
@@ -39,17 +45,24 @@ class Program:
 
     @property
     def runs(self) -> Program:
-        """The ELF program that is started in the end."""
+        """The binary that is started in the end."""
         return self.interpreter.runs if self.interpreter else self
 
     @property
     def names_llama(self) -> bool:
         """True if it is linked to libllama, so that it surely runs models."""
-        return any(name.startswith("libllama.") for name in self.libraries)
+        return _names_llama(self.libraries)
 
 
-def inspect(command: str) -> Program:
+def _names_llama(libraries: tuple[str, ...]) -> bool:
+    return any(Path(name).name.startswith("libllama.") for name in libraries)
+
+
+def inspect(command: str, system: str = sys.platform) -> Program:
     """Look at a program without running it.
+
+    Args:
+        system: where it would run, as `sys.platform` names it.
 
     Raises:
         FileNotFoundError: there is no such command.
@@ -59,24 +72,24 @@ def inspect(command: str) -> Program:
     found = shutil.which(command)
     if found is None:
         raise FileNotFoundError(f"no command {command!r}")
-    return _look(Path(found).resolve(), depth=0)
+    return _look(Path(found).resolve(), system, depth=0)
 
 
-def _look(path: Path, depth: int) -> Program:
+def _look(path: Path, system: str, depth: int) -> Program:
+    _check_privileges(path, system)
     with path.open("rb") as file:
         start = file.read(256)
     if start.startswith(b"#!") and depth < 4:
         words = shlex.split(start[2:].splitlines()[0].decode(errors="replace"))
         if Path(words[0]).name == "env":
+            _check_privileges(Path(words[0]), system)
             words = [w for w in words[1:] if not w.startswith("-") and "=" not in w]
-        return Program(path, _look(Path(_which(words[0], path)).resolve(), depth + 1), ())
-    _check_privileges(path)
+        interpreter = Path(_which(words[0], path)).resolve()
+        return Program(path, _look(interpreter, system, depth + 1), ())
     try:
         return Program(path, None, _libraries(path))
-    except ELFError as error:
-        raise UnsupportedFeature(RUNTIME, f"{path} is neither an ELF program nor a script") from (
-            error
-        )
+    except (ELFError, ValueError, struct.error) as error:
+        raise UnsupportedFeature(RUNTIME, f"{path} is neither a program nor a script") from error
 
 
 def _which(name: str, script: Path) -> str:
@@ -86,11 +99,18 @@ def _which(name: str, script: Path) -> str:
     return found
 
 
-def _check_privileges(path: Path) -> None:
+def _check_privileges(path: Path, system: str) -> None:
     """The dynamic linker ignores preloads in programs with privileges of their own."""
     raised = path.stat().st_mode & (stat.S_ISUID | stat.S_ISGID)
-    with contextlib.suppress(OSError):  # a file system without attributes
-        raised = raised or "security.capability" in os.listxattr(path)
+    if system == "linux":
+        with contextlib.suppress(OSError):  # a file system without attributes
+            raised = raised or "security.capability" in os.listxattr(path)
+    if system == "darwin" and str(path).startswith(_PROTECTED):
+        raise UnsupportedFeature(
+            RUNTIME,
+            f"{path} belongs to macOS, which takes preloads from it and all that it starts",
+            "start the interpreter itself, one that is not Apple's",
+        )
     if raised:
         raise UnsupportedFeature(
             RUNTIME, f"{path} has privileges of its own, so the linker ignores preloads"
@@ -98,7 +118,17 @@ def _check_privileges(path: Path) -> None:
 
 
 def _libraries(path: Path) -> tuple[str, ...]:
-    """Libraries that an ELF program names; refuses one with llama.cpp inside."""
+    """Libraries that a binary names; refuses one with llama.cpp inside."""
+    with path.open("rb") as file:
+        elf = file.read(4) == _ELF
+    needed, defines = _of_elf(path) if elf else _of_mach_o(path)
+    if defines or (not _names_llama(needed) and _holds(path, _TRACE)):
+        raise UnsupportedFeature(RUNTIME, f"{path} has llama.cpp linked into it", _STATIC)
+    return needed
+
+
+def _of_elf(path: Path) -> tuple[tuple[str, ...], bool]:
+    """Libraries, and whether it defines llama.cpp's functions itself."""
     with path.open("rb") as file:
         elf = ELFFile(file)
         sections = list(elf.iter_sections())
@@ -112,9 +142,14 @@ def _libraries(path: Path) -> tuple[str, ...]:
         )
     if not dynamic:
         raise UnsupportedFeature(RUNTIME, f"{path} is linked statically", _STATIC)
-    if defines or (not any(n.startswith("libllama.") for n in needed) and _holds(path, _TRACE)):
-        raise UnsupportedFeature(RUNTIME, f"{path} has llama.cpp linked into it", _STATIC)
-    return needed
+    return needed, defines
+
+
+def _of_mach_o(path: Path) -> tuple[tuple[str, ...], bool]:
+    """The same; a Mach-O program's own symbols may be stripped, so they are not asked."""
+    read: Any = MachO
+    kinds = read(str(path)).headers  # one for each kind of processor
+    return tuple(name for kind in kinds for _, _, name in kind.walkRelocatables()), False
 
 
 def _holds(path: Path, word: bytes) -> bool:

@@ -15,6 +15,10 @@
 #include <time.h>
 #include <unistd.h>
 
+#ifndef MSG_NOSIGNAL
+#define MSG_NOSIGNAL 0 /* macOS: an option of the socket says so */
+#endif
+
 enum { EXIT_CONFIG = 78, ROOM = 8 }; /* ROOM: for the brackets that close a line */
 
 /* ---- where lines go ---- */
@@ -25,7 +29,11 @@ static int connect_to(const char *path) {
         return -1;
     }
     strcpy(address.sun_path, path);
-    int sock = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    int sock = socket(AF_UNIX, SOCK_STREAM, 0);
+    fcntl(sock, F_SETFD, FD_CLOEXEC);
+#ifdef SO_NOSIGPIPE
+    setsockopt(sock, SOL_SOCKET, SO_NOSIGPIPE, &(int){1}, sizeof(int));
+#endif
     if (sock >= 0 && connect(sock, (struct sockaddr *)&address, sizeof address) != 0) {
         close(sock);
         return -1;

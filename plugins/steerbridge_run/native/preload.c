@@ -16,17 +16,27 @@
 
 #define EXPORT __attribute__((visibility("default")))
 
+/* Linux takes the first function of a name, and a preloaded library comes first. macOS goes by
+ * library and name: ours has a name of its own there, see `replaced`. */
+#ifdef __APPLE__
+#define OURS(name) steered_##name
+#else
+#define OURS(name) name
+#endif
+
+static void *theirs(const char *name, void *ours);
+
 /* The program's own function of that name, looked up at the first call. */
 #define REAL(name)                                                                 \
-    static __typeof__(&name) real;                                                 \
+    static __typeof__(&OURS(name)) real;                                           \
     if (real == NULL) {                                                            \
-        void *found = sb_need(#name, (void *)&name);                               \
+        void *found = theirs(#name, (void *)&OURS(name));                          \
         memcpy(&real, &found, sizeof real);                                        \
     }
 
 /* ---- decoding ---- */
 
-EXPORT int32_t llama_decode(llama_context *context, llama_batch batch) {
+EXPORT int32_t OURS(llama_decode)(llama_context *context, llama_batch batch) {
     REAL(llama_decode)
     sb_rows rows = {batch.n_tokens, batch.pos,    batch.n_seq_id,
                     batch.seq_id,   batch.logits, batch.token == NULL};
@@ -34,7 +44,7 @@ EXPORT int32_t llama_decode(llama_context *context, llama_batch batch) {
     return sb_before(watch, &rows) ? sb_after(watch, real(context, batch)) : SB_ERROR;
 }
 
-EXPORT int32_t llama_process(llama_context *context, int type, llama_batch_ext *batch) {
+EXPORT int32_t OURS(llama_process)(llama_context *context, int type, llama_batch_ext *batch) {
     REAL(llama_process)
     sb_watch *watch = sb_watch_of(context);
     sb_rows rows = {0};
@@ -49,7 +59,7 @@ EXPORT int32_t llama_process(llama_context *context, int type, llama_batch_ext *
     return sb_before(watch, &rows) ? sb_after(watch, real(context, type, batch)) : SB_ERROR;
 }
 
-EXPORT int32_t llama_encode(llama_context *context, llama_batch batch) {
+EXPORT int32_t OURS(llama_encode)(llama_context *context, llama_batch batch) {
     REAL(llama_encode)
     sb_watch *watch = sb_watch_of(context);
     if (sb_steers(watch)) {
@@ -60,7 +70,7 @@ EXPORT int32_t llama_encode(llama_context *context, llama_batch batch) {
     return sb_before(watch, &rows) ? sb_after(watch, real(context, batch)) : SB_ERROR;
 }
 
-EXPORT void ggml_backend_sched_set_eval_callback(ggml_backend_sched *sched,
+EXPORT void OURS(ggml_backend_sched_set_eval_callback)(ggml_backend_sched *sched,
                                                  eval_callback callback, void *data) {
     REAL(ggml_backend_sched_set_eval_callback)
     eval_callback ours = NULL;
@@ -79,7 +89,7 @@ EXPORT void ggml_backend_sched_set_eval_callback(ggml_backend_sched *sched,
     real(sched, callback, data);
 }
 
-EXPORT void llama_free(llama_context *context) {
+EXPORT void OURS(llama_free)(llama_context *context) {
     REAL(llama_free)
     sb_watch_free(context); /* before its address may be another context's */
     real(context);
@@ -87,26 +97,26 @@ EXPORT void llama_free(llama_context *context) {
 
 /* ---- batches that llama.cpp keeps to itself ---- */
 
-EXPORT llama_batch_ext *llama_batch_ext_init(llama_context *context) {
+EXPORT llama_batch_ext *OURS(llama_batch_ext_init)(llama_context *context) {
     REAL(llama_batch_ext_init)
     llama_batch_ext *batch = real(context);
     sb_shadow_clear(batch);
     return batch;
 }
 
-EXPORT void llama_batch_ext_free(llama_batch_ext *batch) {
+EXPORT void OURS(llama_batch_ext_free)(llama_batch_ext *batch) {
     REAL(llama_batch_ext_free)
     sb_shadow_free(batch);
     real(batch);
 }
 
-EXPORT void llama_batch_ext_clear(llama_batch_ext *batch) {
+EXPORT void OURS(llama_batch_ext_clear)(llama_batch_ext *batch) {
     REAL(llama_batch_ext_clear)
     sb_shadow_clear(batch);
     real(batch);
 }
 
-EXPORT int32_t llama_batch_ext_add(llama_batch_ext *batch, int32_t seq) {
+EXPORT int32_t OURS(llama_batch_ext_add)(llama_batch_ext *batch, int32_t seq) {
     REAL(llama_batch_ext_add)
     int32_t index = real(batch, seq);
     if (index >= 0) {
@@ -115,7 +125,7 @@ EXPORT int32_t llama_batch_ext_add(llama_batch_ext *batch, int32_t seq) {
     return index;
 }
 
-EXPORT int32_t llama_batch_ext_add_token(llama_batch_ext *batch, int32_t seq, int32_t token) {
+EXPORT int32_t OURS(llama_batch_ext_add_token)(llama_batch_ext *batch, int32_t seq, int32_t token) {
     REAL(llama_batch_ext_add_token)
     int32_t index = real(batch, seq, token);
     if (index >= 0) {
@@ -124,7 +134,7 @@ EXPORT int32_t llama_batch_ext_add_token(llama_batch_ext *batch, int32_t seq, in
     return index;
 }
 
-EXPORT int32_t llama_batch_ext_add_embd(llama_batch_ext *batch, int32_t seq, llama_embd embd) {
+EXPORT int32_t OURS(llama_batch_ext_add_embd)(llama_batch_ext *batch, int32_t seq, llama_embd embd) {
     REAL(llama_batch_ext_add_embd)
     int32_t index = real(batch, seq, embd);
     if (index >= 0) {
@@ -133,22 +143,22 @@ EXPORT int32_t llama_batch_ext_add_embd(llama_batch_ext *batch, int32_t seq, lla
     return index;
 }
 
-EXPORT bool llama_batch_ext_add_seq(llama_batch_ext *batch, int32_t index, int32_t seq) {
+EXPORT bool OURS(llama_batch_ext_add_seq)(llama_batch_ext *batch, int32_t index, int32_t seq) {
     REAL(llama_batch_ext_add_seq)
     return real(batch, index, seq) && sb_shadow_add_seq(batch, index, seq);
 }
 
-EXPORT bool llama_batch_ext_set_output_embd(llama_batch_ext *batch, int32_t index, bool value) {
+EXPORT bool OURS(llama_batch_ext_set_output_embd)(llama_batch_ext *batch, int32_t index, bool value) {
     REAL(llama_batch_ext_set_output_embd)
     return real(batch, index, value) && sb_shadow_output(batch, index, value);
 }
 
-EXPORT bool llama_batch_ext_set_output_logits(llama_batch_ext *batch, int32_t index, bool value) {
+EXPORT bool OURS(llama_batch_ext_set_output_logits)(llama_batch_ext *batch, int32_t index, bool value) {
     REAL(llama_batch_ext_set_output_logits)
     return real(batch, index, value) && sb_shadow_output(batch, index, value);
 }
 
-EXPORT bool llama_batch_ext_set_pos(llama_batch_ext *batch, int32_t index, const int32_t *pos) {
+EXPORT bool OURS(llama_batch_ext_set_pos)(llama_batch_ext *batch, int32_t index, const int32_t *pos) {
     REAL(llama_batch_ext_set_pos)
     return real(batch, index, pos) && sb_shadow_pos(batch, index, pos[0]);
 }
@@ -159,7 +169,7 @@ EXPORT bool llama_batch_ext_set_pos(llama_batch_ext *batch, int32_t index, const
 static _Thread_local int nested;
 
 #define CACHE(clear_name, prefix, memory_type, CLEAR_ARGUMENTS, CLEAR_VALUES)                \
-    EXPORT void clear_name CLEAR_ARGUMENTS {                                                 \
+    EXPORT void OURS(clear_name) CLEAR_ARGUMENTS {                                                 \
         REAL(clear_name)                                                                     \
         nested++;                                                                            \
         real CLEAR_VALUES;                                                                   \
@@ -167,7 +177,7 @@ static _Thread_local int nested;
             sb_cut(memory, -1, 0, -1);                                                       \
         }                                                                                    \
     }                                                                                        \
-    EXPORT bool prefix##_seq_rm(memory_type *memory, int32_t seq, int32_t p0, int32_t p1) {  \
+    EXPORT bool OURS(prefix##_seq_rm)(memory_type *memory, int32_t seq, int32_t p0, int32_t p1) {  \
         REAL(prefix##_seq_rm)                                                                \
         nested++;                                                                            \
         bool removed = real(memory, seq, p0, p1);                                            \
@@ -176,7 +186,7 @@ static _Thread_local int nested;
         }                                                                                    \
         return removed;                                                                      \
     }                                                                                        \
-    EXPORT void prefix##_seq_cp(memory_type *memory, int32_t from, int32_t to, int32_t p0,   \
+    EXPORT void OURS(prefix##_seq_cp)(memory_type *memory, int32_t from, int32_t to, int32_t p0,   \
                                 int32_t p1) {                                                \
         REAL(prefix##_seq_cp)                                                                \
         nested++;                                                                            \
@@ -185,7 +195,7 @@ static _Thread_local int nested;
             sb_copied(memory, from, to, p0, p1);                                             \
         }                                                                                    \
     }                                                                                        \
-    EXPORT void prefix##_seq_keep(memory_type *memory, int32_t seq) {                        \
+    EXPORT void OURS(prefix##_seq_keep)(memory_type *memory, int32_t seq) {                        \
         REAL(prefix##_seq_keep)                                                              \
         nested++;                                                                            \
         real(memory, seq);                                                                   \
@@ -193,7 +203,7 @@ static _Thread_local int nested;
             sb_kept(memory, seq);                                                            \
         }                                                                                    \
     }                                                                                        \
-    EXPORT void prefix##_seq_div(memory_type *memory, int32_t seq, int32_t p0, int32_t p1,   \
+    EXPORT void OURS(prefix##_seq_div)(memory_type *memory, int32_t seq, int32_t p0, int32_t p1,   \
                                  int d) {                                                    \
         REAL(prefix##_seq_div)                                                               \
         sb_broken(memory, #prefix "_seq_div: positions no longer tell rows");                \
@@ -207,14 +217,14 @@ CACHE(llama_kv_cache_clear, llama_kv_cache, llama_context, (llama_context * memo
 
 /* ---- saved states ---- */
 
-EXPORT size_t llama_state_set_data(llama_context *context, const uint8_t *data, size_t size) {
+EXPORT size_t OURS(llama_state_set_data)(llama_context *context, const uint8_t *data, size_t size) {
     REAL(llama_state_set_data)
     size_t read = real(context, data, size);
     sb_restored(context, -1);
     return read;
 }
 
-EXPORT bool llama_state_load_file(llama_context *context, const char *path, int32_t *tokens,
+EXPORT bool OURS(llama_state_load_file)(llama_context *context, const char *path, int32_t *tokens,
                                   size_t capacity, size_t *count) {
     REAL(llama_state_load_file)
     bool loaded = real(context, path, tokens, capacity, count);
@@ -222,7 +232,7 @@ EXPORT bool llama_state_load_file(llama_context *context, const char *path, int3
     return loaded;
 }
 
-EXPORT size_t llama_state_seq_set_data(llama_context *context, const uint8_t *data, size_t size,
+EXPORT size_t OURS(llama_state_seq_set_data)(llama_context *context, const uint8_t *data, size_t size,
                                        int32_t seq) {
     REAL(llama_state_seq_set_data)
     size_t read = real(context, data, size, seq);
@@ -230,7 +240,7 @@ EXPORT size_t llama_state_seq_set_data(llama_context *context, const uint8_t *da
     return read;
 }
 
-EXPORT size_t llama_state_seq_set_data_ext(llama_context *context, const uint8_t *data,
+EXPORT size_t OURS(llama_state_seq_set_data_ext)(llama_context *context, const uint8_t *data,
                                            size_t size, int32_t seq, uint32_t flags) {
     REAL(llama_state_seq_set_data_ext)
     size_t read = real(context, data, size, seq, flags);
@@ -238,7 +248,7 @@ EXPORT size_t llama_state_seq_set_data_ext(llama_context *context, const uint8_t
     return read;
 }
 
-EXPORT size_t llama_state_seq_load_file(llama_context *context, const char *path, int32_t seq,
+EXPORT size_t OURS(llama_state_seq_load_file)(llama_context *context, const char *path, int32_t seq,
                                         int32_t *tokens, size_t capacity, size_t *count) {
     REAL(llama_state_seq_load_file)
     size_t read = real(context, path, seq, tokens, capacity, count);
@@ -246,11 +256,11 @@ EXPORT size_t llama_state_seq_load_file(llama_context *context, const char *path
     return read;
 }
 
-/* ---- samplers: a new one means that some request starts ---- */
+/* ---- samplers: some request starts ---- */
 
 static _Thread_local int cloning;
 
-EXPORT llama_sampler *llama_sampler_chain_init(llama_sampler_chain_params params) {
+EXPORT llama_sampler *OURS(llama_sampler_chain_init)(llama_sampler_chain_params params) {
     REAL(llama_sampler_chain_init)
     if (cloning == 0) {
         sb_sampler_made();
@@ -258,7 +268,7 @@ EXPORT llama_sampler *llama_sampler_chain_init(llama_sampler_chain_params params
     return real(params);
 }
 
-EXPORT llama_sampler *llama_sampler_clone(const llama_sampler *sampler) {
+EXPORT llama_sampler *OURS(llama_sampler_clone)(const llama_sampler *sampler) {
     REAL(llama_sampler_clone)
     cloning++; /* drafts are verified with clones */
     llama_sampler *clone = real(sampler);
@@ -266,48 +276,83 @@ EXPORT llama_sampler *llama_sampler_clone(const llama_sampler *sampler) {
     return clone;
 }
 
-EXPORT void llama_sampler_reset(llama_sampler *sampler) {
+EXPORT void OURS(llama_sampler_reset)(llama_sampler *sampler) {
     REAL(llama_sampler_reset)
-    sb_sampler_made();
+    sb_sampler_reset();
     real(sampler);
 }
 
 /* ---- looking up ---- */
 
-#define ENTRY(name) {#name, (void *)&name}
-#define CACHE_ENTRIES(prefix)                                                                \
-    ENTRY(prefix##_clear), ENTRY(prefix##_seq_rm), ENTRY(prefix##_seq_cp),                   \
-        ENTRY(prefix##_seq_keep), ENTRY(prefix##_seq_div)
+#define CACHE_FUNCTIONS(X, prefix)                                                           \
+    X(prefix##_clear) X(prefix##_seq_rm) X(prefix##_seq_cp) X(prefix##_seq_keep)             \
+    X(prefix##_seq_div)
+#define FUNCTIONS(X)                                                                         \
+    X(llama_decode) X(llama_process) X(llama_encode)                                         \
+    X(ggml_backend_sched_set_eval_callback) X(llama_free) X(llama_batch_ext_init)            \
+    X(llama_batch_ext_free) X(llama_batch_ext_clear) X(llama_batch_ext_add)                  \
+    X(llama_batch_ext_add_token) X(llama_batch_ext_add_embd) X(llama_batch_ext_add_seq)      \
+    X(llama_batch_ext_set_output_embd) X(llama_batch_ext_set_output_logits)                  \
+    X(llama_batch_ext_set_pos) CACHE_FUNCTIONS(X, llama_memory)                              \
+    CACHE_FUNCTIONS(X, llama_kv_self) CACHE_FUNCTIONS(X, llama_kv_cache)                     \
+    X(llama_state_set_data) X(llama_state_load_file) X(llama_state_seq_set_data)             \
+    X(llama_state_seq_set_data_ext) X(llama_state_seq_load_file)                             \
+    X(llama_sampler_chain_init) X(llama_sampler_clone) X(llama_sampler_reset)
 
+#define ENTRY(name) {#name, (void *)&OURS(name)},
 static const struct {
     const char *name;
     void *ours;
-} exported[] = {
-    ENTRY(llama_decode), ENTRY(llama_process), ENTRY(llama_encode),
-    ENTRY(ggml_backend_sched_set_eval_callback), ENTRY(llama_free),
-    ENTRY(llama_batch_ext_init), ENTRY(llama_batch_ext_free), ENTRY(llama_batch_ext_clear),
-    ENTRY(llama_batch_ext_add), ENTRY(llama_batch_ext_add_token),
-    ENTRY(llama_batch_ext_add_embd), ENTRY(llama_batch_ext_add_seq),
-    ENTRY(llama_batch_ext_set_output_embd), ENTRY(llama_batch_ext_set_output_logits),
-    ENTRY(llama_batch_ext_set_pos), CACHE_ENTRIES(llama_memory), CACHE_ENTRIES(llama_kv_self),
-    CACHE_ENTRIES(llama_kv_cache), ENTRY(llama_state_set_data), ENTRY(llama_state_load_file),
-    ENTRY(llama_state_seq_set_data), ENTRY(llama_state_seq_set_data_ext),
-    ENTRY(llama_state_seq_load_file), ENTRY(llama_sampler_chain_init),
-    ENTRY(llama_sampler_clone), ENTRY(llama_sampler_reset),
-};
+} replaced[] = {FUNCTIONS(ENTRY)};
+
+static bool special(const void *handle) {
+#ifdef __APPLE__
+    (void)handle; /* whichever library it means, none of them has ours */
+    return false;
+#else
+    return handle == RTLD_NEXT || handle == RTLD_DEFAULT; /* ours comes first by itself */
+#endif
+}
 
 /* Ours where the program's own lookup finds one of these functions. */
-EXPORT void *dlsym(void *handle, const char *name) {
-    /* These two depend on who asks, so the call must leave this frame before it arrives. */
-    if (handle == RTLD_NEXT || handle == RTLD_DEFAULT ||
-        (strncmp(name, "llama_", 6) != 0 && strncmp(name, "ggml_", 5) != 0)) {
+EXPORT void *OURS(dlsym)(void *handle, const char *name) {
+    /* Special handles depend on who asks: the call must leave this frame before it arrives. */
+    if (special(handle) || (strncmp(name, "llama_", 6) != 0 && strncmp(name, "ggml_", 5) != 0)) {
         return sb_real_dlsym(handle, name);
     }
     void *found = sb_real_dlsym(handle, name);
-    for (size_t i = 0; found != NULL && i < sizeof exported / sizeof *exported; i++) {
-        if (strcmp(name, exported[i].name) == 0) {
-            return exported[i].ours;
+    for (size_t i = 0; found != NULL && i < sizeof replaced / sizeof *replaced; i++) {
+        if (strcmp(name, replaced[i].name) == 0) {
+            return replaced[i].ours;
         }
     }
     return found;
 }
+
+#ifdef __APPLE__
+
+/* Absent in this version of llama.cpp, or not loaded at launch: NULL, and dyld passes over it. */
+#define DECLARE(name) extern __typeof__(OURS(name)) name __attribute__((weak_import));
+FUNCTIONS(DECLARE)
+
+#define PAIR(name) {(const void *)&OURS(name), (const void *)&name},
+__attribute__((used, section("__DATA,__interpose"))) static const struct {
+    const void *ours, *theirs;
+} pairs[] = {FUNCTIONS(PAIR) PAIR(dlsym)};
+
+static void *theirs(const char *name, void *ours) {
+    for (size_t i = 0; i < sizeof replaced / sizeof *replaced; i++) {
+        if (replaced[i].ours == ours && pairs[i].theirs != NULL) {
+            return (void *)(uintptr_t)pairs[i].theirs;
+        }
+    }
+    return sb_need(name, ours);
+}
+
+#else
+
+static void *theirs(const char *name, void *ours) {
+    return sb_need(name, ours);
+}
+
+#endif

@@ -15,4 +15,11 @@ void *sb_need(const char *name, const void *ours);
 /* What the program's own dlsym would have answered. */
 void *sb_real_dlsym(void *handle, const char *name);
 
+/* ---- what differs by system: real_linux.c, real_macos.c ---- */
+
+/* Paths of loaded libraries, those of local scope included. */
+typedef struct sb_libraries sb_libraries;
+void sb_libraries_loaded(sb_libraries *list);
+void sb_library_add(sb_libraries *list, const char *path);
+
 #endif

@@ -16,9 +16,10 @@ typedef struct {
     bool lost;     /* it had a request when the session failed */
     bool in_batch; /* of the batch being begun */
     bool quiet;    /* a row of it in this batch asks for no logits */
-    int32_t first; /* its first row in this batch */
+    bool drafts;   /* its answer was drafted: several rows of a batch asked for logits */
+    int32_t first, rows; /* its first row in this batch, and how many there are */
     int32_t gap, shift; /* rows that a context shift took out at `gap` */
-    uint64_t samplers;  /* samplers made before its last rows */
+    uint64_t made, reset;  /* samplers made and reset before its last rows */
     steerhook_stage stage; /* before this batch */
 } sequence;
 
@@ -35,10 +36,14 @@ struct sb_watch {
 static sb_watch *watches;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static _Thread_local sb_watch *current; /* whose llama_decode runs on this thread */
-static atomic_uint_fast64_t samplers;
+static atomic_uint_fast64_t samplers_made, samplers_reset;
 
 void sb_sampler_made(void) {
-    atomic_fetch_add(&samplers, 1);
+    atomic_fetch_add(&samplers_made, 1);
+}
+
+void sb_sampler_reset(void) {
+    atomic_fetch_add(&samplers_reset, 1);
 }
 
 sb_graph sb_current(eval_callback *callback, void **data) {
@@ -379,9 +384,11 @@ static bool survey(sb_watch *watch, const sb_rows *rows) {
                 q->in_batch = true;
                 q->quiet = false;
                 q->first = row;
+                q->rows = 0;
                 q->stage = steerhook_request_stage(watch->session, seq);
             }
             q->quiet |= !output;
+            q->rows++;
         }
     }
     return true;
@@ -406,8 +413,9 @@ static int32_t cached(const sb_watch *watch, const sb_rows *rows, int32_t seq) {
 /* Opens a request where these rows start one; false if it was refused. */
 static bool enter(sb_watch *watch, const sb_rows *rows, int32_t seq) {
     sequence *q = &watch->sequences[seq];
-    uint64_t made = atomic_load(&samplers);
-    bool restarted = q->cut && q->samplers != made;
+    uint64_t made = atomic_load(&samplers_made), reset = atomic_load(&samplers_reset);
+    bool sampler = q->made != made || (q->reset != reset && !q->drafts);
+    bool restarted = q->cut && q->rows == 1 && sampler;
     bool fresh = q->stage == STEERHOOK_NONE ||
                  (q->stage == STEERHOOK_ANSWERING && (q->quiet || restarted));
     if (fresh) {
@@ -418,10 +426,13 @@ static bool enter(sb_watch *watch, const sb_rows *rows, int32_t seq) {
             return false;
         }
         q->gap = q->shift = 0;
+        q->drafts = false;
         q->stage = STEERHOOK_PROMPTING;
     }
+    q->drafts |= q->stage == STEERHOOK_ANSWERING && q->rows > 1;
     q->cut = false;
-    q->samplers = made;
+    q->made = made;
+    q->reset = reset;
     return true;
 }
 

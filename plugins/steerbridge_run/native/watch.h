@@ -4,9 +4,11 @@
  *   - rows on a sequence without a request start a prompt;
  *   - the first row whose logits are asked for ends it, later ones are answers;
  *   - a row without logits after an answer starts the next prompt (a follow-up turn);
- *   - so do rows of a sequence whose cache was cut while a new sampler was made: a prompt of which
- *     all but the last row is cached looks like that, and so does a slot that rejects drafts while
- *     its neighbour starts. Then what had fired stays fired.
+ *   - so does a single row of a sequence whose cache was cut while a sampler was made or reset: a
+ *     prompt of which all but the last row is cached looks like that, and so does a slot whose
+ *     drafts were all rejected while its neighbour starts. Then what had fired stays fired;
+ *   - several rows of an answer that all ask for logits are drafts to verify. They are no prompt:
+ *     that of a program which asks for the logits of its prompts was refused at its first one.
  */
 #ifndef SB_WATCH_H
 #define SB_WATCH_H
@@ -41,5 +43,6 @@ void sb_kept(const void *memory, int32_t seq);
 void sb_restored(llama_context *context, int32_t seq); /* seq < 0: every sequence */
 void sb_broken(const void *memory, const char *what);
 void sb_sampler_made(void);
+void sb_sampler_reset(void); /* drafts are made by a sampler that is reset every time */
 
 #endif
