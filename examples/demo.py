@@ -71,7 +71,7 @@ def images() -> dict[str, Any]:
     llama = steerbridge_llama_cpp.open_model(
         files["text_q4_1"], mmproj=files["mmproj_f32"], n_ctx=1024
     )
-    asked = [(PROMPTS[0].text, PROMPTS[-1].text)]
+    asked = [(PROMPTS[2].text, PROMPTS[-1].text)]
     prompts = [
         e
         for kind in ("text", "image", "both")

@@ -24,7 +24,9 @@ from helpers import MEAN, reading
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from steerbridge_hf import open_model
+import torch
+
+from steerbridge_hf import HfModel, open_model
 
 PYTHON = os.environ.get("STEERBRIDGE_TGI_PYTHON", "")
 FLASH = os.environ.get("STEERBRIDGE_TGI_FLASH", "")
@@ -61,7 +63,7 @@ class Guarded:
 
 
 def exported(model, folder) -> Path:
-    """SmolLM2 as a folder that transformers 4.51 reads."""
+    """A folder that transformers 4.51 reads."""
     inner, tokenizer = model.model, model.tokenizer
     inner.hf_quantizer = None  # it was dequantised from GGUF
     inner.is_quantized = False
@@ -72,8 +74,8 @@ def exported(model, folder) -> Path:
     tokenizer.save_pretrained(folder)
     path = folder / "config.json"
     found = json.loads(path.read_text())
-    rope = found.pop("rope_parameters")
-    found |= {"rope_theta": rope["rope_theta"], "rope_scaling": None}
+    if rope := found.pop("rope_parameters", None):
+        found |= {"rope_theta": rope["rope_theta"], "rope_scaling": None}
     found["torch_dtype"] = found.pop("dtype")
     path.write_text(json.dumps(found))
     path = folder / "tokenizer_config.json"
@@ -104,6 +106,29 @@ def smollm2(tmp_path_factory, smollm2_path):
     model = open_model(smollm2_path)
     readings = [reading("layer_input[18]"), reading("layer_input[8]", MEAN)]
     case = guarded(folder, model, folder / "model", readings)
+    exported(model, folder / "model")
+    return case
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory, smollm2_path):
+    """A tiny random one, whose batches TGI can filter and concatenate with transformers 4.51 (those
+    of a Llama it cannot: it hands the model a list where a cache is expected)."""
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+    folder = tmp_path_factory.mktemp("tgi-gpt2")
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_path.parent, gguf_file=smollm2_path.name)
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_embd=64, n_layer=4, n_head=4, n_positions=512,
+        bos_token_id=1, eos_token_id=2, pad_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    inner = GPT2LMHeadModel(config).eval()
+    for parameter in inner.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model = HfModel(inner, tokenizer)
+    case = guarded(folder, model, folder / "model", [reading("layer_input[2]")])
     exported(model, folder / "model")
     return case
 
@@ -178,3 +203,43 @@ def test_padded_batches(smollm2, tmp_path):
     with served(smollm2, tmp_path) as (socket, log):
         found = asked(smollm2, socket, "alone", "batched")
         check(smollm2, found, log)
+
+
+def test_joined_and_filtered_batches(gpt2, tmp_path):
+    with served(gpt2, tmp_path) as (socket, log):
+        found = asked(gpt2, socket, "alone", "batched", "filtered", "concatenated")
+        check(gpt2, found, log)
+
+
+@needs_flash
+@pytest.mark.parametrize("speculate", ["0", "2"])
+def test_flash_batches(smollm2, tmp_path, speculate):
+    """The server's own `FlashCausalLM`, in bfloat16: compared with itself without us."""
+    settings = {"ATTENTION": "flashdecoding-ipex", "PREFILL_CHUNKING": "1", **flash_path()}
+    settings["options"] = ["--speculate", speculate] if speculate != "0" else []
+    names = ["alone", "batched", "filtered", "concatenated"]
+    names += ["chunked"] if speculate == "0" else []
+    with served(smollm2, tmp_path, steer=False, **settings) as (socket, _):
+        plain = asked(smollm2, socket, *names)
+    with served(smollm2, tmp_path, **settings) as (socket, log):
+        check(smollm2, asked(smollm2, socket, *names), log, plain)
+
+
+def flash_path():
+    return {"PYTHONPATH": os.pathsep.join([FLASH, SETTINGS["PYTHONPATH"]])}
+
+
+@needs_flash
+def test_cached_prefixes_are_refused_for_means(smollm2, tmp_path):
+    settings = {"ATTENTION": "flashdecoding-ipex", "PREFIX_CACHING": "1", **flash_path()}
+    with (
+        pytest.raises(RuntimeError, match="PREFIX_CACHING=0"),
+        served(smollm2, tmp_path, **settings),
+    ):
+        pass
+
+
+def test_another_model_is_refused(gpt2, smollm2, tmp_path):
+    other = Guarded(gpt2.model, [], [], smollm2.guard, [], [])
+    with pytest.raises(RuntimeError, match="does not fit this model"), served(other, tmp_path):
+        pass

@@ -108,6 +108,13 @@ class Session(Attachment):
                         RUNTIME, f"{probe.id}: {reading}: {name} names no token for images"
                     )
 
+    @property
+    def current(self) -> Outcome | None:
+        """The outcome of the first prompt of the batch that this thread generates for, once it is
+        known: for streamers."""
+        requests: Requests | None = getattr(self._here, "requests", None)
+        return requests.outcomes()[0] if requests is not None and requests.decided() else None
+
     # -------------------------------------------------------- attach and detach
 
     def apply(self) -> None:

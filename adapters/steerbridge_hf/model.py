@@ -212,14 +212,15 @@ class HfModel:
         return [answers[i] for i in range(len(prompts))]
 
     def _generation(self, tokens: list[int], outcome: Outcome | None) -> Generation:
-        stops = self._stop_tokens()
+        stops = self.stop_tokens()
         end = next((i for i, t in enumerate(tokens) if t in stops), None)
         kept = tokens if end is None else tokens[:end]
         text = self.tokenizer.decode(kept, skip_special_tokens=True)
         whole = tokens if end is None else tokens[: end + 1]
         return Generation(text, tuple(whole), "length" if end is None else "stop", outcome)
 
-    def _stop_tokens(self) -> set[int]:
+    def stop_tokens(self) -> set[int]:
+        """Tokens with which generation ends."""
         eos = self.model.generation_config.eos_token_id
         eos = self.tokenizer.eos_token_id if eos is None else eos
         return set(eos) if isinstance(eos, list | tuple) else {eos}
@@ -273,7 +274,7 @@ class HfModel:
         target = self.tokenizer(answer, add_special_tokens=False)["input_ids"]
         if not target:
             raise DataError(Problem("refusal", "a text with tokens", repr(answer)))
-        target = [*target, min(self._stop_tokens())]
+        target = [*target, min(self.stop_tokens())]
         reading = _reading_of_head()
         states = np.empty(
             (len(prompts), len(target), locate(self.model).config.hidden_size), np.float32

@@ -112,8 +112,9 @@ class MediaPrompts:
         handler._init_mtmd_context(llama)
         self.marker: str = handler._mtmd_cpp.mtmd_default_marker().decode()
 
-    def evaluate(self, text: str, images: Sequence[Path]) -> list[int]:
-        """Clear the cache and evaluate a rendered prompt, whose markers stand for the images.
+    def evaluate(self, text: str, images: Sequence[Path | bytes]) -> list[int]:
+        """Clear the cache and evaluate a rendered prompt, whose markers stand for the images
+        (files, or their bytes).
 
         Returns its token ids (0 for the rows of an image): what `Llama.generate` must be given
         to go on without evaluating anything again.
@@ -133,7 +134,7 @@ class MediaPrompts:
                 self._evaluate(chunk)
         return list(map(int, self.llama.input_ids[: self.llama.n_tokens]))
 
-    def tokens(self, text: str, images: Sequence[Path]) -> list[int]:
+    def tokens(self, text: str, images: Sequence[Path | bytes]) -> list[int]:
         """The token ids that `evaluate` returns, without evaluating anything.
 
         Raises:
@@ -144,15 +145,19 @@ class MediaPrompts:
             chunks = self._chunks(text, images, stack)
             return [id for chunk in each_chunk(mtmd, chunks) for id in self._ids(chunk)]
 
-    def _bitmap(self, mtmd: Any, image: Path, stack: contextlib.ExitStack) -> Any:
+    def _bitmap(self, mtmd: Any, image: Path | bytes, stack: contextlib.ExitStack) -> Any:
+        content = image if isinstance(image, bytes) else image.read_bytes()
         try:
-            bitmap = self.handler._create_bitmap_from_bytes(image.read_bytes())
+            bitmap = self.handler._create_bitmap_from_bytes(content)
         except ValueError as error:
-            raise DataError(Problem("image", "one that libmtmd reads", str(error)), image) from None
+            where = image if isinstance(image, Path) else None
+            raise DataError(Problem("image", "one that libmtmd reads", str(error)), where) from None
         stack.callback(mtmd.mtmd_bitmap_free, bitmap)
         return bitmap
 
-    def _chunks(self, text: str, images: Sequence[Path], stack: contextlib.ExitStack) -> Any:
+    def _chunks(
+        self, text: str, images: Sequence[Path | bytes], stack: contextlib.ExitStack
+    ) -> Any:
         mtmd = self.handler._mtmd_cpp
         bitmaps = [self._bitmap(mtmd, image, stack) for image in images]
         raw = text.encode()

@@ -89,9 +89,12 @@ class LlamaCppModel:
     def _text(self, prompt: Example) -> Any:
         """The rendered prompt, a marker before its text for each image."""
         markers = self._images.marker * len(prompt.images) if prompt.images else ""
+        return self._rendered([{"role": "user", "content": markers + prompt.text}])
+
+    def _rendered(self, messages: Sequence[dict[str, Any]]) -> Any:
         if self._render is None:
-            raise UnsupportedFeature(RUNTIME, "images for a model without a chat template")
-        return self._render(messages=[{"role": "user", "content": markers + prompt.text}])
+            raise UnsupportedFeature(RUNTIME, "chats and images: the model has no chat template")
+        return self._render(messages=messages)
 
     @property
     def _images(self) -> MediaPrompts:
@@ -107,6 +110,34 @@ class LlamaCppModel:
             return self._images.evaluate(self._text(prompt).prompt, prompt.images)
         self.llama.reset()  # the same batches, whatever came before
         return self.render(prompt)
+
+    def evaluated_chat(
+        self, messages: Sequence[dict[str, Any]], images: Sequence[bytes] = (), prompt: str = ""
+    ) -> list[int]:
+        """Token ids for `Llama.generate`: of a chat, or of a prompt that is taken as it is.
+
+        Without images nothing is evaluated yet, so that cached prefixes are used. Parts of the
+        type `image` in the messages stand for the images, in order.
+
+        Raises:
+            UnsupportedFeature: images without a vision tower, a chat without a template.
+            DataError: an image that cannot be read, a prompt that does not fit the context.
+        """
+        if not messages:
+            return list(self.llama.tokenize(prompt.encode(), special=True))
+        text = self._rendered([{**m, "content": self._flat(m["content"])} for m in messages])
+        if images:
+            return self._images.evaluate(text.prompt, images)
+        return list(
+            self.llama.tokenize(text.prompt.encode(), add_bos=not text.added_special, special=True)
+        )
+
+    def _flat(self, content: Any) -> str:
+        """The text of a message, a marker for each image."""
+        if isinstance(content, str):
+            return content
+        parts = (self._images.marker if p["type"] == "image" else p["text"] for p in content)
+        return "".join(parts)
 
     def _check_room(self, tokens: Sequence[int], room: int) -> None:
         if len(tokens) + room > self.llama.n_ctx():
@@ -146,9 +177,10 @@ class LlamaCppModel:
 
     def text_of(self, tokens: Sequence[int]) -> str:
         """The text of tokens; `Llama.detokenize` drops every token of more than 32 bytes."""
-        return b"".join(map(self._piece, tokens)).decode("utf-8", "replace")
+        return b"".join(map(self.piece, tokens)).decode("utf-8", "replace")
 
-    def _piece(self, token: int) -> bytes:
+    def piece(self, token: int) -> bytes:
+        """The bytes of a token, which may be a part of a character; none of a special one."""
         size = 32
         while True:
             buffer = ctypes.create_string_buffer(size)
@@ -158,12 +190,16 @@ class LlamaCppModel:
                 return buffer.raw[:found]
             size = -found  # what it takes
 
+    def ends_turn(self, token: int) -> bool:
+        """Whether generation ends with this token."""
+        return bool(llama_cpp.llama_vocab_is_eog(self.llama._model.vocab, token))
+
     def _answer(self, prompt: list[int], limit: int) -> tuple[list[int], str]:
         """Greedy tokens, the end of the turn included, and why they end."""
         answer: list[int] = []
         for token in self.llama.generate(prompt, temp=0.0):
             answer.append(token)
-            if llama_cpp.llama_vocab_is_eog(self.llama._model.vocab, token):
+            if self.ends_turn(token):
                 return answer, "stop"
             if len(answer) == limit:
                 break

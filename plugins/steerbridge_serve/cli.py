@@ -1,0 +1,42 @@
+"""`steerbridge serve`."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+import typer
+
+from steerbridge.cli import common
+from steerbridge.package import load
+from steerbridge_serve.app import Limits, create_app
+from steerbridge_serve.engines import open_engine
+from steerbridge_serve.worker import Worker
+
+
+def serve(
+    package: Annotated[str, typer.Option("--package", "-p", help="Package that steers.")],
+    model: common.Model = "smollm2",
+    runtime: common.Runtime = "llama.cpp",
+    mmproj: common.Mmproj = "",
+    context: Annotated[int, typer.Option(help="Tokens of prompt and answer.", min=16)] = 4096,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0: a free one.", min=0, max=65535)] = 8080,
+    waiting: Annotated[int, typer.Option(help="Requests that may wait.", min=1)] = 64,
+    max_body_mib: Annotated[int, typer.Option(help="Largest body, images included.", min=1)] = 8,
+    max_pixels: Annotated[int, typer.Option(help="Largest image.", min=1)] = 16_000_000,
+    ignore: common.Ignore = [],
+) -> None:
+    """Serve a steered model to clients of TGI and OpenAI.
+
+    STEERBRIDGE_API_KEY in the environment is asked of clients, if it is set.
+    """
+    import uvicorn
+
+    loaded = load(package)
+    path = str(common.smollm2()) if model == "smollm2" else model
+    engine = open_engine(runtime, path, loaded, mmproj=mmproj, context=context, ignore=ignore)
+    limits = Limits(max_body_mib << 20, max_pixels)
+    key = os.environ.get("STEERBRIDGE_API_KEY", "")
+    app = create_app(Worker(engine, waiting), loaded, limits=limits, api_key=key)
+    uvicorn.run(app, host=host, port=port, log_level="info")
