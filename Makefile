@@ -4,8 +4,8 @@ PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.set-up
 BASE ?= python3
 
-.PHONY: setup setup-peers setup-apps demo test test-apps test-tgi lint schema parity fuzz soak bench-safety \
-  bench-safety-multimodal bench-train bench-overhead bench-kernels bench-convert clean
+.PHONY: setup setup-peers setup-clients setup-apps demo test test-apps test-tgi lint schema parity fuzz soak bench-safety \
+  bench-safety-multimodal bench-train bench-overhead bench-kernels bench-convert bench-serve clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -35,6 +35,15 @@ $(PEERS): requirements/peers.txt
 	@.venv-peers/bin/python -m pip install --quiet -r $< >&2
 	@touch $@
 
+# TGI's old client, which needs an older huggingface-hub than ours.
+CLIENTS := .venv-clients/.set-up
+setup-clients: $(CLIENTS)
+
+$(CLIENTS): requirements/clients.txt
+	@test -x .venv-clients/bin/python || $(BASE) -m venv .venv-clients
+	@.venv-clients/bin/python -m pip install --quiet -r $< >&2
+	@touch $@
+
 # Unmodified llama.cpp programs, built from the sources of the installed llama-cpp-python.
 APPS := .cache/apps/.set-up
 setup-apps: $(APPS)
@@ -46,7 +55,7 @@ $(APPS): tests/programs.py tests/apps/CMakeLists.txt $(STAMP)
 demo: setup
 	@$(PYTHON) examples/demo.py
 
-test: setup setup-peers setup-apps
+test: setup setup-peers setup-clients setup-apps
 	@$(PYTHON) -m pytest
 	@echo '{"test": "passed"}'
 
@@ -79,10 +88,11 @@ schema: setup
 	@$(PYTHON) -m steerbridge.cli schema > docs/steering_config.schema.json
 	@echo '{"schema": "docs/steering_config.schema.json"}'
 
-bench-safety bench-safety-multimodal bench-train bench-overhead bench-kernels bench-convert: bench-%: setup
+bench-safety bench-safety-multimodal bench-train bench-overhead bench-kernels bench-convert \
+  bench-serve: bench-%: setup
 	@$(PYTHON) benchmarks/$(subst -,_,$*).py
 
 bench-overhead: setup-apps
 
 clean:
-	rm -rf $(VENV) .venv-peers .cache
+	rm -rf $(VENV) .venv-peers .venv-clients .cache

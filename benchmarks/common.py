@@ -85,6 +85,14 @@ def demo_files() -> dict[str, Path]:
     return gguf_files.kept(CACHE / "models")
 
 
+def resident(pid: int) -> int:
+    """Bytes of a process in memory (Linux)."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) << 10
+    raise RuntimeError("no VmRSS")
+
+
 def share(values: Iterable[bool]) -> float:
     found = list(values)
     return round(sum(found) / len(found), 4)

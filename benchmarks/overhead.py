@@ -2,7 +2,7 @@
 
 Steered and unsteered runs alternate in one process; ratios are unsteered over steered time
 (1 means free), medians over the rounds. Time to first token is a generation of one token. A
-runtime is left out only if its extra is not installed.
+runtime is left out only if its extra is not installed (TGI's server: docs/tgi.md).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+import overhead_tgi
 from common import CACHE, ROOT, alternate, arguments, finish, open_smollm2, say
 from steerbridge import data
 from steerbridge.package import load
@@ -47,6 +48,8 @@ def main() -> None:
     peaks = {side: peak(options.package, side) for side in ("unsteered", "steered")}
     result["hf"]["peak_memory_ratio"] = round(peaks["steered"] / peaks["unsteered"], 4)
     say(str(result))
+    result["tgi"] = overhead_tgi.measure(model, package, prompts, options.rounds)
+    say(str(result["tgi"]))
     if find_spec("llama_cpp"):
         import overhead_llama_cpp
         import overhead_server

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import CACHE, arguments, finish, say, share
+from common import CACHE, arguments, finish, resident, say, share
 from llama_server import Server, judged_alone, running
 from steerbridge import data
 from steerbridge.cli.common import smollm2
@@ -39,7 +39,7 @@ def main() -> None:
     with running("soak", load(options.package), "-np", SLOTS) as server:
         alone = judged_alone(server, prompts, id_slot=0)
         before = len(server.verdicts(0))
-        memory = [resident(server)]
+        memory = [memory_of(server)]
         jobs = [plan(slot, len(prompts), options.requests // SLOTS) for slot in range(SLOTS)]
         done = 0
         for fifth in range(FIFTHS):
@@ -47,8 +47,8 @@ def main() -> None:
             with ThreadPoolExecutor(SLOTS) as pool:
                 list(pool.map(partial(work, server, prompts), range(SLOTS), parts))
             done += sum(map(len, parts))
-            say(f"{done} requests, {resident(server) >> 20} MiB resident")
-            memory.append(resident(server))
+            say(f"{done} requests, {memory_of(server) >> 20} MiB resident")
+            memory.append(memory_of(server))
         told = server.verdicts(before + done)[before:]
         troubles = [e for e in server.events() if e["event"] in ("refused", "failed", "stopped")]
     wrong = 0
@@ -116,14 +116,11 @@ def leave(server: Server, prompt: Sequence[int], slot: int) -> None:
             stream.readline()
 
 
-def resident(server: Server) -> int:
+def memory_of(server: Server) -> int:
     """Bytes of the server's process, which the log names."""
     time.sleep(0.5)
     [active] = [e for e in server.events() if e["event"] == "active"]
-    for line in Path(f"/proc/{active['pid']}/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) << 10
-    raise RuntimeError("no VmRSS")
+    return resident(active["pid"])
 
 
 if __name__ == "__main__":

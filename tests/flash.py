@@ -110,6 +110,30 @@ class FlashLlamaForCausalLM(nn.Module):
         return self.lm_head(hidden if indices is None else hidden[indices])
 
 
+def server_modules(graphs: tuple[int, ...] = (8,)) -> dict[str, Any]:
+    """What the plugin asks the server's own modules for, to be put into `sys.modules`."""
+    settings = SimpleNamespace(CUDA_GRAPHS=list(graphs))
+    quiet = SimpleNamespace(patch=lambda _: SimpleNamespace(log=lambda *_: None))
+    return {
+        "text_generation_server": SimpleNamespace(),
+        "text_generation_server.models": SimpleNamespace(globals=settings),
+        "text_generation_server.models.globals": settings,
+        "text_generation_server.utils": SimpleNamespace(),
+        "text_generation_server.utils.speculate": SimpleNamespace(get_speculate=lambda: 0),
+        "loguru": SimpleNamespace(logger=quiet),
+    }
+
+
+async def _rpc(request: Any, context: Any) -> Any:
+    return request
+
+
+def service(model: Any) -> Any:
+    """A `TextGenerationService` as far as the plugin looks at it."""
+    calls = dict.fromkeys(("Prefill", "Decode", "FilterBatch", "ClearCache"), _rpc)
+    return SimpleNamespace(model=model, cache=SimpleNamespace(cache={}), **calls)
+
+
 # ---------------------------------------------------------------- graphs
 
 

@@ -14,6 +14,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -42,6 +43,8 @@ from steerbridge_serve.worker import Job, Overloaded, Worker
 pytestmark = pytest.mark.llama_cpp
 
 NEW = 8
+ROOT = Path(__file__).resolve().parent.parent
+OLD_CLIENT = ROOT / ".venv-clients" / "bin" / "python"
 CLI = [sys.executable, "-m", "steerbridge.cli"]
 
 
@@ -177,6 +180,27 @@ def test_inference_client(served):
         assert chat.choices[0].message.content == wanted.text
     with pytest.raises(ValidationError, match="max_new_tokens: expected 511 at most"):
         client.text_generation("x", max_new_tokens=100_000)
+
+
+@pytest.mark.skipif(not OLD_CLIENT.is_file(), reason="make setup-clients")
+def test_text_generation_client(served):
+    """TGI's old client, which needs an older huggingface-hub than ours."""
+    asked = {"prompts": served.texts, "chats": [p.text for p in served.prompts], "new": NEW}
+    done = subprocess.run(
+        [OLD_CLIENT, ROOT / "tests/tgi/old_client.py", served.url],
+        input=json.dumps(asked),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    wanted = [[a.text, list(a.tokens)] for a in served.answers]
+    assert found["generate"] == wanted
+    assert found["stream"] == wanted
+    assert found["chat"] == [a.text for a in served.answers]
+    assert found["chat_stream"] == [a.text for a in served.answers]
+    assert "max_new_tokens: expected 511 at most" in found["error"]
 
 
 def test_generate_and_its_stream_say_what_was_decided(served):

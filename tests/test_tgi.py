@@ -39,22 +39,13 @@ VECTOR = {
     "alpha": 3.0,
     "targets": [{"site": site("layer_output[2]"), "vector": "v"}],
 }
-NOTHING = SimpleNamespace(get_speculate=lambda: 0)
 
 
 @pytest.fixture(autouse=True)
 def server_modules(monkeypatch, tmp_path):
-    """The two settings that the plugin asks the server for, and where it tells."""
-    for name in ("", ".utils", ".models"):
-        monkeypatch.setitem(sys.modules, f"text_generation_server{name}", SimpleNamespace())
-    monkeypatch.setitem(sys.modules, "text_generation_server.utils.speculate", NOTHING)
-    graphs = SimpleNamespace(CUDA_GRAPHS=[8])
-    monkeypatch.setattr(
-        sys.modules["text_generation_server.models"], "globals", graphs, raising=False
-    )
-    monkeypatch.setitem(sys.modules, "text_generation_server.models.globals", graphs)
-    logger = SimpleNamespace(patch=lambda _: SimpleNamespace(log=lambda *_: None))
-    monkeypatch.setitem(sys.modules, "loguru", SimpleNamespace(logger=logger))
+    """The server's modules, and where the plugin tells."""
+    for name, module in flash.server_modules().items():
+        monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setenv("STEERBRIDGE_EVENTS", str(tmp_path / "events.jsonl"))
 
 
@@ -94,15 +85,10 @@ def made(llama, prompts, acts, readings=None):
 def attached(llama, package, tmp_path, graphs=()):
     """A service with the plugin inside, warmed up as TGI does it."""
     model = flash.FlashCausalLM(llama, graphs)
-    calls = dict.fromkeys(("Prefill", "Decode", "FilterBatch", "ClearCache"), rpc)
-    service = SimpleNamespace(model=model, cache=SimpleNamespace(cache={}), **calls)
+    service = flash.service(model)
     attach.attach(service, str(package.save(tmp_path / "guard.gguf")))
     model.warmup()
     return service
-
-
-async def rpc(request, context):
-    return request
 
 
 def events(tmp_path):

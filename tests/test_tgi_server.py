@@ -6,12 +6,8 @@ for PYTHONPATH that makes the server's flash classes run on this machine, those 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import subprocess
-import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +15,7 @@ from typing import Any
 import pytest
 
 import helpers
+import tgi_shard
 from helpers import MEAN, reading
 
 pytest.importorskip("torch")
@@ -28,26 +25,15 @@ import torch
 
 from steerbridge_hf import HfModel, open_model
 
-PYTHON = os.environ.get("STEERBRIDGE_TGI_PYTHON", "")
 FLASH = os.environ.get("STEERBRIDGE_TGI_FLASH", "")
 pytestmark = [
     pytest.mark.tgi_server,
-    pytest.mark.skipif(not PYTHON, reason="STEERBRIDGE_TGI_PYTHON names no server"),
+    pytest.mark.skipif(not tgi_shard.PYTHON, reason="STEERBRIDGE_TGI_PYTHON names no server"),
 ]
 needs_flash = pytest.mark.skipif(not FLASH, reason="STEERBRIDGE_TGI_FLASH is not set")
 
-ROOT = Path(__file__).resolve().parent.parent
-CLI = [sys.executable, "-m", "steerbridge.cli"]
+CLIENT = Path(__file__).parent / "tgi" / "client.py"
 NEW = 10
-SETTINGS = {
-    "ATTENTION": "paged",
-    "PREFIX_CACHING": "0",
-    "PREFILL_CHUNKING": "0",
-    "HF_HUB_OFFLINE": "1",
-    "OMP_NUM_THREADS": "2",
-    # Steerbridge is not installed in the server's environment.
-    "PYTHONPATH": os.pathsep.join(str(ROOT / p) for p in ("", "adapters", "plugins")),
-}
 
 
 @dataclass
@@ -60,29 +46,6 @@ class Guarded:
     guard: Path
     answers: list[list[int]]
     plain: list[list[int]]
-
-
-def exported(model, folder) -> Path:
-    """A folder that transformers 4.51 reads."""
-    inner, tokenizer = model.model, model.tokenizer
-    inner.hf_quantizer = None  # it was dequantised from GGUF
-    inner.is_quantized = False
-    config = inner.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    inner.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    path = folder / "config.json"
-    found = json.loads(path.read_text())
-    if rope := found.pop("rope_parameters", None):
-        found |= {"rope_theta": rope["rope_theta"], "rope_scaling": None}
-    found["torch_dtype"] = found.pop("dtype")
-    path.write_text(json.dumps(found))
-    path = folder / "tokenizer_config.json"
-    found = json.loads(path.read_text())
-    found["tokenizer_class"] = "PreTrainedTokenizerFast"
-    path.write_text(json.dumps({k: v for k, v in found.items() if k not in ("backend",)}))
-    return folder
 
 
 def guarded(folder, model, path, readings) -> Guarded:
@@ -106,7 +69,7 @@ def smollm2(tmp_path_factory, smollm2_path):
     model = open_model(smollm2_path)
     readings = [reading("layer_input[18]"), reading("layer_input[8]", MEAN)]
     case = guarded(folder, model, folder / "model", readings)
-    exported(model, folder / "model")
+    tgi_shard.exported(model, folder / "model")
     return case
 
 
@@ -129,48 +92,19 @@ def gpt2(tmp_path_factory, smollm2_path):
             torch.nn.init.normal_(parameter, std=0.3)
     model = HfModel(inner, tokenizer)
     case = guarded(folder, model, folder / "model", [reading("layer_input[2]")])
-    exported(model, folder / "model")
+    tgi_shard.exported(model, folder / "model")
     return case
 
 
-@contextlib.contextmanager
 def served(case: Guarded, folder, steer=True, **settings):
     """A shard of the server: its socket, and the events of the plugin."""
-    name, log, output = folder / "shard", folder / "events.jsonl", folder / "output.txt"
-    prefix = [*CLI, "run", "--package", str(case.guard), "--log", str(log), "--"] if steer else []
-    program = str(Path(PYTHON).parent / "text-generation-server")
-    command = [*prefix, program, "serve", str(case.model), "--uds-path", str(name)]
-    extra = [value for key, value in settings.items() if key == "options" for value in value]
-    environment = {**os.environ, **SETTINGS}
-    environment |= {k: v for k, v in settings.items() if k != "options"}
-    with output.open("wb") as sink:
-        process = subprocess.Popen(
-            [*command, *extra], stdout=sink, stderr=subprocess.STDOUT, env=environment
-        )
-    try:
-        socket, until = Path(f"{name}-0"), time.monotonic() + 120
-        while not socket.exists() and process.poll() is None and time.monotonic() < until:
-            time.sleep(0.2)
-        if not socket.exists():
-            raise RuntimeError(output.read_text()[-4000:])
-        yield socket, log
-    finally:
-        process.terminate()
-        process.wait(30)
+    return tgi_shard.shard(case.model, folder, case.guard if steer else None, **settings)
 
 
 def asked(case: Guarded, socket: Path, *scenarios: str) -> Any:
     """What each scenario of tests/tgi/client.py brought."""
     question = {"model": str(case.model), "prompts": case.texts, "new": NEW, "scenarios": scenarios}
-    done = subprocess.run(
-        [PYTHON, str(ROOT / "tests/tgi/client.py"), str(socket)],
-        input=json.dumps(question),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return tgi_shard.asked(CLIENT, [socket], question)
 
 
 def verdicts(log: Path) -> dict[int, bool]:
@@ -226,7 +160,7 @@ def test_flash_batches(smollm2, tmp_path, speculate):
 
 
 def flash_path():
-    return {"PYTHONPATH": os.pathsep.join([FLASH, SETTINGS["PYTHONPATH"]])}
+    return {"PYTHONPATH": os.pathsep.join([FLASH, tgi_shard.SETTINGS["PYTHONPATH"]])}
 
 
 @needs_flash

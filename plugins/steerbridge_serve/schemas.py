@@ -137,6 +137,7 @@ class ChatCompletion(BaseModel):
     stream: bool = False
     stream_options: StreamOptions | None = None
     n: int | None = None
+    repetition_penalty: float | None = Field(None, gt=0)
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
     logprobs: bool | None = None
@@ -173,6 +174,7 @@ class ChatCompletion(BaseModel):
             max_new_tokens=self.max_completion_tokens or self.max_tokens or DEFAULT_NEW_TOKENS,
             temperature=1.0 if self.temperature is None else self.temperature,
             top_p=self.top_p or 1.0,
+            repetition_penalty=self.repetition_penalty or 1.0,
             seed=self.seed,
         )
 

@@ -1,0 +1,94 @@
+"""Shards of TGI's own Python server for tests and benchmarks (docs/tgi.md sets the server up).
+
+STEERBRIDGE_TGI_PYTHON is the Python that it is installed for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+ROOT: Final = Path(__file__).resolve().parent.parent
+PYTHON: Final = os.environ.get("STEERBRIDGE_TGI_PYTHON", "")
+SETTINGS: Final = {
+    "ATTENTION": "paged",
+    "PREFIX_CACHING": "0",
+    "PREFILL_CHUNKING": "0",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "2",
+    # Steerbridge is not installed in the server's environment.
+    "PYTHONPATH": os.pathsep.join(str(ROOT / p) for p in ("", "adapters", "plugins")),
+}
+
+
+def exported(model, folder) -> Path:
+    """A folder that transformers 4.51 reads."""
+    inner, tokenizer = model.model, model.tokenizer
+    inner.hf_quantizer = None  # it was dequantised from GGUF
+    inner.is_quantized = False
+    config = inner.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    inner.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    path = folder / "config.json"
+    found = json.loads(path.read_text())
+    if rope := found.pop("rope_parameters", None):
+        found |= {"rope_theta": rope["rope_theta"], "rope_scaling": None}
+    found["torch_dtype"] = found.pop("dtype")
+    path.write_text(json.dumps(found))
+    path = folder / "tokenizer_config.json"
+    found = json.loads(path.read_text())
+    found["tokenizer_class"] = "PreTrainedTokenizerFast"
+    path.write_text(json.dumps({k: v for k, v in found.items() if k not in ("backend",)}))
+    return folder
+
+
+@contextlib.contextmanager
+def shard(
+    model: Path, folder: Path, guard: Path | None, options: Sequence[str] = (), **settings: str
+) -> Iterator[tuple[Path, Path]]:
+    """A running shard: its socket, and the file with the plugin's events. `guard` None: without us.
+
+    Raises:
+        RuntimeError: it did not start; with what it printed.
+    """
+    name, log, output = folder / "shard", folder / "events.jsonl", folder / "output.txt"
+    run = [sys.executable, "-m", "steerbridge.cli", "run", "--log", str(log), "--package"]
+    before = [*run, str(guard), "--"] if guard else []
+    program = str(Path(PYTHON).parent / "text-generation-server")
+    command = [*before, program, "serve", str(model), "--uds-path", str(name), *options]
+    environment = {**os.environ, **SETTINGS, **settings}
+    with output.open("wb") as sink:
+        process = subprocess.Popen(command, stdout=sink, stderr=subprocess.STDOUT, env=environment)
+    try:
+        socket, until = Path(f"{name}-0"), time.monotonic() + 120
+        while not socket.exists() and process.poll() is None and time.monotonic() < until:
+            time.sleep(0.2)
+        if not socket.exists():
+            raise RuntimeError(output.read_text()[-4000:])
+        yield socket, log
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def asked(script: Path, sockets: Sequence[Path], question: dict[str, Any]) -> Any:
+    """What a script in the server's own Python answers to a question, both as JSON."""
+    done = subprocess.run(
+        [PYTHON, str(script), *map(str, sockets)],
+        input=json.dumps(question),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(done.stderr[-3000:])
+    return json.loads(done.stdout.splitlines()[-1])
