@@ -16,7 +16,9 @@ from helpers import MEAN, head, linear_probe, reading, rule, site
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
+sys.path.insert(0, str(Path(__file__).parent / "tgi"))
 
+import ranks
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -263,6 +265,35 @@ def test_the_model_may_not_run_behind_the_plugin(case, llama, prompts, tmp_path)
     inputs = flash._inputs([whole(request(prompts[0]))])
     with pytest.raises(HookLost, match="outside a pass"), torch.no_grad():
         service.model.model(*inputs, None)
+
+
+def test_every_rank_decides_as_the_first_one(llama, prompts, tmp_path):
+    """Two ranks that round differently, on each side of the threshold."""
+    readings = [reading("layer_input[2]")]
+    found = helpers.package(
+        hf_facts(llama), probes=[linear_probe(readings=readings)], interventions=[head(weight=LOW)]
+    )
+    own = oracle(llama, found, prompts[0], 0)[0][0].score
+    other = oracle(ranks.perturbed(helpers.tiny("llama")), found, prompts[0], 0)[0][0].score
+    assert abs(own - other) > 1e-4
+    probe = found.spec.probes[0].model_copy(update={"threshold": (own + other) / 2})
+    spec = found.spec.model_copy(update={"probes": (probe,)})
+    SteeringPackage(spec, found.tensors).save(tmp_path / "guard.gguf")
+    (tmp_path / "prompts.json").write_text(json.dumps(prompts))
+    (tmp_path / "events.jsonl").touch()
+    running = [
+        subprocess.Popen(
+            [sys.executable, ranks.__file__, str(rank), str(tmp_path)],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    first, second = (json.loads(r.communicate(timeout=120)[0].splitlines()[-1]) for r in running)
+    assert first == second
+    assert first[1][0] == (own > other)
+    told = [e for e in events(tmp_path) if e["event"] == "verdict"]
+    assert len(told) == len(prompts)  # the first rank alone tells
 
 
 # ---------------------------------------------------------------- refused at load

@@ -1,7 +1,7 @@
 """`make test-tgi`: the plugin inside TGI's own Python server, unmodified (docs/tgi.md sets it up).
 
-STEERBRIDGE_TGI_PYTHON is the Python that it is installed for. With STEERBRIDGE_TGI_FLASH, a folder
-for PYTHONPATH that makes the server's flash classes run on this machine, those are tested too.
+STEERBRIDGE_TGI_PYTHON is the Python that it is installed for. Its flash classes run on a CPU with
+the stand-ins for kernels in tests/tgi/kernels.
 """
 
 from __future__ import annotations
@@ -25,12 +25,11 @@ import torch
 
 from steerbridge_hf import HfModel, open_model
 
-FLASH = os.environ.get("STEERBRIDGE_TGI_FLASH", "")
+KERNELS = Path(__file__).parent / "tgi" / "kernels"
 pytestmark = [
     pytest.mark.tgi_server,
     pytest.mark.skipif(not tgi_shard.PYTHON, reason="STEERBRIDGE_TGI_PYTHON names no server"),
 ]
-needs_flash = pytest.mark.skipif(not FLASH, reason="STEERBRIDGE_TGI_FLASH is not set")
 
 CLIENT = Path(__file__).parent / "tgi" / "client.py"
 NEW = 10
@@ -145,7 +144,6 @@ def test_joined_and_filtered_batches(gpt2, tmp_path):
         check(gpt2, found, log)
 
 
-@needs_flash
 @pytest.mark.parametrize("speculate", ["0", "2"])
 def test_flash_batches(smollm2, tmp_path, speculate):
     """The server's own `FlashCausalLM`, in bfloat16: compared with itself without us."""
@@ -160,10 +158,9 @@ def test_flash_batches(smollm2, tmp_path, speculate):
 
 
 def flash_path():
-    return {"PYTHONPATH": os.pathsep.join([FLASH, tgi_shard.SETTINGS["PYTHONPATH"]])}
+    return {"PYTHONPATH": os.pathsep.join([str(KERNELS), tgi_shard.SETTINGS["PYTHONPATH"]])}
 
 
-@needs_flash
 def test_cached_prefixes_are_refused_for_means(smollm2, tmp_path):
     settings = {"ATTENTION": "flashdecoding-ipex", "PREFIX_CACHING": "1", **flash_path()}
     with (
