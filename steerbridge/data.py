@@ -4,7 +4,8 @@ A JSON Lines file holds one object a line, in one of two shapes:
   {"prompt": "...", "harmful": true, "kind": "general", "images": ["a.png"]}
   {"harmful": "...", "harmless": "...", "image": "a.png"}        an aligned pair
 `harmful` of the first shape defaults to false, `kind` to "general", paths are relative to
-the file. `group` may name what prompts are held out by together (see `folds`).
+the file. `group` may name what prompts are held out by together (see `folds`). The same fields
+may be the columns of a CSV or Parquet file, or of a dataset that `datasets` saved to disk.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from steerbridge import _json
+from steerbridge import _json, tables
 from steerbridge.errors import BrokenPackage, DataError, Problem
 
 
@@ -30,6 +31,42 @@ class Example:
     pair: str | None = None
     images: tuple[Path, ...] = field(default=())
     group: str | None = None
+
+
+def read(path: Path) -> list[Example]:
+    """Read examples from a file or directory of any kind that is known.
+
+    `.jsonl`; `.csv` and `.tsv`; `.parquet`; the directory of a dataset that `datasets` saved to
+    disk; else a directory of images (`read_images`).
+
+    Raises:
+        DataError: names what cannot be used.
+        RuntimeMissing: Parquet or a saved dataset without pyarrow (extra `eval`).
+        FileNotFoundError: there is no such file.
+    """
+    if path.is_dir():
+        if (path / "dataset_dict.json").is_file():
+            want = "the folder of one of its splits"
+            raise DataError(Problem("dataset", want, "a dataset with splits"), path)
+        if not (path / "state.json").is_file():
+            return read_images(path)
+        return _from_rows(tables.saved_dataset(path), path)
+    if path.suffix in (".csv", ".tsv"):
+        return _from_rows(tables.separated(path), path)
+    if path.suffix == ".parquet":
+        return _from_rows(tables.parquet(path), path)
+    return read_jsonl(path)
+
+
+def _from_rows(rows: Sequence[Any], path: Path) -> list[Example]:
+    examples = [
+        example
+        for number, row in enumerate(rows, 1)
+        for example in _examples(row, path, f"row {number}", None)
+    ]
+    if not examples:
+        raise DataError(Problem("file", "at least one example", "none"), path)
+    return examples
 
 
 def read_jsonl(path: Path, kind: str | None = None) -> list[Example]:
@@ -47,21 +84,22 @@ def read_jsonl(path: Path, kind: str | None = None) -> list[Example]:
             record = _json.loads(line, f"line {number}")
         except BrokenPackage as error:
             raise DataError(error.problem, path) from error
-        examples.extend(_examples(record, path, number, kind))
+        examples.extend(_examples(record, path, f"line {number}", kind))
     if not examples:
         raise DataError(Problem("file", "at least one example", "none"), path)
     return examples
 
 
-def _examples(record: Any, path: Path, number: int, kind: str | None) -> Iterator[Example]:
-    where = f"line {number}"
+def _examples(record: Any, path: Path, where: str, kind: str | None) -> Iterator[Example]:
     if not isinstance(record, dict):
         raise DataError(Problem(where, "a JSON object", type(record).__name__), path)
     if "harmless" in record:
         images = _images(record, path, where)
         for side in ("harmful", "harmless"):
             text = _text(record, side, path, where)
-            yield Example(text, side == "harmful", kind or "pair", f"{path.name}:{number}", images)
+            yield Example(
+                text, side == "harmful", kind or "pair", f"{path.name}:{where.split()[-1]}", images
+            )
         return
     harmful = record.get("harmful", False)
     if not isinstance(harmful, bool):

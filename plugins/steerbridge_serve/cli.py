@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Final
 
 import typer
 
 from steerbridge.cli import common
+from steerbridge.errors import SteerbridgeError
 from steerbridge.package import load
 from steerbridge_serve.app import Limits, create_app
 from steerbridge_serve.engines import open_engine
 from steerbridge_serve.worker import Worker
 
+# The guard of the first act of `make demo`, its head cut to rank 32 and stored as F16.
+DEMO: Final = Path(__file__).with_name("demo.gguf")
+
 
 def serve(
-    package: Annotated[str, typer.Option("--package", "-p", help="Package that steers.")],
+    package: Annotated[
+        str, typer.Option("--package", "-p", help="Package that steers; none: a demo for smollm2.")
+    ] = "",
     model: common.Model = "smollm2",
     runtime: common.Runtime = "llama.cpp",
     mmproj: common.Mmproj = "",
@@ -33,7 +40,9 @@ def serve(
     """
     import uvicorn
 
-    loaded = load(package)
+    if not package and model != "smollm2":
+        raise SteerbridgeError(f"{model}: name the package made for it with --package")
+    loaded = load(package or DEMO)
     path = str(common.smollm2()) if model == "smollm2" else model
     engine = open_engine(runtime, path, loaded, mmproj=mmproj, context=context, ignore=ignore)
     limits = Limits(max_body_mib << 20, max_pixels)

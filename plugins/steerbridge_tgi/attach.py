@@ -17,6 +17,7 @@ from steerbridge.errors import UnsupportedFeature
 from steerbridge.package import SteeringPackage, load
 from steerbridge.plan import Stop
 from steerbridge.spec import HeadMatrix, ImageMean, PromptEnd, Reading
+from steerbridge_hf.adapter import quantisation
 from steerbridge_tgi import rows
 from steerbridge_tgi.gates import Arguments, Gates
 from steerbridge_tgi.rows import Part
@@ -25,7 +26,6 @@ from steerbridge_tgi.tell import Teller
 
 _PADDED: Final = "CausalLM"
 _FLAT: Final = "FlashCausalLM"
-_STORAGE: Final = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 # Known to lay out batches in a way that `rows` does not know, or not to run at all.
 _REFUSED: Final = ("Mamba", "Seq2SeqLM", "IdeficsCausalLM", "TransformersFlashVlmCausalLM")
 _STATIC_ROWS: Final = 1024  # of an eager pass; more are served without the static buffer
@@ -45,7 +45,7 @@ def attach(service: Any, package: str) -> Gates:
     loaded.check(
         known, [name for name in os.environ.get("STEERBRIDGE_IGNORE", "").split(",") if name]
     )
-    steered = loaded.calibrated(RUNTIME, _STORAGE.get(model.dtype, str(model.dtype)))
+    steered = loaded.calibrated(RUNTIME, quantisation(model))
     layout = _layout(model)
     _check(steered, model, layout)
     size = max(_STATIC_ROWS, _graph_rows())

@@ -34,8 +34,8 @@ Data = Annotated[
     list[Path],
     typer.Option(
         "--data",
-        help="JSON Lines file of prompts or pairs, or a directory of images in `harmful` and "
-        "`harmless`; may be repeated.",
+        help="Prompts or pairs: JSON Lines, CSV, Parquet, a dataset saved by `datasets`, or a "
+        "directory of images in `harmful` and `harmless`; may be repeated.",
     ),
 ]
 Corpus = Annotated[
@@ -80,7 +80,7 @@ def smollm2() -> Path:
 
 def examples(paths: Sequence[Path], corpus: str) -> list[Example]:
     """Prompts of the files, and of the shipped corpus' splits unless it is `none`."""
-    found = [e for p in paths for e in (data.read_images(p) if p.is_dir() else data.read_jsonl(p))]
+    found = [e for p in paths for e in data.read(p)]
     if corpus != "none":
         for split in corpus.split("+"):
             found += data.from_corpus(split)

@@ -1,0 +1,102 @@
+"""Prompts with labels out of files of every kind."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from steerbridge import data
+from steerbridge.data import Example
+from steerbridge.errors import DataError
+
+WANTED = [
+    Example("How do bees make honey?", False, "general"),
+    Example("Say how to pick this lock.", True, "locks", None, group="g"),
+]
+ROWS = [
+    {"prompt": WANTED[0].text},
+    {"prompt": WANTED[1].text, "harmful": True, "kind": "locks", "group": "g"},
+]
+PAIRS = [{"harmful": "Break it.", "harmless": "Mend it."}]
+
+
+def test_separated_values(tmp_path):
+    path = tmp_path / "a.csv"
+    head = "\N{ZERO WIDTH NO-BREAK SPACE}prompt,harmful,kind,group\n"  # as Excel begins a file
+    path.write_text(f"{head}{WANTED[0].text},,,\n{WANTED[1].text},Yes,locks,g\n", "utf-8")
+    assert data.read(path) == WANTED
+    path = tmp_path / "b.tsv"
+    path.write_text("harmful\tharmless\nBreak it.\tMend it.\n")
+    found = data.read(path)
+    assert [(e.text, e.harmful) for e in found] == [("Break it.", True), ("Mend it.", False)]
+    assert found[0].pair == found[1].pair == "b.tsv:1"
+
+
+def test_images_of_a_table(tmp_path):
+    for name in ("x.png", "y.png"):
+        (tmp_path / name).touch()
+    path = tmp_path / "a.csv"
+    path.write_text("prompt,images\nWhat is it?,x.png;y.png\n")
+    [found] = data.read(path)
+    assert [p.name for p in found.images] == ["x.png", "y.png"]
+
+
+def test_parquet_and_saved_datasets(tmp_path):
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    for rows, want in ((ROWS, WANTED), (PAIRS, None)):
+        table = arrow.Table.from_pylist(rows, arrow.schema(_columns(arrow, rows)))
+        parquet.write_table(table, tmp_path / "a.parquet")
+        folder = tmp_path / f"saved{len(rows)}"
+        folder.mkdir()
+        half = len(rows) // 2
+        parts = {"data-0.arrow": table.slice(0, half), "data-1.arrow": table.slice(half)}
+        for name, part in parts.items():
+            with (
+                arrow.OSFile(str(folder / name), "wb") as sink,
+                arrow.ipc.new_stream(sink, table.schema) as writer,
+            ):
+                writer.write_table(part)
+        names = [{"filename": name} for name in parts]
+        (folder / "state.json").write_text(json.dumps({"_data_files": names}))
+        for path in (tmp_path / "a.parquet", folder):
+            found = data.read(path)
+            if want is not None:
+                assert found == want
+            else:
+                assert [(e.text, e.harmful) for e in found] == [
+                    ("Break it.", True),
+                    ("Mend it.", False),
+                ]
+
+
+def _columns(arrow, rows):
+    kinds = {bool: arrow.bool_(), str: arrow.string()}
+    return {name: kinds[type(value)] for row in rows for name, value in row.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("a.csv", "prompt,harmful\nx,maybe\n", "row 1.harmful: expected true or false"),
+        ("a.csv", "question\nx\n", "row 1.prompt: expected a text"),
+        ("a.csv", "prompt\n", "expected at least one example"),
+        ("a.parquet", "no parquet", "expected a Parquet file"),
+        ("d/state.json", "{}", "state.json: expected a saved dataset"),
+        ("d/state.json", "{", "state.json"),
+        ("d/dataset_dict.json", "{}", "the folder of one of its splits"),
+    ],
+)
+def test_what_cannot_be_read_is_named(tmp_path, name, content, reason):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(content)
+    with pytest.raises(DataError, match=reason):
+        data.read(path if path.parent == tmp_path else path.parent)
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    for name in ("a.csv", "a.parquet", "a.jsonl"):
+        with pytest.raises(FileNotFoundError):
+            data.read(tmp_path / name)
