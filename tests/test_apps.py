@@ -363,8 +363,9 @@ def test_llama_cli(text, i):
 
 
 def answer_of(output: str) -> str:
-    """Without the line that tells speeds."""
-    return "\n".join(line for line in output.splitlines() if " t/s" not in line)
+    """Without the lines that tell of time: a turning wheel, and speeds."""
+    kept = [s for s in output.splitlines() if " t/s" not in s and "Loading model" not in s]
+    return "\n".join(kept)
 
 
 @needs_programs
