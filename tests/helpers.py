@@ -118,7 +118,7 @@ def fitted(
     assert high - low > 0.3, "the two kinds of prompts are not apart"
     made = package(
         model.facts,
-        scale=0.05,
+        scale=1.2 / model.facts.hidden_size**0.5,
         probes=[linear_probe(readings=readings, threshold=float(high + low) / 2)],
         interventions=[head(weight={"form": "low_rank", "u": "h.u", "v": "h.v"}, eps=30.0)],
         rules=[rule(["p"], ["h"])],

@@ -472,3 +472,33 @@ def test_probe_kinds_in_torch_equal_the_oracle(llama):
             assert got.score == pytest.approx(expected.score, abs=1e-4), got.probe
             assert got.fired == expected.fired
         assert tokens[i] == want
+
+
+def test_captured_states_do_not_know_their_neighbours():
+    """Positions that are learnt count from a prompt's first token, whatever padding is before."""
+    from steerbridge.data import Example
+    from steerbridge.spec import Reading
+    from steerbridge_hf import HfModel
+
+    class Tokenizer:
+        pad_token_id, chat_template = 0, None
+
+        def __call__(self, text):
+            return {"input_ids": [int(word) for word in text.split()]}
+
+    config = transformers.GPT2Config(
+        vocab_size=64, n_embd=16, n_layer=3, n_head=2, n_positions=64, pad_token_id=0
+    )
+    torch.manual_seed(0)
+    model = HfModel(transformers.GPT2LMHeadModel(config).eval(), Tokenizer())
+    prompts = [Example(" ".join(map(str, ids)), False) for ids in PROMPTS]
+    readings = [
+        Reading.model_validate(helpers.reading("layer_input[2]", position))
+        for position in ({"type": "prompt_end"}, helpers.MEAN)
+    ]
+    together = np.empty((len(prompts), 2, 16), np.float32)
+    model.capture(prompts, readings, together)
+    for i, prompt in enumerate(prompts):
+        alone = np.empty((1, 2, 16), np.float32)
+        model.capture([prompt], readings, alone)
+        np.testing.assert_allclose(together[i], alone[0], atol=1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -260,8 +261,17 @@ class HfModel:
                 )
                 hooks.callback(handle.remove)
             with torch.inference_mode():
-                self.model(**batch, use_cache=False, logits_to_keep=keep)
+                self.model(**self._positioned(batch), use_cache=False, logits_to_keep=keep)
         yield states
+
+    def _positioned(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The batch with positions that padding does not count in, as `generate` makes them: a
+        bare call counts it, which shows where positions are learnt (GPT-2, OPT)."""
+        takes = inspect.signature(self.model.forward).parameters
+        if "position_ids" not in takes or has_vision(self.model.config):
+            return batch
+        positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        return {**batch, "position_ids": positions}
 
     def answer_states(
         self, prompts: Sequence[Example], answer: str, progress: Progress | None = None
