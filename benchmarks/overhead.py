@@ -27,12 +27,14 @@ from steerbridge.package import load
 from steerbridge_hf import steer
 
 NEW = 48
+PARTS = ("hf", "tgi", "llama_cpp", "llama_server")
 
 
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--package", type=Path, default=CACHE / "smollm2-guard.gguf")
     parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
     parser.add_argument("--peak", choices=["steered", "unsteered"], help="(internal)")
     options = parser.parse_args()
     if not options.package.exists():
@@ -44,19 +46,21 @@ def main() -> None:
         run(model, prompts[0], NEW, package if options.peak == "steered" else None)
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
         return
-    result: dict[str, Any] = {"hf": hf(model, package, prompts)}
-    peaks = {side: peak(options.package, side) for side in ("unsteered", "steered")}
-    result["hf"]["peak_memory_ratio"] = round(peaks["steered"] / peaks["unsteered"], 4)
-    say(str(result))
-    result["tgi"] = overhead_tgi.measure(model, package, prompts, options.rounds)
-    say(str(result["tgi"]))
+    result: dict[str, Any] = {}
+    if "hf" in options.parts:
+        result["hf"] = hf(model, package, prompts)
+        peaks = {side: peak(options.package, side) for side in ("unsteered", "steered")}
+        result["hf"]["peak_memory_ratio"] = round(peaks["steered"] / peaks["unsteered"], 4)
+    if "tgi" in options.parts:
+        result["tgi"] = overhead_tgi.measure(model, package, prompts, options.rounds)
     if find_spec("llama_cpp"):
         import overhead_llama_cpp
         import overhead_server
 
-        result["llama_cpp"] = overhead_llama_cpp.measure(package, prompts)
-        say(str(result["llama_cpp"]))
-        result["llama_server"] = overhead_server.measure(package, options.rounds)
+        if "llama_cpp" in options.parts:
+            result["llama_cpp"] = overhead_llama_cpp.measure(package, prompts)
+        if "llama_server" in options.parts:
+            result["llama_server"] = overhead_server.measure(package, options.rounds)
     finish(result)
 
 
