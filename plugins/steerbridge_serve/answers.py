@@ -99,7 +99,9 @@ class Chat:
     def chunk(
         self, delta: dict[str, Any], outcome: Outcome | None, finish: str | None = None
     ) -> dict[str, Any]:
-        choice = {"index": 0, "delta": delta, "finish_reason": finish, "logprobs": None}
+        # The client `text-generation` asks for each of these names.
+        whole = {"role": "assistant", "content": None, "tool_calls": None, **delta}
+        choice = {"index": 0, "delta": whole, "finish_reason": finish, "logprobs": None}
         return {
             **self._head,
             "object": "chat.completion.chunk",

@@ -293,7 +293,7 @@ class _Server:
     async def _chat_stream(self, body: ChatCompletion, job: Job) -> Any:
         async def events(first: Step, rest: AsyncIterator[Step | Ended]) -> AsyncIterator[Any]:
             chat, text, count = Chat(self._worker.engine.name), Text(body.stops, includes=False), 0
-            yield json.dumps(chat.chunk({"role": "assistant", "content": ""}, first.outcome))
+            yield json.dumps(chat.chunk({"content": ""}, first.outcome))
             event: Step | Ended = first
             while isinstance(event, Step):
                 count += 1

@@ -25,8 +25,13 @@ for chat in asked["chats"]:
         "temperature": 0.0,
     }
     found["chat"].append(client.chat(**options).choices[0].message.content)
-    chunks = client.chat(**options, stream=True)
-    found["chat_stream"].append("".join(c.choices[0].delta.content or "" for c in chunks))
+    text = ""
+    try:
+        for chunk in client.chat(**options, stream=True):
+            text += chunk.choices[0].delta.content or ""
+    except json.JSONDecodeError:
+        pass  # it takes the end of a stream, `[DONE]`, for a chunk: TGI's own too
+    found["chat_stream"].append(text)
 try:
     client.generate("x", max_new_tokens=100_000)
 except ValidationError as error:
