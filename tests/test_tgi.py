@@ -260,6 +260,14 @@ def test_a_lost_hook_stops_the_batch(case, llama, prompts, tmp_path):
         flash.step(service.model, [whole(request(prompts[0]))])
 
 
+def test_a_head_that_is_not_passed_stops_the_batch(case, llama, prompts, tmp_path):
+    """Also where the package does nothing there."""
+    service = attached(llama, case[0], tmp_path)
+    service.model.model.lm_head._forward_pre_hooks.clear()
+    with pytest.raises(HookLost, match="depths"):
+        flash.step(service.model, [whole(request(prompts[0]))])
+
+
 def test_the_model_may_not_run_behind_the_plugin(case, llama, prompts, tmp_path):
     service = attached(llama, case[0], tmp_path)
     inputs = flash._inputs([whole(request(prompts[0]))])

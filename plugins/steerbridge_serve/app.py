@@ -336,7 +336,7 @@ class _Server:
                     self._metrics.verdicts.labels(fired).inc()
                     status = "200"
                 yield event
-        except SteerbridgeError as error:
+        except Exception as error:
             status = str(_status(error)[0])
             raise
         finally:

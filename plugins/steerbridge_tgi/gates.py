@@ -174,7 +174,7 @@ class Gates:
         """
         now, self._now = self._now, None
         assert now is not None
-        wanted = {stop.depth for stop in self.plan.stops}
+        wanted = {stop.depth for stop in self.plan.stops} | {self.plan.head_depth}
         lost = wanted - now.seen
         if now.parts and lost and (now.prompts or now.seen or not replayed):
             raise HookLost(f"sites at depths {sorted(lost)} were not reached")
