@@ -30,6 +30,7 @@ TEXT = "The three colours of the flag are"
 LOW = {"form": "low_rank", "u": "h.u", "v": "h.v"}
 VECTOR = helpers.vector_after_layer_25()
 AT = [reading("layer_input[22]")]
+BEFORE = {"type": "prompt_end", "offset": -3}
 
 
 def new_llama(path, **options):
@@ -316,14 +317,49 @@ def test_a_turn_on_what_was_evaluated_is_a_request(llama, make):
         assert answer(llama, rest, reset=False) == whole
 
 
-def test_a_mean_evaluates_the_prompt_afresh(llama, make):
-    package = make(True, [reading("layer_input[9]", MEAN)])
+@pytest.mark.parametrize("more", [[], [reading("layer_input[16]", BEFORE)]], ids=["mean", "both"])
+def test_rows_of_a_prompt_are_kept_for_means(llama, make, monkeypatch, more):
+    """A later prompt that begins with them is evaluated from where they end; an answer is not
+    read, so its rows are evaluated as a part of the next prompt."""
+    package = make(True, [reading("layer_input[9]", MEAN), *more])
+    texts = [TEXT, TEXT + " red, white and", "Something else altogether, that is", TEXT]
+    fresh = {}
+    for text in set(texts):
+        with steer(llama, package) as session:
+            fresh[text] = answer(llama, tokens(llama, text)), session.outcomes[0].verdicts[0].score
     with steer(llama, package) as session:
-        first = answer(llama, tokens(llama))
-        score = session.outcomes[0].verdicts[0].score
-        answer(llama, tokens(llama, "Something else"))
-        assert answer(llama, tokens(llama)) == first
-        assert session.outcomes[0].verdicts[0].score == score
+        evaluated, open_eval = [], session.before_eval
+
+        def counting(rows):
+            evaluated.append(rows)
+            open_eval(rows)
+
+        monkeypatch.setattr(session, "before_eval", counting)
+        found = []
+        for text in texts:
+            evaluated.clear()
+            assert answer(llama, tokens(llama, text)) == fresh[text][0]
+            score = session.outcomes[0].verdicts[0].score
+            assert score == pytest.approx(fresh[text][1], abs=2e-3)
+            found.append(evaluated[0])
+        prompts = [tokens(llama, text) for text in texts]
+        assert found == [
+            len(prompt) - llama.longest_token_prefix(prompt, before)
+            for prompt, before in zip(prompts, [[], *prompts], strict=False)
+        ]
+        assert found[1] < found[0]
+        whole = len(prompts[0])
+        # A turn on the answer: its rows were not read.
+        prompt = [*tokens(llama), *answer(llama, tokens(llama)), *tokens(llama, "And?")]
+        evaluated.clear()
+        answer(llama, prompt)
+        assert evaluated[0] == len(prompt) - whole
+        # Rows of another's state are not those that were read.
+        state = llama.save_state()
+        llama.load_state(state)
+        evaluated.clear()
+        answer(llama, prompt)
+        assert evaluated[0] == len(prompt)
 
 
 def test_rows_that_belong_to_no_request_are_refused(llama, make):

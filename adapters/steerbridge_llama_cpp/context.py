@@ -40,6 +40,8 @@ class SteeredContext(internals.LlamaContext):
             sequences the KV cache must be unified.
         ignore: names of base-model fields that may differ (see `fingerprint.CHECKED`).
         after_batch: called after every batch that was decoded.
+        keep_rows: keep what means need of a prompt's rows (4 bytes a row, reading and unit of
+            width), so that a later prompt may begin with them.
 
     Raises:
         ModelMismatch: the package was made for another model.
@@ -55,6 +57,7 @@ class SteeredContext(internals.LlamaContext):
         params: Any,
         ignore: Collection[str] = (),
         after_batch: Callable[[], None] = lambda: None,
+        keep_rows: bool = False,
         verbose: bool = False,
     ) -> None:
         self._exit_stack = contextlib.ExitStack()  # what __del__ needs if this is refused
@@ -77,6 +80,8 @@ class SteeredContext(internals.LlamaContext):
         )
         # Held here because the callback uses it as long as the context lives.
         self.native = NativeSession(self.package, shape, llama_cpp.llama_cpp._lib)
+        if keep_rows:
+            self.native.keep_rows()
         params = type(params).from_buffer_copy(params)
         function, data = self.native.callback
         params.cb_eval = llama_cpp.ggml_backend_sched_eval_callback(function)

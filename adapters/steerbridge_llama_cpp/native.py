@@ -125,6 +125,8 @@ def _load() -> Any:
         ("request_cut", c_int32, [pointer, c_int32, c_int32, c_int32]),
         ("request_end", c_int32, [pointer, c_int32]),
         ("first_steered", c_int32, [pointer, c_int32]),
+        ("keep_rows", c_int32, [pointer, c_bool]),
+        ("kept_rows", c_int32, [pointer, c_int32]),
         ("batch_begin", c_int32, [pointer, POINTER(_Batch)]),
         ("batch_end", c_int32, [pointer]),
         ("batch_cancel", c_int32, [pointer]),
@@ -224,6 +226,14 @@ class NativeSession:
 
     def end(self, seq: int) -> None:
         self._check(self._library.steerhook_request_end(self._session, seq))
+
+    def keep_rows(self) -> None:
+        """Keep what means need of prompts, so that later ones may begin with cached rows."""
+        self._check(self._library.steerhook_keep_rows(self._session, False))
+
+    def kept_rows(self, seq: int) -> int:
+        """Rows at the start of a sequence that a later prompt may begin with."""
+        return int(self._library.steerhook_kept_rows(self._session, seq))
 
     def first_steered(self, seq: int) -> int | None:
         """First row in the cache of a sequence that was steered at a layer, if there is one."""

@@ -110,7 +110,13 @@ class Session(Attachment):
             "verbose": llama.verbose,
         }
         context = (
-            SteeredContext(self.package, ignore=self._ignore, after_batch=self._tell, **options)
+            SteeredContext(
+                self.package,
+                ignore=self._ignore,
+                after_batch=self._tell,
+                keep_rows=self._reach.whole and bool(self.package.spec.rules),
+                **options,
+            )
             if steered
             else internals.LlamaContext(**options)
         )
@@ -171,8 +177,9 @@ class Session(Attachment):
     def _rest(self, tokens: Sequence[int], reset: bool) -> list[int]:
         """The tokens to evaluate of a prompt.
 
-        Cuts the cache back so that every row that a probe reads will be evaluated, no row that
-        an earlier request steered at a layer is used again, and no image is taken for text.
+        Cuts the cache back so that every row that a probe reads will be evaluated or was kept,
+        no row that an earlier request steered at a layer is used again, and no image is taken
+        for text.
         """
         llama = self.llama
         if self.context.failed:
@@ -181,7 +188,7 @@ class Session(Attachment):
         if not reset and self._holds_images():
             raise RowMappingLost("the cache holds images; give the whole prompt, not its end")
         whole = given if reset else [*llama.input_ids[: llama.n_tokens].tolist(), *given]
-        keep = self._reach.cacheable(len(whole))
+        keep = self._reach.cacheable(len(whole), self.context.native.kept_rows(0))
         if (steered := self.context.native.first_steered(0)) is not None:
             keep = min(keep, steered)
         if self._image_row is not None:
@@ -321,10 +328,13 @@ class _Reach:
     def __init__(self, package: SteeringPackage) -> None:
         spec = package.spec
         positions = [r.position for p in spec.probes for r in p.readings]
-        self._whole = any(not isinstance(p, PromptEnd) for p in positions)
+        self.whole = any(not isinstance(p, PromptEnd) for p in positions)
         self._offset = min((p.offset for p in positions if isinstance(p, PromptEnd)), default=0)
         self.layers = any(not isinstance(x, HeadMatrix) for x in spec.interventions)
 
-    def cacheable(self, prompt: int) -> int:
-        """How many rows of a prompt may come from the cache: no probe reads them."""
-        return 0 if self._whole else max(0, prompt - 1 + self._offset)
+    def cacheable(self, prompt: int, kept: int) -> int:
+        """How many rows of a prompt may come from the cache: no probe reads them, or what it
+        reads of them was kept."""
+        if self.whole:
+            return min(kept, prompt - 1)
+        return max(0, prompt - 1 + self._offset)

@@ -472,7 +472,7 @@ static void test_open(const golden *g) {
     CHECK(steerhook_request_stage(t.session, 0) == STEERHOOK_NONE);
     CHECK(steerhook_request_stage(t.session, 2) == STEERHOOK_NONE);
     CHECK_STATUS(steerhook_request_open(t.session, 0, 2, false), STEERHOOK_CACHED);
-    CHECK_STATUS(steerhook_keep_rows(t.session), STEERHOOK_OK);
+    CHECK_STATUS(steerhook_keep_rows(t.session, true), STEERHOOK_OK);
     CHECK_STATUS(steerhook_request_open(t.session, 0, 2, false), STEERHOOK_CACHED);
     CHECK_STATUS(steerhook_request_open(t.session, 0, 0, false), STEERHOOK_OK);
     CHECK_STATUS(toy_decode(&t, rows, n - 4, false), STEERHOOK_OK);
@@ -510,6 +510,36 @@ static void test_open(const golden *g) {
         CHECK_STATUS(toy_decode(&t, rows + n - last, last, false), STEERHOOK_OK);
         toy_check_verdicts(&t, r, 0);
     }
+    steerhook_session_free(t.session);
+}
+
+/* Rows of prompts alone are kept: an answer is not read, and the next prompt begins before it. */
+static void test_keep_prompts(const golden *g) {
+    const golden_request *r = &g->requests[0];
+    toy t;
+    toy_row rows[128];
+    toy_new(&t, g, 8, 2);
+    int32_t n = quiet_rows(r, rows);
+    CHECK_STATUS(steerhook_keep_rows(t.session, false), STEERHOOK_OK);
+    CHECK(steerhook_kept_rows(t.session, 0) == 0);
+    CHECK_STATUS(steerhook_request_begin(t.session, 0, 0, n), STEERHOOK_OK);
+    CHECK_STATUS(toy_decode(&t, rows, n - 1, false), STEERHOOK_OK);
+    CHECK(steerhook_kept_rows(t.session, 0) == n - 1);
+    CHECK_STATUS(toy_decode(&t, rows + n - 1, 1, false), STEERHOOK_OK);
+    toy_check_verdicts(&t, r, 0);
+    for (int32_t i = 0; i < 3; i++) {
+        CHECK_STATUS(toy_decode(&t, rows + n - 1, 1, false), STEERHOOK_OK);
+        CHECK(steerhook_kept_rows(t.session, 0) == n);
+    }
+    CHECK_STATUS(steerhook_request_begin(t.session, 0, n + 2, n + 4), STEERHOOK_CACHED);
+    for (int32_t from = n - 1; from > 0; from -= 3) {
+        CHECK_STATUS(steerhook_request_cut(t.session, 0, from, -1), STEERHOOK_OK);
+        CHECK(steerhook_kept_rows(t.session, 0) == from);
+        CHECK_STATUS(steerhook_request_begin(t.session, 0, from, n), STEERHOOK_OK);
+        CHECK_STATUS(toy_decode(&t, rows + from, n - from, false), STEERHOOK_OK);
+        toy_check_verdicts(&t, r, 0);
+    }
+    CHECK(steerhook_kept_rows(t.session, 9) == 0);
     steerhook_session_free(t.session);
 }
 
@@ -575,6 +605,7 @@ void test_sessions(const char *directory) {
     test_pause(head);
     test_readings(head);
     test_open(layer);
+    test_keep_prompts(layer);
     test_open_forgets(layer);
     test_open_refusals(layer);
     golden_free(head);

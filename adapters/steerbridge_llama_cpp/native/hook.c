@@ -60,9 +60,9 @@ static bool reads_row(const steerhook_session *s, const sh_site_plan *site, int3
         const sh_member *member = &s->batch.members[m];
         const sh_request *request = &s->requests[member->seq];
         bool prompt = member->position < request->n_prompt;
-        for (int32_t i = 0; (prompt || s->keeps) && i < site->n_reads; i++) {
+        for (int32_t i = 0; (prompt || s->keeps_answers) && i < site->n_reads; i++) {
             const sh_read *read = &site->reads[i];
-            if (sh_keeps(s, read) || sh_wants(s, read, request, member->position)) {
+            if (sh_keeps(s, read, prompt) || sh_wants(s, read, request, member->position)) {
                 return true;
             }
         }
@@ -162,9 +162,10 @@ static steerhook_status read_row(steerhook_session *s, const sh_site_plan *site,
     for (int32_t m = s->batch.first_member[row]; m < s->batch.first_member[row + 1]; m++) {
         const sh_member *member = &s->batch.members[m];
         sh_request *request = &s->requests[member->seq];
+        bool prompt = member->position < request->n_prompt;
         for (int32_t i = 0; status == STEERHOOK_OK && i < site->n_reads; i++) {
             const sh_read *read = &site->reads[i];
-            if (sh_keeps(s, read)) {
+            if (sh_keeps(s, read, prompt)) {
                 memcpy(sh_kept(s, request, read->slot, member->position), x,
                        (size_t)s->package->n_embd * sizeof *x);
             }

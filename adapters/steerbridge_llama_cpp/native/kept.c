@@ -5,7 +5,7 @@
 
 #include "session.h"
 
-steerhook_status steerhook_keep_rows(steerhook_session *s) {
+steerhook_status steerhook_keep_rows(steerhook_session *s, bool answers) {
     steerhook_status status = sh_session_check(s);
     if (status != STEERHOOK_OK) {
         return status;
@@ -14,12 +14,25 @@ steerhook_status steerhook_keep_rows(steerhook_session *s) {
         return sh_session_refuse(s, STEERHOOK_ORDER, "keep rows: expected no open batch");
     }
     s->keeps = s->n_kept_readings > 0;
+    s->keeps_answers = s->keeps && answers;
     return STEERHOOK_OK;
 }
 
-bool sh_keeps(const steerhook_session *s, const sh_read *read) {
+int32_t steerhook_kept_rows(const steerhook_session *s, int32_t seq) {
+    return seq < 0 || seq >= s->model.n_seq_max ? 0 : s->requests[seq].n_kept;
+}
+
+bool sh_keeps(const steerhook_session *s, const sh_read *read, bool prompt) {
     bool image = sh_reading_of(s, read)->position == SH_IMAGE_MEAN;
-    return s->keeps && s->kept_of[read->slot] >= 0 && (!image || s->batch.image);
+    return (prompt ? s->keeps : s->keeps_answers) && s->kept_of[read->slot] >= 0 &&
+           (!image || s->batch.image);
+}
+
+/* The row behind the last one of the batch that is kept. */
+static int64_t kept_end(const steerhook_session *s, const sh_request *request) {
+    int64_t end = request->batch_count;
+    bool whole = s->keeps_answers || end < request->n_prompt;
+    return (whole ? end : request->n_prompt) - request->kept_shift;
 }
 
 float *sh_kept(const steerhook_session *s, const sh_request *request, int32_t slot,
@@ -29,7 +42,7 @@ float *sh_kept(const steerhook_session *s, const sh_request *request, int32_t sl
 }
 
 bool sh_keep_room(const steerhook_session *s, sh_request *request) {
-    int64_t need = request->batch_count - request->kept_shift;
+    int64_t need = kept_end(s, request);
     if (!s->keeps || need <= request->kept_capacity) {
         return true;
     }
@@ -50,9 +63,9 @@ bool sh_keep_room(const steerhook_session *s, sh_request *request) {
 
 void sh_keep_batch(const steerhook_session *s, sh_request *request) {
     int64_t from = request->count - request->kept_shift;
-    int64_t to = request->batch_count - request->kept_shift;
-    if (!s->keeps || request->n_kept < from) {
-        return; /* rows before these are not known */
+    int64_t to = kept_end(s, request);
+    if (!s->keeps || request->n_kept < from || to <= from) {
+        return; /* rows before these are not known, or these are an answer's */
     }
     for (int64_t row = from; row < to; row++) {
         request->kept_image[row] = s->batch.image;

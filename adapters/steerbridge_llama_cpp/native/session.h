@@ -96,6 +96,7 @@ struct steerhook_session {
     steerhook_status status; /* not OK: failed */
     bool paused;
     bool keeps; /* rows for later readings, see steerhook_keep_rows */
+    bool keeps_answers;
     int32_t n_kept_readings;
     int32_t *kept_of; /* slot -> its number among the kept readings, or -1 */
     bool *sums;       /* slot -> whether it reads a mean */
@@ -138,8 +139,9 @@ steerhook_status sh_session_fail(steerhook_session *session, steerhook_status st
 bool sh_wants(const steerhook_session *session, const sh_read *read, const sh_request *request,
               int64_t position);
 
-/* Whether the row is kept for later readings, whatever this prompt takes from it now. */
-bool sh_keeps(const steerhook_session *session, const sh_read *read);
+/* Whether a row of a prompt, or of an answer, is kept for later readings, whatever this prompt
+ * takes from it now. */
+bool sh_keeps(const steerhook_session *session, const sh_read *read, bool prompt);
 
 /* Where a reading's value of a row is kept. */
 float *sh_kept(const steerhook_session *session, const sh_request *request, int32_t slot,

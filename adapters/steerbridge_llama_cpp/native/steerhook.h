@@ -138,10 +138,14 @@ STEERHOOK_API bool steerhook_eval(struct ggml_tensor *tensor, bool ask, void *se
 
 /* From now on every row that a reading of a mean or of a place before the prompt's end may need
  * is kept beside the KV cache (4 n_embd bytes a row and reading), so that requests may begin with
- * cached rows, and a prompt's last rows come in a batch of their own: for programs that cannot be
- * told to evaluate a prompt afresh. Reads answers too, at one more cut of the graph a token and
- * site. */
-STEERHOOK_API steerhook_status steerhook_keep_rows(steerhook_session *session);
+ * cached rows, and a prompt's last rows come in a batch of their own. With `answers`, rows of
+ * answers too, at one more cut of the graph a token and site: for programs that cannot be told
+ * where the next prompt must be evaluated from (see steerhook_kept_rows). */
+STEERHOOK_API steerhook_status steerhook_keep_rows(steerhook_session *session, bool answers);
+
+/* How many rows at the start of a sequence are kept: the next prompt that is begun may have so
+ * many of them cached. */
+STEERHOOK_API int32_t steerhook_kept_rows(const steerhook_session *session, int32_t seq);
 
 /* Another threshold for one probe, for verdicts from now on. */
 STEERHOOK_API steerhook_status steerhook_set_threshold(steerhook_session *session,

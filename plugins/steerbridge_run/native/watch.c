@@ -221,7 +221,8 @@ static steerhook_session *session_for(const llama_context *context, const facts 
     if (session == NULL) {
         sb_fatal("package: %s", error);
     }
-    steerhook_keep_rows(session); /* programs begin prompts with what is cached, as they please */
+    /* Programs begin prompts with what is cached, answers of ours among it, as they please. */
+    steerhook_keep_rows(session, true);
     return session;
 }
 
