@@ -154,8 +154,12 @@ def test_the_environment_names_what_the_preload_needs(tmp_path, smollm2_path):
     assert made["STEERBRIDGE_VOCABULARY"] == "49152"
     assert made["HOME"] == "/h"
     assert "LLAMA_ARG_CACHE_RAM" not in made
-    made = preload.environment(mean, tmp_path / "p", tmp_path / "e", [], before)
+    assert made["STEERBRIDGE_IGNORE"] == ""
+    ignore = ["vocab_size", "chat_template_sha256"]
+    made = preload.environment(mean, tmp_path / "p", tmp_path / "e", [], before, ignore=ignore)
     assert made["LLAMA_ARG_CACHE_RAM"] == "0"
+    assert made["STEERBRIDGE_VOCABULARY"] == ""
+    assert made["STEERBRIDGE_IGNORE"] == "vocab_size,chat_template_sha256"
 
 
 # ---------------------------------------------------------------- supervisor

@@ -25,7 +25,13 @@ from hypothesis import strategies as st
 
 import flash
 from oracle import oracle
-from steerbridge.errors import HookLost, PackageError, RowMappingLost, UnsupportedFeature
+from steerbridge.errors import (
+    HookLost,
+    ModelMismatch,
+    PackageError,
+    RowMappingLost,
+    UnsupportedFeature,
+)
 from steerbridge.package import SteeringPackage
 from steerbridge_hf.sites import facts as hf_facts
 from steerbridge_tgi import attach, environment, hook
@@ -305,6 +311,16 @@ def test_every_rank_decides_as_the_first_one(llama, prompts, tmp_path):
 
 
 # ---------------------------------------------------------------- refused at load
+
+
+def test_another_model_unless_its_difference_is_ignored(llama, prompts, tmp_path, monkeypatch):
+    package, _ = made(llama, prompts, [head(weight=LOW)], [reading("layer_input[1]")])
+    base = package.spec.base_model.model_copy(update={"architecture": "Other"})
+    other = SteeringPackage(package.spec.model_copy(update={"base_model": base}), package.tensors)
+    with pytest.raises(ModelMismatch, match="architecture"):
+        attached(llama, other, tmp_path)
+    monkeypatch.setenv("STEERBRIDGE_IGNORE", "architecture")
+    attached(llama, other, tmp_path)
 
 
 @pytest.mark.parametrize(

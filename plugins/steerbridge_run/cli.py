@@ -61,7 +61,7 @@ def run(
             folder / "events",
             [*also, *models.drafts],
             os.environ,
-            check_vocabulary="vocab_size" not in ignore,
+            ignore=ignore,
         )
         code = supervisor.run(command, environment)
         listener.close()

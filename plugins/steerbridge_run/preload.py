@@ -79,7 +79,7 @@ def environment(
     unsteered: Sequence[Path],
     before: Mapping[str, str],
     *,
-    check_vocabulary: bool = True,
+    ignore: Sequence[str] = (),
 ) -> dict[str, str]:
     """Variables of the program: the preload, its settings, what llama-server must do, and what
     other plugins need for programs that are not llama.cpp's.
@@ -89,6 +89,7 @@ def environment(
         events: a socket or file that takes one JSON line an event.
         unsteered: GGUF models that may run beside the steered one (drafts, embeddings).
         before: the environment without us.
+        ignore: fields of the base model that may differ.
     """
     spec = package.spec
     variable, _ = _preload()
@@ -98,7 +99,8 @@ def environment(
         "STEERBRIDGE_PACKAGE": str(file),
         "STEERBRIDGE_EVENTS": str(events),
         "STEERBRIDGE_UNSTEERED": ";".join(map(_shape, unsteered)),
-        "STEERBRIDGE_VOCABULARY": str(spec.base_model.vocab_size) if check_vocabulary else "",
+        "STEERBRIDGE_VOCABULARY": "" if "vocab_size" in ignore else str(spec.base_model.vocab_size),
+        "STEERBRIDGE_IGNORE": ",".join(ignore),
         "STEERBRIDGE_FILE_TYPES": ";".join(_file_types(package)),
     }
     # llama-server reads these: rows of several sequences must stay in order, and a state taken
