@@ -8,28 +8,28 @@ file: `throughput_ratio` is ours over theirs.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import random
-import socket
 import statistics
-import subprocess
 import sys
 import threading
 import time
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import CACHE, alternate, arguments, finish, resident, say
+from common import CACHE, ROOT, alternate, arguments, finish, resident, say
 from steerbridge import data
 from steerbridge.cli.common import smollm2
+
+sys.path.insert(0, str(ROOT / "tests"))
+import servers
 
 NEW, WAITING = 24, 32
 
@@ -49,15 +49,20 @@ def main() -> None:
     ours += ["--waiting", WAITING]
     theirs = [sys.executable, "-m", "llama_cpp.server", "--model", smollm2(), "--n_ctx", 4096]
     theirs += ["--verbose", "false"]
-    with running("steerbridge", ours) as (url, pid):
+    with running("steerbridge", ours) as server:
+        url = server.url
         alone = {prompt: ask(url, prompt) for prompt in prompts}
         say(f"{sum(a['fired'] for a in alone.values())} of {len(prompts)} prompts fire")
-        result = load(url, pid, alone, options.clients, options.seconds)
+        result = load(url, server.pid, alone, options.clients, options.seconds)
         say(str(result))
         quiet = [p for p in prompts if not alone[p]["fired"]][:16]
-        with running("llama-cpp-python", theirs) as (other, _):
-            result |= compared(url, other, quiet, options.rounds)
+        with running("llama-cpp-python", theirs) as other:
+            result |= compared(url, other.url, quiet, options.rounds)
     finish(result)
+
+
+def running(name: str, command: Sequence[object]) -> Any:
+    return servers.running(command, CACHE / f"serve-{name}.txt", ready="/v1/models")
 
 
 def load(
@@ -134,35 +139,6 @@ def ask(url: str, prompt: str, stream: bool = False) -> dict[str, Any]:
             return {"fired": bool((found.get("steering") or {}).get("rules"))}
         lines = [line[6:] for line in answer if line.startswith(b"data: {")]
     return {"fired": bool(json.loads(lines[-1])["steering"]["rules"])}
-
-
-@contextlib.contextmanager
-def running(name: str, command: Sequence[object]) -> Iterator[tuple[str, int]]:
-    """A server on a free loopback port: its address and process id."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    output = CACHE / f"serve-{name}.txt"
-    with output.open("wb") as sink:
-        process = subprocess.Popen(
-            [*map(str, command), "--port", str(port)], stdout=sink, stderr=subprocess.STDOUT
-        )
-    url = f"http://127.0.0.1:{port}"
-    try:
-        while not answers(url):
-            if process.poll() is not None:
-                raise RuntimeError(output.read_text()[-3000:])
-            time.sleep(0.1)
-        yield url, process.pid
-    finally:
-        process.terminate()
-        process.wait(60)
-
-
-def answers(url: str) -> bool:
-    with contextlib.suppress(OSError), urllib.request.urlopen(url + "/v1/models") as answer:
-        return bool(answer.status == 200)
-    return False
 
 
 if __name__ == "__main__":

@@ -12,19 +12,17 @@ import json
 import os
 import platform
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import tarfile
 import tempfile
-import time
-import urllib.request
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
+
+import servers
 
 APPS: Final = Path(__file__).resolve().parent.parent / ".cache" / "apps"
 TARGETS: Final = ("llama-server", "llama-cli", "llama-mtmd-cli")
@@ -55,41 +53,10 @@ def node(release: str) -> Path | None:
 def llama_server(
     options: Sequence[object], output: Path, before: Sequence[str] = ()
 ) -> Iterator[str]:
-    """llama-server, ready, on a free loopback port: its address. `before` starts the command.
-
-    Ended as a user would end it (SIGTERM, then waited for). What it prints goes to `output`.
-    """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    """llama-server on a free loopback port: its address. `before` starts the command."""
     program = APPS / llama_version() / "bin" / "llama-server"
-    command = [
-        *before,
-        str(program),
-        *map(str, options),
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-    ]
-    url = f"http://127.0.0.1:{port}"
-    with output.open("wb") as sink:
-        process = subprocess.Popen(command, stdout=sink, stderr=subprocess.STDOUT)
-        try:
-            while not _ready(url):
-                if process.poll() is not None:
-                    raise RuntimeError(output.read_text()[-3000:])
-                time.sleep(0.05)
-            yield url
-        finally:
-            process.send_signal(signal.SIGTERM)
-            process.wait(30)
-
-
-def _ready(url: str) -> bool:
-    with contextlib.suppress(OSError), urllib.request.urlopen(url + "/health") as answer:
-        return bool(answer.status == 200)
-    return False
+    with servers.running([*before, program, *options], output) as server:
+        yield server.url
 
 
 def set_up() -> dict[str, list[str]]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import sys
-import time
 
 import pytest
 
 import helpers
+import servers
 
 pytest.importorskip("llama_cpp")
 pytest.importorskip("uvicorn")
@@ -29,27 +28,10 @@ def client(smollm2_path, tmp_path_factory):
     known = open_model(smollm2_path, n_ctx=64).facts
     probe = helpers.linear_probe(readings=[helpers.reading("layer_input[22]")], threshold=-1e9)
     package = helpers.package(known, scale=0.05, probes=[probe]).save(folder / "guard.gguf")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     command = [sys.executable, "-m", "steerbridge_llama_cpp.server", "--package", package]
     command += ["--model", smollm2_path, "--n_ctx", "256", "--verbose", "false"]
-    command += ["--host", "127.0.0.1", "--port", port]
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen([*map(str, command)], stdout=log, stderr=log)
-    made = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
-    try:
-        for _ in range(240):
-            assert process.poll() is None, (folder / "log").read_text()
-            try:
-                made.models.list()
-                break
-            except openai.APIConnectionError:
-                time.sleep(0.5)
-        yield made
-    finally:
-        process.terminate()
-        process.wait(20)
+    with servers.running(command, folder / "log", ready="/v1/models") as server:
+        yield openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
 
 
 def steering(answer):

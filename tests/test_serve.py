@@ -6,10 +6,9 @@ import asyncio
 import base64
 import contextlib
 import json
-import os
-import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +20,7 @@ import pytest
 import requests
 
 import helpers
+import servers
 from helpers import IMAGE, reading
 
 pytest.importorskip("llama_cpp")
@@ -78,27 +78,9 @@ def message(prompt):
 
 @contextlib.contextmanager
 def running(folder, *options, **environment):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    output = folder / f"serve{port}.txt"
-    command = [*CLI, "serve", "--port", str(port), *map(str, options)]
-    with output.open("w") as sink:
-        process = subprocess.Popen(
-            command, stdout=sink, stderr=sink, env={**os.environ, **environment}
-        )
-    url = f"http://127.0.0.1:{port}"
-    try:
-        while True:
-            assert process.poll() is None, output.read_text()[-3000:]
-            with contextlib.suppress(requests.ConnectionError):
-                if requests.get(f"{url}/health", timeout=5).status_code == 200:
-                    break
-            time.sleep(0.1)
-        yield url
-    finally:
-        process.terminate()
-        process.wait(30)
+    output = Path(tempfile.mkstemp(dir=folder, suffix=".txt")[1])
+    with servers.running([*CLI, "serve", *options], output, environment=environment) as server:
+        yield server.url
 
 
 @pytest.fixture(scope="module", params=["llama.cpp", "hf"])

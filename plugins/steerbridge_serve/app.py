@@ -1,4 +1,4 @@
-"""The HTTP interfaces: TGI's and OpenAI's, with the verdict in every answer.
+"""The HTTP interfaces: TGI's and OpenAI's, with the verdict in every answer; and a page.
 
 Field `steering` of an answer (and of each event of a stream), header `X-Steerbridge-Fired`.
 """
@@ -13,17 +13,18 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, Final
 
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
+from fastapi.staticfiles import StaticFiles
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from sse_starlette import EventSourceResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from steerbridge.errors import DataError, SteerbridgeError, SteeringFailed, UnsupportedFeature
-from steerbridge.package import SteeringPackage
 from steerbridge_serve import answers
 from steerbridge_serve.answers import Chat, Text
 from steerbridge_serve.engines import Ended, Question, Sampling
@@ -31,6 +32,15 @@ from steerbridge_serve.schemas import ChatCompletion, Generate
 from steerbridge_serve.worker import Job, Overloaded, Step, Worker
 
 FIRED: Final = "X-Steerbridge-Fired"
+PAGE: Final = Path(__file__).with_name("page")
+# The page is its own three files; nothing of an answer can make it load or run anything.
+PAGE_HEADERS: Final = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
+    "img-src 'self' data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
 POLL: Final = 0.25  # seconds between looks whether a client is still there
 
 
@@ -81,13 +91,17 @@ class BodyLimit:
 
 
 def create_app(
-    worker: Worker, package: SteeringPackage, *, limits: Limits = Limits(), api_key: str = ""
+    worker: Worker,
+    *,
+    limits: Limits = Limits(),
+    api_key: str = "",
+    unsteered: bool = False,
 ) -> FastAPI:
     """The application around a worker; it is closed with the application.
 
     Args:
-        package: what `/info` describes.
         api_key: what clients must send as bearer token; "": nothing.
+        unsteered: whether a chat may ask for the answer without the package.
     """
 
     @asynccontextmanager
@@ -103,12 +117,17 @@ def create_app(
     app = FastAPI(title="steerbridge serve", version=version("steerbridge"), lifespan=closing)
     app.add_middleware(BodyLimit, size=limits.body_bytes)
     _add_errors(app)
-    server = _Server(worker, package, limits)
+    server = _Server(worker, limits, unsteered)
 
     @app.get("/health")
     async def health() -> PlainTextResponse:
         return PlainTextResponse("", 200 if worker.alive else 503)
 
+    @app.get("/", include_in_schema=False)
+    async def page() -> FileResponse:
+        return FileResponse(PAGE / "index.html", headers=PAGE_HEADERS)
+
+    app.mount("/page", StaticFiles(directory=PAGE))
     router = APIRouter(dependencies=[Depends(authorised)])
     router.add_api_route("/info", server.info, methods=["GET"])
     router.add_api_route("/metrics", server.metrics_text, methods=["GET"])
@@ -165,9 +184,9 @@ def _status(error: BaseException) -> tuple[int, str]:
 
 
 class _Server:
-    def __init__(self, worker: Worker, package: SteeringPackage, limits: Limits) -> None:
-        self._worker, self._limits = worker, limits
-        self._spec = package.spec
+    def __init__(self, worker: Worker, limits: Limits, unsteered: bool) -> None:
+        self._worker, self._limits, self._unsteered = worker, limits, unsteered
+        self._spec = worker.engine.package.spec
         self._metrics = Metrics(worker)
 
     # -------------------------------------------------------- what is served
@@ -187,11 +206,19 @@ class _Server:
             "version": version("steerbridge"),
             "steering": {
                 "name": self._spec.name,
+                "base_model": self._spec.base_model.name,
                 "probes": [
-                    {"probe": p.id, "threshold": p.threshold, "comparator": p.comparator}
+                    {
+                        "probe": p.id,
+                        "threshold": p.threshold,
+                        "comparator": p.comparator,
+                        "readings": [str(r) for r in p.readings],
+                    }
                     for p in self._spec.probes
                 ],
+                "interventions": [f"{x.type} {x.id}" for x in self._spec.interventions],
                 "rules": [rule.id for rule in self._spec.rules],
+                "unsteered": self._unsteered,
             },
         }
 
@@ -273,6 +300,8 @@ class _Server:
     # -------------------------------------------------------- OpenAI
 
     async def chat(self, body: ChatCompletion, request: Request) -> Any:
+        if not body.steering and not self._unsteered:
+            raise HTTPException(403, "steering: unsteered answers are off (--allow-unsteered)")
         question = await asyncio.to_thread(body.question, self._limits.image_pixels)
         job = self._job(question, body.sampling)
         if body.stream:
@@ -332,8 +361,9 @@ class _Server:
                 if isinstance(event, Step):
                     self._metrics.tokens.inc()
                 else:
-                    fired = str(bool(event.outcome.rules)).lower()
-                    self._metrics.verdicts.labels(fired).inc()
+                    if event.outcome is not None:
+                        fired = str(bool(event.outcome.rules)).lower()
+                        self._metrics.verdicts.labels(fired).inc()
                     status = "200"
                 yield event
         except Exception as error:

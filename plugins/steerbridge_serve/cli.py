@@ -32,9 +32,13 @@ def serve(
     waiting: Annotated[int, typer.Option(help="Requests that may wait.", min=1)] = 64,
     max_body_mib: Annotated[int, typer.Option(help="Largest body, images included.", min=1)] = 8,
     max_pixels: Annotated[int, typer.Option(help="Largest image.", min=1)] = 16_000_000,
+    allow_unsteered: Annotated[
+        bool,
+        typer.Option(help="Let chats ask for the answer without the package (`steering: false`)."),
+    ] = False,
     ignore: common.Ignore = [],
 ) -> None:
-    """Serve a steered model to clients of TGI and OpenAI.
+    """Serve a steered model to clients of TGI and OpenAI, and a page to try it.
 
     STEERBRIDGE_API_KEY in the environment is asked of clients, if it is set.
     """
@@ -47,5 +51,6 @@ def serve(
     engine = open_engine(runtime, path, loaded, mmproj=mmproj, context=context, ignore=ignore)
     limits = Limits(max_body_mib << 20, max_pixels)
     key = os.environ.get("STEERBRIDGE_API_KEY", "")
-    app = create_app(Worker(engine, waiting), loaded, limits=limits, api_key=key)
+    worker = Worker(engine, waiting)
+    app = create_app(worker, limits=limits, api_key=key, unsteered=allow_unsteered)
     uvicorn.run(app, host=host, port=port, log_level="info")

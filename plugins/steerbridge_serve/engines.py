@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
 from PIL import Image
 
 from steerbridge.errors import DataError, Problem, UnsupportedFeature
 from steerbridge.package import SteeringPackage
-from steerbridge.runtime import Outcome
+from steerbridge.runtime import Attachment, Outcome
+from steerbridge.stats import log_probability
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +32,14 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What a request asks: messages of a chat, or a prompt that is taken as it is."""
+    """What a request asks: messages of a chat, or a prompt that is taken as it is.
+
+    `steered` is False for the answer that the model would give without the package.
+    """
 
     messages: tuple[Message, ...] = ()
     prompt: str = ""
+    steered: bool = True
 
     @property
     def images(self) -> list[bytes]:
@@ -72,7 +76,7 @@ class Ended:
 
     finish: str
     prompt_tokens: int
-    outcome: Outcome
+    outcome: Outcome | None  # None for a question that was not to be steered
 
 
 Emit = Callable[[Token, Outcome | None], bool]  # False: no more tokens, please
@@ -84,6 +88,7 @@ class Engine(Protocol):
     name: str
     context: int  # tokens of prompt and answer together
     vision: bool
+    package: SteeringPackage  # with the thresholds for this runtime
 
     def answer(self, question: Question, sampling: Sampling, emit: Emit) -> Ended:
         """Emit tokens until the answer ends; the verdict comes with a token once it is known.
@@ -125,11 +130,22 @@ def _check_room(tokens: int, sampling: Sampling, context: int) -> None:
         raise DataError(Problem("inputs", want, str(tokens)))
 
 
-def _logprob(logits: Any, id: int) -> float:
-    """Log-probability of a token before temperature and the like."""
-    values = np.asarray(logits, np.float64)
-    values -= values.max()
-    return float(values[id] - np.log(np.exp(values).sum()))
+@contextlib.contextmanager
+def _attached(session: Attachment, steered: bool) -> Iterator[None]:
+    """The package is attached while a steered question is answered, else it is not.
+
+    It is attached anew before every steered one, which costs nothing where it is: whatever
+    happened to the answer before, none is left unsteered by it.
+    """
+    if steered:
+        session.apply()
+        yield
+        return
+    session.remove()
+    try:
+        yield
+    finally:
+        session.apply()
 
 
 class _LlamaCpp:
@@ -142,13 +158,15 @@ class _LlamaCpp:
         self._model = open_model(model, n_ctx=context, **options)
         self._llama: Any = self._model.llama
         self._session = steer(self._llama, package, ignore=ignore)
+        self.package = self._session.package
         self.name = self._model.facts.name or model
         self.context = int(self._llama.n_ctx())
         self.vision = bool(mmproj)
 
     def answer(self, question: Question, sampling: Sampling, emit: Emit) -> Ended:
         try:
-            return self._answer(question, sampling, emit)
+            with _attached(self._session, question.steered):
+                return self._answer(question, sampling, emit)
         except Exception:
             self._llama.reset()  # a session that failed starts anew
             raise
@@ -173,15 +191,14 @@ class _LlamaCpp:
                     finish = "eos_token"
                 logprob = None
                 if sampling.logprobs:
-                    logprob = _logprob(
-                        self._llama._ctx.get_logits_ith(-1)[: self._llama.n_vocab()], id
-                    )
+                    logprob = self._model.log_probability(id)
                 token = Token(id, self._model.piece(id), finish == "eos_token", logprob)
-                if not emit(token, self._session.outcomes[0]):
+                outcome = self._session.outcomes[0] if question.steered else None
+                if not emit(token, outcome):
                     finish = "stopped"
                 if finish != "length" or count == sampling.max_new_tokens:
                     break
-        return Ended(finish, len(tokens), self._session.outcomes[0])
+        return Ended(finish, len(tokens), outcome)
 
 
 class _Transformers:
@@ -193,12 +210,17 @@ class _Transformers:
         self._model = open_model(model)
         tokenizer = self._model.tokenizer
         self._session = steer(self._model.model, package, tokenizer=tokenizer, ignore=ignore)
+        self.package = self._session.package
         self.name = self._model.facts.name or model
         longest = self._model.model.config.get_text_config().max_position_embeddings
         self.context = min(context, longest) if context else longest
         self.vision = self._model.processor is not None
 
     def answer(self, question: Question, sampling: Sampling, emit: Emit) -> Ended:
+        with _attached(self._session, question.steered):
+            return self._answer(question, sampling, emit)
+
+    def _answer(self, question: Question, sampling: Sampling, emit: Emit) -> Ended:
         from transformers import LogitsProcessorList, StoppingCriteriaList, set_seed
 
         inputs = self._inputs(question)
@@ -206,7 +228,8 @@ class _Transformers:
         _check_room(length, sampling, self.context)
         if sampling.seed is not None:
             set_seed(sampling.seed)
-        stream = _Stream(self._model, self._session, emit, sampling.logprobs)
+        session = self._session if question.steered else None
+        stream = _Stream(self._model, session, emit, sampling.logprobs)
         warm = sampling.temperature > 0
         options = {
             "temperature": sampling.temperature,
@@ -224,7 +247,7 @@ class _Transformers:
             stopping_criteria=StoppingCriteriaList([stream.stops]),
             logits_processor=LogitsProcessorList([stream.keep]),
         )
-        return Ended(stream.finish, length, self._session.outcomes[0])
+        return Ended(stream.finish, length, self._session.outcomes[0] if session else None)
 
     def _inputs(self, question: Question) -> Any:
         model, messages = self._model, _plain(question)
@@ -265,9 +288,9 @@ class _Stream:
             return
         id = int(value.reshape(-1)[0])
         ends = id in self._ends
-        logprob = None if self._logits is None else _logprob(self._logits, id)
+        logprob = None if self._logits is None else log_probability(self._logits, id)
         token = Token(id, self._written(id).encode(), ends, logprob)
-        if not self._emit(token, self._session.current):
+        if not self._emit(token, self._session and self._session.current):
             self.finish = "stopped"
         elif ends:
             self.finish = "eos_token"

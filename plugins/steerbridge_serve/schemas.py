@@ -146,6 +146,7 @@ class ChatCompletion(BaseModel):
     response_format: Any = None
     tools: Any = None
     tool_choice: Any = None
+    steering: bool = True  # false: without the package, where the server allows it
 
     @model_validator(mode="after")
     def _known(self) -> ChatCompletion:
@@ -184,9 +185,8 @@ class ChatCompletion(BaseModel):
         Raises:
             DataError: an image that is no `data:` URL, cannot be read or is too large.
         """
-        return Question(
-            tuple(Message(m.role, _parts(m.content, max_pixels)) for m in self.messages)
-        )
+        messages = tuple(Message(m.role, _parts(m.content, max_pixels)) for m in self.messages)
+        return Question(messages, steered=self.steering)
 
 
 def _parts(content: str | list[TextPart | ImagePart], max_pixels: int) -> tuple[Part, ...]:

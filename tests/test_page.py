@@ -1,0 +1,222 @@
+"""The page of `steerbridge serve` in a browser, with the demo vision-language model."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+
+import pytest
+import requests
+
+import helpers
+import servers
+from helpers import IMAGE, reading
+
+pytest.importorskip("llama_cpp")
+pytest.importorskip("fastapi")
+pytest.importorskip("torch")
+pytest.importorskip("playwright")
+
+from playwright.sync_api import expect, sync_playwright
+
+import steerbridge_llama_cpp
+
+pytestmark = [
+    pytest.mark.llama_cpp,
+    pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed"),
+]
+
+NEW = 24
+KEY = "a key of nobody"
+# Chromium as root in a container; and nothing but the page may reach the network.
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync"]
+
+
+@pytest.fixture(scope="module")
+def pictured(tmp_path_factory, demo_files):
+    """A guard of four drawings, and the drawings."""
+    from steerbridge_demo.guard import guard_examples
+
+    folder = tmp_path_factory.mktemp("page")
+    prompts = guard_examples(folder, "test", per_kind=2, kinds=("image",))
+    model = steerbridge_llama_cpp.open_model(
+        demo_files["text_f32"], mmproj=demo_files["mmproj_f32"], n_ctx=512
+    )
+    readings = [reading("layer_input[18]"), reading("layer_input[8]", IMAGE)]
+    guard, answers = helpers.fitted(model, prompts, readings, NEW)
+    model.llama.close()
+    return guard.save(folder / "guard.gguf"), prompts, answers
+
+
+@pytest.fixture(scope="module")
+def url(pictured, tmp_path_factory, demo_files):
+    """A server with that guard, a key, and unsteered answers allowed."""
+    package, _, _ = pictured
+    command = [sys.executable, "-m", "steerbridge.cli", "serve", "--package", package]
+    command += ["--model", demo_files["text_f32"], "--mmproj", demo_files["mmproj_f32"]]
+    command += ["--context", 2048, "--allow-unsteered"]
+    output = tmp_path_factory.mktemp("log") / "serve.txt"
+    key = {"STEERBRIDGE_API_KEY": KEY}
+    with servers.running(command, output, environment=key) as server:
+        yield server.url
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def page(browser, url):
+    """The page, ready; every request it made, and no error in its console."""
+    context = browser.new_context(viewport={"width": 1280, "height": 800})
+    opened = context.new_page()
+    opened.asked, problems = [], []
+    opened.on("request", lambda request: opened.asked.append(request.url))
+    opened.on("pageerror", lambda error: problems.append(str(error)))
+    opened.goto(url)
+    opened.get_by_label("API key").fill(KEY)
+    opened.get_by_label("API key").press("Tab")
+    expect(opened.locator("#model")).to_contain_text("guarded by test")
+    yield opened
+    assert not problems
+    assert all(u.startswith((url, "data:", "blob:")) for u in opened.asked), opened.asked
+    context.close()
+
+
+def ask(page, prompt):
+    page.locator("#image").set_input_files(str(prompt.images[0]))
+    expect(page.get_by_alt_text("The picture that will be sent")).to_be_visible()
+    page.get_by_label("Message").fill(prompt.text)
+    page.get_by_label("Message").press("Enter")
+    expect(page.get_by_role("status")).to_have_text("Done.", timeout=60_000)
+
+
+def test_a_chat_with_a_picture_shows_its_verdict(page, pictured):
+    _, prompts, answers = pictured
+    for prompt, answer in zip(prompts[:2], answers[:2], strict=True):
+        page.get_by_role("button", name="New chat").click()
+        ask(page, prompt)
+        box = page.locator(".answer")
+        expect(box).to_have_count(1)
+        verdict = box.locator(".verdict li")
+        score, word = answer.outcome.verdicts[0].score, "fired" if prompt.harmful else "quiet"
+        expect(verdict).to_contain_text(word)
+        shown = re.search(r"p: (-?[\d.]+)", verdict.inner_text())
+        assert float(shown[1]) == pytest.approx(score, abs=2e-4)
+        expect(box.locator("h2")).to_have_text("steered" if prompt.harmful else "left alone")
+        text = box.locator(".text").inner_text()
+        assert text.startswith(answer.text.strip()[:20])
+        expect(page.locator(".question img")).to_be_visible()
+    assert sorted(p.harmful for p in prompts[:2]) == [False, True]
+
+
+def test_the_unsteered_answer_beside_it(page, pictured):
+    _, prompts, _ = pictured
+    harmful = next(p for p in prompts if p.harmful)
+    page.get_by_label("unsteered beside it").check()
+    ask(page, harmful)
+    boxes = page.locator(".answer")
+    expect(boxes).to_have_count(2)
+    expect(boxes.nth(1).locator("h2")).to_have_text("unsteered")
+    expect(boxes.nth(1).locator(".verdict li")).to_have_count(0)
+    first, second = (boxes.nth(i).locator(".text").inner_text() for i in (0, 1))
+    assert first != second
+    page.get_by_label("unsteered beside it").uncheck()
+    page.get_by_role("button", name="New chat").click()
+    ask(page, harmful)  # the package is attached again
+    expect(boxes).to_have_count(1)
+    expect(boxes.locator(".verdict li")).to_contain_text("fired")
+
+
+def test_a_second_turn_goes_on(page, pictured):
+    _, prompts, _ = pictured
+    quiet = next(p for p in prompts if not p.harmful)
+    ask(page, quiet)
+    page.get_by_label("Message").fill("And what colour is it?")
+    page.get_by_role("button", name="Send").click()
+    expect(page.locator(".answer")).to_have_count(2)
+    expect(page.get_by_role("status")).to_have_text("Done.", timeout=60_000)
+    expect(page.locator(".question")).to_have_count(2)
+
+
+def test_keys_alone_are_enough(page):
+    page.get_by_label("Message").focus()
+    page.keyboard.type("Hello there")
+    page.keyboard.press("Shift+Enter")
+    page.keyboard.type("friend")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("status")).to_have_text("Done.", timeout=60_000)
+    expect(page.locator(".question .text")).to_have_text("Hello there\nfriend")
+    expect(page.get_by_label("Message")).to_be_focused()
+    page.locator("summary").focus()
+    page.keyboard.press("Enter")
+    expect(page.locator("#facts")).to_contain_text("layer_input[18] @ prompt_end")
+
+
+def test_errors_are_said(browser, url):
+    context = browser.new_context()
+    page = context.new_page()
+    page.goto(url)
+    expect(page.get_by_role("status")).to_have_text("The server asks for its API key.")
+    page.get_by_label("API key").fill("wrong")
+    page.get_by_label("Message").fill("Hello")
+    page.get_by_label("Message").press("Enter")
+    expect(page.get_by_role("status")).to_contain_text("expected the server's API key")
+    expect(page.locator(".turn > .fired")).to_contain_text("not part of the chat")
+    context.close()
+
+
+def test_words_of_a_person_are_never_markup(page):
+    text = "<img src=x onerror=alert(1)>"
+    page.get_by_label("Message").fill(text)
+    page.get_by_label("Message").press("Enter")
+    expect(page.locator(".question .text")).to_have_text(text)
+    expect(page.locator(".question img")).to_have_count(0)
+    expect(page.get_by_role("status")).to_have_text("Done.", timeout=60_000)
+
+
+def test_every_control_has_a_name(page):
+    for control in page.locator("button, input, textarea, summary, meter, img").all():
+        if control.is_visible():
+            name = control.evaluate(
+                "e => e.labels?.[0]?.textContent || e.ariaLabel || e.alt || e.textContent"
+            )
+            assert name.strip(), control.evaluate("e => e.outerHTML")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_fits_a_phone(browser, url, scheme):
+    context = browser.new_context(viewport={"width": 360, "height": 640}, color_scheme=scheme)
+    opened = context.new_page()
+    opened.goto(url)
+    expect(opened.get_by_label("Message")).to_be_visible()
+    width = opened.evaluate("document.documentElement.scrollWidth")
+    assert width <= 360
+    context.close()
+
+
+def test_the_page_may_load_nothing_else(url):
+    answer = requests.get(url, timeout=10)
+    policy = answer.headers["Content-Security-Policy"]
+    assert "default-src 'none'" in policy
+    assert "frame-ancestors 'none'" in policy
+    assert not re.search(r"https?://", answer.text)
+    for name in ("page.js", "page.css"):
+        assert requests.get(f"{url}/page/{name}", timeout=10).status_code == 200
+    assert requests.get(f"{url}/page/../app.py", timeout=10).status_code == 404
+
+
+def test_unsteered_answers_are_off_by_default(tmp_path):
+    command = [sys.executable, "-m", "steerbridge.cli", "serve", "--context", 256]
+    with servers.running(command, tmp_path / "log") as server:
+        info = requests.get(f"{server.url}/info", timeout=10).json()
+        assert info["steering"]["unsteered"] is False
+        body = {"messages": [{"role": "user", "content": "Hello"}], "steering": False}
+        answer = requests.post(f"{server.url}/v1/chat/completions", json=body, timeout=30)
+        assert answer.status_code == 403
+        assert "--allow-unsteered" in answer.json()["error"]["message"]
