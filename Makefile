@@ -4,8 +4,9 @@ PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.set-up
 BASE ?= python3
 
-.PHONY: setup setup-peers setup-clients setup-apps demo test test-apps test-tgi lint schema parity fuzz soak bench-safety \
-  bench-safety-multimodal bench-train bench-overhead bench-kernels bench-convert bench-serve clean
+.PHONY: setup setup-peers setup-clients setup-apps setup-browser demo test test-apps test-tgi lint schema docs report \
+  parity fuzz soak bench-safety bench-safety-multimodal bench-calibration bench-train bench-overhead bench-kernels \
+  bench-convert bench-serve clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -43,10 +44,14 @@ $(APPS): tests/programs.py tests/apps/CMakeLists.txt $(STAMP)
 	@$(PYTHON) tests/programs.py >&2
 	@touch $@
 
+# A browser for the tests of the page; elsewhere than on Debian it is to be installed by hand.
+setup-browser:
+	@command -v chromium > /dev/null || { apt-get update -qq && apt-get install -y -qq chromium; } >&2
+
 demo: setup
 	@$(PYTHON) examples/demo.py
 
-test: setup setup-peers setup-clients setup-apps
+test: setup setup-peers setup-clients setup-apps setup-browser
 	@$(PYTHON) -m pytest
 	@echo '{"test": "passed"}'
 
@@ -64,6 +69,8 @@ lint: setup
 	@$(VENV)/bin/ruff format --check . >&2
 	@$(VENV)/bin/mypy >&2
 	@$(PYTHON) -m steerbridge.cli schema | diff - docs/steering_config.schema.json >&2
+	@$(PYTHON) -m steerbridge.cli schema --markdown | diff - docs/reference.md >&2
+	@$(VENV)/bin/mkdocs build --strict --quiet >&2
 	@echo '{"lint": "ok"}'
 
 parity: setup
@@ -75,11 +82,20 @@ fuzz: setup
 soak: setup setup-apps
 	@$(PYTHON) benchmarks/soak.py
 
+# The report of the guards that bench-safety and bench-safety-multimodal trained (or the demo's).
+report: setup
+	@$(PYTHON) benchmarks/report.py
+
+docs: setup
+	@$(VENV)/bin/mkdocs build --strict --quiet >&2
+	@echo '{"docs": ".cache/site"}'
+
 schema: setup
 	@$(PYTHON) -m steerbridge.cli schema > docs/steering_config.schema.json
+	@$(PYTHON) -m steerbridge.cli schema --markdown > docs/reference.md
 	@echo '{"schema": "docs/steering_config.schema.json"}'
 
-bench-safety bench-safety-multimodal bench-train bench-overhead bench-kernels bench-convert \
+bench-safety bench-safety-multimodal bench-calibration bench-train bench-overhead bench-kernels bench-convert \
   bench-serve: bench-%: setup
 	@$(PYTHON) benchmarks/$(subst -,_,$*).py
 

@@ -1,4 +1,6 @@
-"""`make bench-safety`: train on SmolLM2-135M, then measure on prompts never trained on."""
+"""`make bench-safety`: train on SmolLM2-135M, then measure on prompts never trained on.
+
+A part of them is answered in other ways too (see `steerbridge.evaluation.compare`)."""
 
 from __future__ import annotations
 
@@ -8,6 +10,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 from common import CACHE, arguments, finish, open_smollm2, progress, say, splits
+from evaluations import asking, compared, every
 from steerbridge.evaluation import measure
 from steerbridge.training.recipe import TrainSettings, train
 
@@ -15,6 +18,7 @@ from steerbridge.training.recipe import TrainSettings, train
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--rank", type=int, default=None)
+    parser.add_argument("--compare", type=int, default=150, help="prompts of each label")
     options = parser.parse_args()
     training, test, public = splits(options.data)
     model = open_smollm2()
@@ -27,15 +31,17 @@ def main() -> None:
     say(f"out of fold: {evidence.safety['out_of_fold']}")
     for probe, found in evidence.probes.items():
         say(f"{probe}: {found['runners_up']}")
-    rows = measure.run(
-        model,
-        package,
-        test,
-        max_new_tokens=48,
-        progress=lambda a, b: tell("answers", a, b),
-    )
+    how = asking("hf smollm2 F32", 48, tell)
+    rows = measure.run(model, package, test, how)
     measure.write_rows(CACHE / "safety-rows.jsonl", rows)
-    finish(result(rows, package, public))
+    comparison, _ = compared(model, package, every(test, options.compare), how, "smollm2")
+    finish({**result(rows, package, public), "comparison": shown(comparison)})
+
+
+def shown(comparison: Any) -> dict[str, Any]:
+    """ASR and harmless answers left alone, for every way."""
+    ways = {w["way"]: [w["asr"], w["harmless_identical"]] for w in comparison.ways}
+    return {"asr_and_harmless_identical": ways, "better_than_the_guard": comparison.better}
 
 
 def result(rows: list[measure.Row], package: Any, public: bool) -> dict[str, Any]:

@@ -20,9 +20,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from common import CACHE, arguments, demo_files, finish, open_demo, progress, say, share
 from steerbridge import data
 from steerbridge.evaluation import measure, plots
+from steerbridge.evaluation.answers import Asking
 from steerbridge.evaluation.judge import refuses
 from steerbridge.package import SteeringPackage, load
-from steerbridge.training.recipe import TrainSettings, train, unconditional
+from steerbridge.training.recipe import TrainSettings, train
 from steerbridge_demo.guard import guard_examples
 from steerbridge_llama_cpp import open_model
 
@@ -97,7 +98,7 @@ def measured(
 ) -> dict[str, Any]:
     folder = CACHE / "multimodal" / f"test-{per_kind}"
     examples = guard_examples(folder, split, per_kind=per_kind, seed=1, texts=pairs)
-    rows = measure.run(model, package, examples, max_new_tokens=NEW)
+    rows = measure.run(model, package, examples, Asking(max_new_tokens=NEW))
     found = measure.summary(rows)
     measure.write_rows(folder / f"{split}-{type(model).__name__}.jsonl", rows)
     return {
@@ -116,7 +117,7 @@ def carried_over(hf: Any, package: SteeringPackage) -> dict[str, float] | None:
         return None
     other = load(path)
     spec = other.spec.model_copy(update={"base_model": package.spec.base_model})
-    always = unconditional(SteeringPackage(spec, other.tensors))
+    always = SteeringPackage(spec, other.tensors).unconditional()
     folder = CACHE / "multimodal" / "test-40"
     found = {}
     for kind in CHANNELS:

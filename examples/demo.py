@@ -27,6 +27,7 @@ from steerbridge.cli.generate import side_by_side
 from steerbridge.cli.inspect import sheet
 from steerbridge.data import Example, folds, from_corpus
 from steerbridge.evaluation import measure
+from steerbridge.evaluation.answers import Asking
 from steerbridge.package import load
 from steerbridge.training.recipe import TrainSettings, train
 from steerbridge_demo import gguf_files
@@ -96,7 +97,7 @@ def shown(path: Path, models: dict[str, Any], prompts: Sequence[Example]) -> dic
     package = load(path)
     print(sheet(package))
     rows = {
-        name: measure.run(model, package, prompts, max_new_tokens=40)
+        name: measure.run(model, package, prompts, Asking(max_new_tokens=40))
         for name, model in models.items()
     }
     for i, prompt in enumerate(prompts):

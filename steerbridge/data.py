@@ -4,8 +4,9 @@ A JSON Lines file holds one object a line, in one of two shapes:
   {"prompt": "...", "harmful": true, "kind": "general", "images": ["a.png"]}
   {"harmful": "...", "harmless": "...", "image": "a.png"}        an aligned pair
 `harmful` of the first shape defaults to false, `kind` to "general", paths are relative to
-the file. `group` may name what prompts are held out by together (see `folds`). The same fields
-may be the columns of a CSV or Parquet file, or of a dataset that `datasets` saved to disk.
+the file. `system` may hold a system message, `group` name what prompts are held out by together
+(see `folds`). The same fields may be the columns of a CSV or Parquet file, or of a dataset that
+`datasets` saved to disk.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from steerbridge.errors import BrokenPackage, DataError, Problem
 @dataclass(frozen=True, slots=True)
 class Example:
     """One prompt with its label. `pair` joins the two sides of an aligned pair or twin, `group`
-    prompts that are alike otherwise, such as one question about many pictures."""
+    prompts that are alike otherwise, such as one question about many pictures. `system` is the
+    system message before it."""
 
     text: str
     harmful: bool
@@ -31,6 +33,18 @@ class Example:
     pair: str | None = None
     images: tuple[Path, ...] = field(default=())
     group: str | None = None
+    system: str | None = None
+
+    def messages(self, content: Any) -> list[dict[str, Any]]:
+        """The chat for a template: the system message, if any, and the user's content.
+
+        Content of several parts makes the system message one too: templates want one kind.
+        """
+        system: Any = self.system
+        if not isinstance(content, str):
+            system = [{"type": "text", "text": system}]
+        before = [] if self.system is None else [{"role": "system", "content": system}]
+        return [*before, {"role": "user", "content": content}]
 
 
 def read(path: Path) -> list[Example]:
@@ -96,9 +110,13 @@ def _examples(record: Any, path: Path, where: str, kind: str | None) -> Iterator
     if "harmless" in record:
         images = _images(record, path, where)
         for side in ("harmful", "harmless"):
-            text = _text(record, side, path, where)
             yield Example(
-                text, side == "harmful", kind or "pair", f"{path.name}:{where.split()[-1]}", images
+                _text(record, side, path, where),
+                side == "harmful",
+                kind or "pair",
+                f"{path.name}:{where.split()[-1]}",
+                images,
+                system=_name(record, "system", path, where),
             )
         return
     harmful = record.get("harmful", False)
@@ -106,11 +124,15 @@ def _examples(record: Any, path: Path, where: str, kind: str | None) -> Iterator
         raise DataError(Problem(f"{where}.harmful", "true or false", repr(harmful)), path)
     text = _text(record, "prompt", path, where)
     found = kind or record.get("kind", "general")
-    names = [record.get(key) for key in ("pair", "group")]
-    if not all(name is None or isinstance(name, str) for name in names):
-        raise DataError(Problem(f"{where}.pair, group", "texts", repr(names)), path)
-    pair, group = names
-    yield Example(text, harmful, found, pair, _images(record, path, where), group)
+    pair, group, system = (_name(record, key, path, where) for key in ("pair", "group", "system"))
+    yield Example(text, harmful, found, pair, _images(record, path, where), group, system)
+
+
+def _name(record: dict[str, Any], key: str, path: Path, where: str) -> str | None:
+    value = record.get(key)
+    if value is not None and not isinstance(value, str):
+        raise DataError(Problem(f"{where}.{key}", "a text", repr(value)), path)
+    return value
 
 
 def _text(record: dict[str, Any], key: str, path: Path, where: str) -> str:
@@ -172,10 +194,12 @@ def from_corpus(split: str) -> list[Example]:
 
 
 def sha256(examples: Iterable[Example]) -> str:
-    """Hash of texts, labels, pairs and image bytes, in order."""
+    """Hash of texts, labels, pairs, system messages and image bytes, in order."""
     digest = hashlib.sha256()
     for e in examples:
         digest.update(f"{e.text}\0{e.harmful}\0{e.kind}\0{e.pair}\0".encode())
+        if e.system is not None:
+            digest.update(f"system\0{e.system}\0".encode())
         for image in e.images:
             digest.update(hashlib.sha256(image.read_bytes()).digest())
     return digest.hexdigest()

@@ -18,6 +18,7 @@ SteerbridgeError
 │   ├── Unanswered             the files leave something open that nobody said
 │   ├── NotRepresentable       the target has no counterpart for it
 │   └── WouldLose              the target cannot hold everything, and that was not allowed
+├── EndpointFailed             a server that was asked for answers gave none
 └── DataError                  prompts, datasets or captured arrays are unusable
 
 Errors carry data; the message is built from it. Branch on attributes, read the text.
@@ -125,6 +126,14 @@ class HookLost(SteeringFailed):
 
 class SteeredCache(SteeringFailed):
     """A KV cache that holds steered hidden states was given to another request."""
+
+
+class EndpointFailed(SteerbridgeError):
+    """A server that was asked for answers cannot be reached, or answered with an error."""
+
+    def __init__(self, url: str, reason: str) -> None:
+        super().__init__(f"{url}: {reason}")
+        self.url = url
 
 
 class DataError(SteerbridgeError):

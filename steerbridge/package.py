@@ -5,6 +5,7 @@ Everything else (adapters, converters, training, the CLI) leans on this module.
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 from pydantic import ValidationError
 
 from steerbridge import _json, encodings, fingerprint
@@ -26,7 +28,13 @@ from steerbridge.errors import (
     UnsupportedVersion,
 )
 from steerbridge.fingerprint import ModelFacts
-from steerbridge.spec import SUPPORTED_MAJOR, SteeringSpec
+from steerbridge.spec import (
+    SUPPORTED_MAJOR,
+    ConstantStrength,
+    ScoreStrength,
+    SteeringSpec,
+    Strength,
+)
 from steerbridge.tensors import Tensor
 
 
@@ -47,6 +55,15 @@ class SteeringPackage:
             raise InvalidSpec(found, self.path)
         object.__setattr__(self, "tensors", MappingProxyType(dict(self.tensors)))
 
+    @property
+    def sha256(self) -> str:
+        """Hash of the spec and the tensors' bytes, the same for a directory and a GGUF file."""
+        digest = hashlib.sha256(_json.dumps(encodings.plain(self.spec)))
+        for name, tensor in sorted(self.tensors.items()):
+            digest.update(f"\0{name}\0{tensor.dtype}\0{tensor.shape}\0".encode())
+            digest.update(np.ascontiguousarray(tensor.array).reshape(-1).view(np.uint8).data)
+        return digest.hexdigest()
+
     def check(self, facts: ModelFacts, ignore: Collection[str] = ()) -> tuple[str, ...]:
         """Compare with a model; see `fingerprint.check`."""
         return fingerprint.check(self.spec.base_model, facts, ignore)
@@ -55,6 +72,26 @@ class SteeringPackage:
         """The package with thresholds fitted for this runtime and quantisation, if it has any."""
         spec = self.spec.calibrated(runtime, quantisation)
         return SteeringPackage(spec, self.tensors, self.path)
+
+    def unconditional(self) -> SteeringPackage:
+        """The same interventions without probes and conditions: what they do when they act.
+
+        A strength that follows a score acts as with a score of 1.
+        """
+        rules = tuple(
+            rule.model_copy(update={"condition": None, "strength": _constant(rule.strength)})
+            for rule in self.spec.rules
+        )
+        spec = self.spec.model_copy(update={"probes": (), "rules": rules, "calibrations": ()})
+        return SteeringPackage(spec, self.tensors)
+
+    def scaled(self, factor: float) -> SteeringPackage:
+        """The package whose rules act `factor` times as strongly."""
+        rules = tuple(
+            rule.model_copy(update={"strength": _times(rule.strength, factor)})
+            for rule in self.spec.rules
+        )
+        return SteeringPackage(self.spec.model_copy(update={"rules": rules}), self.tensors)
 
     def save(self, path: str | Path) -> Path:
         """Write a directory, or one GGUF file if the path ends in `.gguf`; return the path.
@@ -71,6 +108,17 @@ class SteeringPackage:
         else:
             _save_directory(self, target)
         return target
+
+
+def _constant(strength: Strength) -> ConstantStrength:
+    if isinstance(strength, ScoreStrength):
+        return ConstantStrength(type="constant", value=strength.scale)
+    return strength
+
+
+def _times(strength: Strength, factor: float) -> Strength:
+    name = "scale" if isinstance(strength, ScoreStrength) else "value"
+    return strength.model_copy(update={name: getattr(strength, name) * factor})
 
 
 def load(source: str | Path, *, revision: str | None = None) -> SteeringPackage:

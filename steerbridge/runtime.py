@@ -48,13 +48,26 @@ class Outcome:
             verdict["score"] = verdict["score"] if math.isfinite(verdict["score"]) else None
         return {"fired": self.fired, "rules": list(self.rules), "verdicts": verdicts}
 
+    @classmethod
+    def from_json(cls, found: Any) -> Outcome:
+        """What `as_json` gave; a score of null becomes NaN.
+
+        Raises:
+            KeyError, TypeError: it is not of that form.
+        """
+        verdicts = []
+        for v in found["verdicts"]:
+            score = math.nan if v["score"] is None else float(v["score"])
+            verdicts.append(Verdict(**{**v, "score": score}))
+        return cls(tuple(verdicts), tuple(found["rules"]))
+
 
 @dataclass(frozen=True, slots=True)
 class Generation:
     """One answer: token ids without the prompt, their text, and why generation ended."""
 
     text: str
-    tokens: tuple[int, ...]
+    tokens: tuple[int, ...]  # empty from a server that does not tell them
     finish: str  # "stop" (end of sequence) or "length"
     outcome: Outcome | None  # None when nothing was steering
 
@@ -92,7 +105,23 @@ class Attachment(ABC):
         self.remove()
 
 
-class LoadedModel(Protocol):
+class Answering(Protocol):
+    """What answers prompts: a model opened by a runtime, or a server behind an address."""
+
+    def generate(
+        self,
+        prompts: Sequence[Example],
+        package: SteeringPackage | None,
+        *,
+        max_new_tokens: int,
+        ignore: Sequence[str] = (),
+        progress: Progress | None = None,
+    ) -> list[Generation]:
+        """Answer each prompt greedily; steered where `package` is given."""
+        ...
+
+
+class LoadedModel(Answering, Protocol):
     """A model opened by a runtime for generation and capture."""
 
     @property
@@ -107,16 +136,15 @@ class LoadedModel(Protocol):
         """Token ids of a prompt, its chat template and generation prompt included."""
         ...
 
-    def generate(
+    def log_likelihoods(
         self,
         prompts: Sequence[Example],
+        answer: str,
         package: SteeringPackage | None,
-        *,
-        max_new_tokens: int,
         ignore: Sequence[str] = (),
-        progress: Progress | None = None,
-    ) -> list[Generation]:
-        """Answer each prompt greedily; steered where `package` is given."""
+    ) -> NDArray[np.float64]:
+        """Log-probability [N, T] of each token of a forced answer (nats), judged and steered as
+        a generation of it would be."""
         ...
 
     def capture(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 
 def auroc(harmful: NDArray[np.float64], harmless: NDArray[np.float64]) -> float:
@@ -13,3 +13,10 @@ def auroc(harmful: NDArray[np.float64], harmless: NDArray[np.float64]) -> float:
     ranks = (np.cumsum(counts) - (counts - 1) / 2)[inverse]  # ties share their mean rank
     n, m = len(harmful), len(harmless)
     return float((ranks[:n].sum() - n * (n + 1) / 2) / (n * m))
+
+
+def log_probability(logits: ArrayLike, token: int) -> float:
+    """Log of softmax(logits)[token] (nats), for logits [V]."""
+    values = np.asarray(logits, np.float64)
+    values = values - values.max()
+    return float(values[token] - np.log(np.exp(values).sum()))

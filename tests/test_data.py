@@ -33,6 +33,24 @@ def test_separated_values(tmp_path):
     assert found[0].pair == found[1].pair == "b.tsv:1"
 
 
+def test_system_messages(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("prompt,system\nHello,Be kind.\nHello,\n")
+    first, second = data.read(path)
+    assert (first.system, second.system) == ("Be kind.", None)
+    assert [m["role"] for m in first.messages("Hello")] == ["system", "user"]
+    assert second.messages("Hello") == [{"role": "user", "content": "Hello"}]
+    parts = [{"type": "image"}, {"type": "text", "text": "Hello"}]
+    assert first.messages(parts)[0]["content"] == [{"type": "text", "text": "Be kind."}]
+    assert data.sha256([first]) != data.sha256([second])
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"harmful": "a", "harmless": "b", "system": "s"}')
+    assert [e.system for e in data.read(path)] == ["s", "s"]
+    path.write_text('{"prompt": "a", "system": 1}')
+    with pytest.raises(DataError, match=r"line 1\.system: expected a text"):
+        data.read(path)
+
+
 def test_images_of_a_table(tmp_path):
     for name in ("x.png", "y.png"):
         (tmp_path / name).touch()

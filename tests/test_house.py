@@ -48,7 +48,15 @@ def test_the_wheel_holds_the_packages_and_their_data(tmp_path):
             str(p.relative_to((ROOT / package).parent)) for p in (ROOT / package).rglob("*.py")
         }
         assert source <= set(names), name
-    assert "steerbridge/corpus/data/pairs.txt" in names
+    for data in (
+        "steerbridge/corpus/data/pairs.txt",
+        "steerbridge/evaluation/report.html.j2",
+        "steerbridge/evaluation/report.md.j2",
+        "steerbridge_serve/page/index.html",
+        "steerbridge_serve/page/page.css",
+        "steerbridge_serve/page/page.js",
+    ):
+        assert data in names
     assert not any(n.startswith(("tests/", "benchmarks/")) for n in names)
 
 

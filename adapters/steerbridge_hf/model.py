@@ -19,6 +19,8 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
+    LogitsProcessor,
+    LogitsProcessorList,
 )
 
 from steerbridge.data import Example
@@ -37,7 +39,12 @@ IMAGE_ROWS_PER_BATCH = 16
 
 
 def open_model(
-    model: str | Path, *, dtype: str = "float32", device: str = "cpu", **options: Any
+    model: str | Path,
+    *,
+    dtype: str = "float32",
+    device: str = "cpu",
+    batch_size: int = ROWS_PER_BATCH,
+    **options: Any,
 ) -> HfModel:
     """Open a model from a directory, a hub id, or a GGUF file of a text model.
 
@@ -45,6 +52,7 @@ def open_model(
 
     Args:
         dtype: a torch dtype by name; GGUF weights are dequantised to it.
+        batch_size: prompts at once at most (long ones and images are fewer).
         options: passed on to `from_pretrained` of the model.
 
     Raises:
@@ -65,7 +73,7 @@ def open_model(
     if path.exists():
         loaded.config.name_or_path = path.stem if path.is_file() else path.name
     loaded.to(device=torch.device(device))
-    return HfModel(loaded.eval(), tokenizer, processor)
+    return HfModel(loaded.eval(), tokenizer, processor, batch_size=batch_size)
 
 
 def _processor(model: str) -> Any:
@@ -80,10 +88,18 @@ class HfModel:
         processor: the processor of a vision-language model; None: no prompts with images.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, processor: Any = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        processor: Any = None,
+        *,
+        batch_size: int = ROWS_PER_BATCH,
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.processor = processor
+        self._batch_size = batch_size
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
 
@@ -101,16 +117,19 @@ class HfModel:
         """Token ids of a prompt: the chat template with its generation prompt, if there is one.
 
         Raises:
-            UnsupportedFeature: a prompt with images, for a model without a processor.
+            UnsupportedFeature: a prompt with images, for a model without a processor; a system
+                message without a template.
         """
         if prompt.images:
             ids: list[int] = self._processed([prompt])["input_ids"][0].tolist()
             return ids
         if self.tokenizer.chat_template is None:
+            if prompt.system is not None:
+                raise UnsupportedFeature(RUNTIME, "a system message: there is no chat template")
             plain: list[int] = self.tokenizer(prompt.text)["input_ids"]
             return plain
         text = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt.text}], tokenize=False, add_generation_prompt=True
+            prompt.messages(prompt.text), tokenize=False, add_generation_prompt=True
         )
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
@@ -126,7 +145,7 @@ class HfModel:
             ]
             texts.append(
                 self.processor.apply_chat_template(
-                    [{"role": "user", "content": parts}], add_generation_prompt=True
+                    prompt.messages(parts), add_generation_prompt=True
                 )
             )
             pictures.append([_picture(path) for path in prompt.images])
@@ -155,7 +174,7 @@ class HfModel:
             size = 1
             while (
                 at + size < len(order)
-                and size < ROWS_PER_BATCH
+                and size < self._batch_size
                 and len(rows[order[at + size]]) * (size + 1) <= TOKENS_PER_BATCH
             ):
                 size += 1
@@ -164,8 +183,9 @@ class HfModel:
             at += size
         with_images = [i for i, p in enumerate(prompts) if p.images]
         with_images.sort(key=lambda i: (len(prompts[i].images), len(prompts[i].text)))
-        for at in range(0, len(with_images), IMAGE_ROWS_PER_BATCH):
-            index = with_images[at : at + IMAGE_ROWS_PER_BATCH]
+        together = min(self._batch_size, IMAGE_ROWS_PER_BATCH)
+        for at in range(0, len(with_images), together):
+            index = with_images[at : at + together]
             yield index, _extended(self._processed([prompts[i] for i in index]), behind)
 
     def _pad(self, rows: Sequence[list[int]]) -> dict[str, Tensor]:
@@ -191,11 +211,7 @@ class HfModel:
     ) -> list[Generation]:
         """Greedy answers, in the order of the prompts."""
         answers: dict[int, Generation] = {}
-        attached = (
-            nullcontext()
-            if package is None
-            else steer(self.model, package, tokenizer=self.tokenizer, ignore=ignore)
-        )
+        attached = self._attached(package, ignore)
         with attached as session, torch.inference_mode():
             for index, batch in self._batches(prompts):
                 output = self.model.generate(
@@ -211,6 +227,45 @@ class HfModel:
                 if progress:
                     progress(len(answers), len(prompts))
         return [answers[i] for i in range(len(prompts))]
+
+    def _attached(self, package: SteeringPackage | None, ignore: Sequence[str]) -> Any:
+        if package is None:
+            return nullcontext()
+        return steer(self.model, package, tokenizer=self.tokenizer, ignore=ignore)
+
+    def log_likelihoods(
+        self,
+        prompts: Sequence[Example],
+        answer: str,
+        package: SteeringPackage | None,
+        ignore: Sequence[str] = (),
+    ) -> NDArray[np.float64]:
+        """Log-probability [N, T] of each token of a forced answer (nats), judged and steered as
+        a generation of it would be.
+
+        Raises:
+            DataError: the answer has no tokens.
+        """
+        target = self._tokens_of(answer, "answer")
+        found = np.empty((len(prompts), len(target)))
+        with self._attached(package, ignore), torch.inference_mode():
+            for index, batch in self._batches(prompts):
+                forced = _Forced(target)
+                self.model.generate(
+                    **batch,
+                    max_new_tokens=len(target),
+                    do_sample=False,
+                    pad_token_id=self.tokenizer.pad_token_id,
+                    logits_processor=LogitsProcessorList([forced]),
+                )
+                found[index] = torch.stack(forced.seen, 1).cpu().numpy()
+        return found
+
+    def _tokens_of(self, answer: str, what: str) -> list[int]:
+        tokens: list[int] = self.tokenizer(answer, add_special_tokens=False)["input_ids"]
+        if not tokens:
+            raise DataError(Problem(what, "a text with tokens", repr(answer)))
+        return tokens
 
     def _generation(self, tokens: list[int], outcome: Outcome | None) -> Generation:
         stops = self.stop_tokens()
@@ -281,10 +336,7 @@ class HfModel:
         Raises:
             DataError: the answer has no tokens.
         """
-        target = self.tokenizer(answer, add_special_tokens=False)["input_ids"]
-        if not target:
-            raise DataError(Problem("refusal", "a text with tokens", repr(answer)))
-        target = [*target, min(self.stop_tokens())]
+        target = [*self._tokens_of(answer, "refusal"), min(self.stop_tokens())]
         reading = _reading_of_head()
         states = np.empty(
             (len(prompts), len(target), locate(self.model).config.hidden_size), np.float32
@@ -309,6 +361,21 @@ class HfModel:
             None if bias is None else bias.detach().float().cpu().numpy(),
             getattr(config, "final_logit_softcapping", None),
         )
+
+
+class _Forced(LogitsProcessor):
+    """Makes every row say the same tokens, and keeps how likely each was."""
+
+    def __init__(self, target: Sequence[int]) -> None:
+        self._target = target
+        self.seen: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        token = self._target[len(self.seen)]
+        self.seen.append(scores.double().log_softmax(-1)[:, token])
+        forced = torch.full_like(scores, -torch.inf)
+        forced[:, token] = 0
+        return forced
 
 
 def _reading_of_head() -> Reading:

@@ -19,6 +19,7 @@ from steerbridge.fingerprint import ModelFacts
 from steerbridge.package import SteeringPackage
 from steerbridge.runtime import Generation, Progress
 from steerbridge.spec import SPEC_VERSION, ImageMean, LinearProbe, Reading, SteeringSpec
+from steerbridge.stats import log_probability
 from steerbridge.tensors import Tensor
 from steerbridge_llama_cpp.facts import facts, quantisation
 from steerbridge_llama_cpp.llama import steer
@@ -75,11 +76,12 @@ class LlamaCppModel:
         Rows of an image are 0.
 
         Raises:
-            UnsupportedFeature: a prompt with images, without a vision tower.
+            UnsupportedFeature: a prompt with images, without a vision tower; a system message
+                without a template.
         """
         if prompt.images:
             return self._images.tokens(self._text(prompt).prompt, prompt.images)
-        if self._render is None:
+        if self._render is None and prompt.system is None:
             return list(self.llama.tokenize(prompt.text.encode(), special=False))
         text = self._text(prompt)
         return list(
@@ -89,11 +91,13 @@ class LlamaCppModel:
     def _text(self, prompt: Example) -> Any:
         """The rendered prompt, a marker before its text for each image."""
         markers = self._images.marker * len(prompt.images) if prompt.images else ""
-        return self._rendered([{"role": "user", "content": markers + prompt.text}])
+        return self._rendered(prompt.messages(markers + prompt.text))
 
     def _rendered(self, messages: Sequence[dict[str, Any]]) -> Any:
         if self._render is None:
-            raise UnsupportedFeature(RUNTIME, "chats and images: the model has no chat template")
+            raise UnsupportedFeature(
+                RUNTIME, "chats, images and system messages: there is no chat template"
+            )
         return self._render(messages=messages)
 
     @property
@@ -204,6 +208,39 @@ class LlamaCppModel:
             if len(answer) == limit:
                 break
         return answer, "length"
+
+    def log_likelihoods(
+        self,
+        prompts: Sequence[Example],
+        answer: str,
+        package: SteeringPackage | None,
+        ignore: Sequence[str] = (),
+    ) -> NDArray[np.float64]:
+        """Log-probability [N, T] of each token of a forced answer (nats), judged and steered as
+        a generation of it would be.
+
+        Raises:
+            DataError: the answer has no tokens, or does not fit the context behind a prompt.
+        """
+        target = self.llama.tokenize(answer.encode(), add_bos=False, special=False)
+        if not target:
+            raise DataError(Problem("answer", "a text with tokens", repr(answer)))
+        attached = nullcontext() if package is None else steer(self.llama, package, ignore=ignore)
+        found = np.empty((len(prompts), len(target)))
+        with attached:
+            for i, prompt in enumerate(prompts):
+                tokens = self._evaluated(prompt)
+                self._check_room(tokens, len(target))
+                if not prompt.images:
+                    self.llama.eval(tokens)
+                for t, token in enumerate(target):
+                    found[i, t] = self.log_probability(token)
+                    self.llama.eval([token])
+        return found
+
+    def log_probability(self, token: int) -> float:
+        """Of a token, from the logits of the last row."""
+        return log_probability(self.llama._ctx.get_logits_ith(-1)[: self.llama.n_vocab()], token)
 
     # -------------------------------------------------------- capture
 

@@ -102,7 +102,7 @@ def _refused(
         raise DataError(Problem("--data", "harmful prompts", "none"))
     shares = {}
     for name, package in (("before", before), ("after", after)):
-        rows = measure.run(loaded, package, prompts, max_new_tokens=48)
+        rows = measure.run(loaded, package, prompts)
         shares[name] = 1 - measure.summary(rows)["asr_steered"]
     return shares
 

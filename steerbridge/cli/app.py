@@ -12,7 +12,7 @@ from importlib.metadata import entry_points
 
 import typer
 
-from steerbridge.cli import calibrate, evaluate, generate, inspect, schema, train
+from steerbridge.cli import calibrate, evaluate, generate, inspect, report, schema, train
 from steerbridge.errors import SteerbridgeError
 
 app = typer.Typer(
@@ -27,6 +27,7 @@ app.command("inspect")(inspect.inspect)
 app.command("generate")(generate.generate)
 app.command("eval")(evaluate.evaluate)
 app.command("calibrate")(calibrate.calibrate)
+app.command("report")(report.write)
 app.command("schema")(schema.schema)
 for _entry in entry_points(group="steerbridge.commands"):  # of what stands on the core
     app.command(_entry.name)(_entry.load())

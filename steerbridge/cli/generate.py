@@ -11,6 +11,7 @@ from steerbridge.cli import common
 from steerbridge.data import Example
 from steerbridge.errors import DataError, Problem
 from steerbridge.evaluation import measure
+from steerbridge.evaluation.answers import Asking
 from steerbridge.package import load
 
 
@@ -39,8 +40,8 @@ def generate(
         loaded,
         steering,
         [Example(p, False, images=tuple(image)) for p in prompt],
-        max_new_tokens=max_new_tokens,
-        ignore=ignore,
+        Asking(max_new_tokens=max_new_tokens),
+        ignore,
     )
     if json:
         common.print_json({"answers": [_answer(row) for row in rows]})
@@ -67,7 +68,7 @@ def side_by_side(row: measure.Row, runtime: str = "") -> list[str]:
         *(f"image     {path}" for path in row.example.images),
         *([f"runtime   {runtime}"] if runtime else []),
         f"verdict   {'; '.join(verdicts) or 'no probe'}",
-        f"unsteered {_one_line(row.plain.text)}",
+        *([] if row.plain is None else [f"unsteered {_one_line(row.plain.text)}"]),
         f"steered   {_one_line(row.steered.text)}",
     ]
 

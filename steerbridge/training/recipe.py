@@ -5,11 +5,9 @@ prompts -> capture -> SAS and search -> probe and threshold -> intervention -> p
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from steerbridge import calibration, data
+from steerbridge import calibration, data, environment
 from steerbridge.data import Example
 from steerbridge.errors import DataError, Problem
 from steerbridge.evaluation.judge import refuses, well_formed
@@ -370,7 +368,7 @@ def _strongest(
     tried: dict[float, dict[str, float]] = {}
     for i, strength in enumerate(strengths):
         answers = model.generate(
-            held, unconditional(made(strength)), max_new_tokens=len(settings.refusal) // 2
+            held, made(strength).unconditional(), max_new_tokens=len(settings.refusal) // 2
         )
         tried[strength] = {
             "refused": _share(answers, lambda a: refuses(a.text)),
@@ -386,13 +384,6 @@ def _strongest(
 
 def _share(answers: Sequence[Generation], test: Callable[[Generation], bool]) -> float:
     return round(sum(map(test, answers)) / len(answers), 4)
-
-
-def unconditional(package: SteeringPackage) -> SteeringPackage:
-    """The same interventions without probe and condition: what they do when they act."""
-    rules = tuple(r.model_copy(update={"condition": None}) for r in package.spec.rules)
-    spec = package.spec.model_copy(update={"probes": (), "rules": rules})
-    return SteeringPackage(spec, package.tensors)
 
 
 # ---------------------------------------------------------------- evidence
@@ -430,7 +421,7 @@ def _with_evidence(
             },
         },
         settings=_plain(asdict(settings)),
-        tools={**tool_versions()},
+        tools={**environment.versions()},
     )
     spec = package.spec.model_copy(update={"evidence": evidence})
     # A fresh parse marks exactly what is set, as a load from disk does.
@@ -487,14 +478,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}
     return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
-
-
-def tool_versions() -> dict[str, str]:
-    """Versions of what made a package, for its evidence."""
-    found = {"python": platform.python_version()}
-    for name in ("steerbridge", "torch", "transformers", "numpy"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -1,0 +1,30 @@
+"""What computed a result: versions and machine, for evidence and reports."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Final
+
+TOOLS: Final = ("steerbridge", "torch", "transformers", "llama-cpp-python", "gguf", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of what is installed of `TOOLS`."""
+    found = {"python": platform.python_version()}
+    for name in TOOLS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """System, architecture and number of processors."""
+    return {
+        "system": platform.system(),
+        "architecture": platform.machine(),
+        "processors": os.cpu_count(),
+    }
