@@ -17,6 +17,7 @@ from steerbridge.package import SteeringPackage
 # Okabe and Ito's colours, told apart by colour-blind readers, on white and on black.
 COLOURS: Final = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _INK: Final = "#123457"  # stands for the colour of the text around a plot
+_LEGEND: Final[Any] = {"frameon": False, "labelcolor": _INK}
 
 
 def readings(package: SteeringPackage, path: Path) -> Path:
@@ -70,7 +71,6 @@ def _new(width: float, height: float, rows: int, columns: int, **options: Any) -
         "grid.color": _INK,
         "grid.alpha": 0.15,
         "axes.grid": True,
-        "legend.frameon": False,
     }
     with matplotlib.rc_context(settings):
         figure = Figure(figsize=(width, height), layout="constrained")
@@ -106,7 +106,7 @@ def awareness(package: SteeringPackage) -> Any:
     for axis in axes[-1]:
         axis.set_xlabel("layer input")
     handles, labels = axes[-1][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4)
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, **_LEGEND)
     return figure
 
 
@@ -182,7 +182,7 @@ def roc(rows: Rows) -> Any:
         axis.set_xticks([0, 0.01, 0.1, 1], ["0", "1 %", "10 %", "100 %"])
         axis.set_title(f"probe {probe}")
         axis.set_xlabel("harmless prompts that would fire")
-        axis.legend(loc="lower right")
+        axis.legend(loc="lower right", **_LEGEND)
     axes[0][0].set_ylabel("harmful prompts that would fire")
     return figure
 
@@ -210,7 +210,7 @@ def histograms(rows: Rows) -> Any:
         axis.axvline(limit, color=_INK, linestyle="--", linewidth=1, label="threshold")
         axis.set_title(f"probe {probe}")
         axis.set_xlabel("score")
-        axis.legend(loc="upper center")
+        axis.legend(loc="upper center", **_LEGEND)
     axes[0][0].set_ylabel("share of prompts")
     return figure
 
@@ -231,5 +231,5 @@ def trade_off(comparison: Mapping[str, Any]) -> Any:
         direction(-0.03, 1.03)
     axis.set_xlabel("harmless prompts with the very same answer (right is better)")
     axis.set_ylabel("attack success (down is better)")
-    figure.legend(loc="outside right upper")
+    figure.legend(loc="outside right upper", **_LEGEND)
     return figure

@@ -31,6 +31,12 @@ _NAMES: Final = {
     "refusal_wellformed": "steered refusals that are a sentence and end",
 }
 
+_PERPLEXITIES: Final = {
+    "unsteered": "perplexity of a benign text",
+    "steered": "the same with the guard",
+    "unconditional": "the same with its head acting on everything",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Figure:
@@ -89,7 +95,7 @@ def _template(suffix: str) -> Any:
 
 
 def _percent(share: float | None) -> str:
-    return "not known" if share is None else f"{100 * share:.1f} %"
+    return "" if share is None else f"{100 * share:.1f} %"
 
 
 def _between(interval: Sequence[float] | None) -> str:
@@ -97,7 +103,7 @@ def _between(interval: Sequence[float] | None) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.4f}"
+    return "not finite" if value is None else f"{value:#.5g}"
 
 
 def _cell(text: str | None) -> str:
@@ -132,11 +138,15 @@ def _awareness(package: SteeringPackage | None) -> Figure | None:
     best = ((evidence and evidence.safety) or {}).get("sas_per_reading")
     if package is None or not best:
         return None
-    top = max(best, key=lambda reading: max(best[reading].values()))
+    scores = {reading: max(by_kind.values()) for reading, by_kind in best.items()}
+    top = max(scores, key=scores.__getitem__)
+    words = f"The reading that tells most by its Safety Awareness Score is {top}."
+    if not any(scores.values()):
+        words = "The score needs aligned pairs of prompts, and there were none to train on."
     return Figure(
         plots.svg(plots.awareness(package), "sas"),
         "Safety Awareness Score and AUROC of single readings, by layer",
-        f"The reading that tells most by its Safety Awareness Score is {top}.",
+        words,
     )
 
 
@@ -162,7 +172,11 @@ def _section(record: Record, index: int, drawn: bool) -> dict[str, Any]:
             (probe, value, intervals["auroc"].get(probe))
             for probe, value in summary["auroc"].items()
         ],
-        "perplexity": record["perplexity"],
+        "perplexity": [
+            (name, record["perplexity"][key]) for key, name in _PERPLEXITIES.items()
+        ]
+        if record["perplexity"]
+        else [],
         "comparison": comparison,
         "plots": _plots(rows, comparison, f"r{index}") if drawn else [],
         "examples": _examples(rows, drawn),
