@@ -29,7 +29,7 @@ def test_the_tutorial_runs(tmp_path):
     environment = {**os.environ, "PATH": f"{bin}:{os.environ['PATH']}"}
     output = ""
     steps = blocks(DOCS / "tutorial.md", "python", "sh")
-    assert len(steps) >= 6
+    assert len(steps) == 5
     for kind, text in steps:
         command = [sys.executable, "-c", text] if kind == "python" else ["bash", "-euc", text]
         done = subprocess.run(

@@ -485,26 +485,16 @@ class Page(HTMLParser):
 @pytest.mark.slow
 def test_eval_writes_a_record_and_report_reads_it(tmp_path, prompts):
     lines = [
-        json.dumps({"prompt": e.text, "harmful": e.harmful, "kind": e.kind}) for e in prompts[5:15]
+        json.dumps({"prompt": e.text, "harmful": e.harmful, "kind": e.kind}) for e in prompts[7:13]
     ]
     data = tmp_path / "prompts.jsonl"
     data.write_text("\n".join(lines))
     kept = tmp_path / "record.json"
-    command = [
-        "eval",
-        GUARD,
-        "--runtime",
-        "hf",
-        "--data",
-        data,
-        "--max-new-tokens",
-        NEW,
-        "--compare",
-    ]
-    command += ["--record", kept, "--cache", tmp_path / "answers", "--batch-size", 8]
+    command = ["eval", GUARD, "--runtime", "llama.cpp", "--data", data, "--compare"]
+    command += ["--max-new-tokens", NEW, "--record", kept, "--cache", tmp_path / "answers"]
     command += ["--judge", "matcher", "--judge", "evaluation_judge:everything", "--json"]
     found = json.loads(cli(*command).splitlines()[-1])
-    assert found["prompts"] == 10
+    assert found["prompts"] == 6
     assert found["comparison"]["better_than_the_guard"] == []
     assert found["perplexity"]["steered"] == found["perplexity"]["unsteered"]
     assert found["perplexity"]["unconditional"] > found["perplexity"]["unsteered"]
@@ -517,7 +507,7 @@ def test_eval_writes_a_record_and_report_reads_it(tmp_path, prompts):
     for name in ("report.html", "report.md"):
         cli("report", kept, "--package", GUARD, "--out", tmp_path / name)
     page = (tmp_path / "report.html").read_text()
-    for part in (load(GUARD).sha256, prompts[5].text, "system prompt", "same answer"):
+    for part in (load(GUARD).sha256, prompts[7].text, "system prompt", "same answer"):
         assert part in page.replace("&#39;", "'")
         assert part in (tmp_path / "report.md").read_text()
     assert page.count("<svg") == 3 + ("sas" in page and "sas-" in page)
