@@ -100,7 +100,7 @@ def served(request, tmp_path_factory, smollm2_path, smollm2_f32_path):
     texts = [written(model.render(p)) for p in prompts]
     package = guard.save(folder / "guard.gguf")
     options = ("--package", package, "--model", path, "--runtime", request.param)
-    with running(folder, *options, "--context", 512) as url:
+    with running(folder, *options, "--context", 512, "--allow-unsteered") as url:
         yield Served(url, prompts, texts, answers)
 
 
@@ -117,6 +117,18 @@ def test_chats(served):
         usage = found["usage"]
         assert usage["completion_tokens"] == len(wanted.tokens)
         assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+
+
+def test_an_answer_without_the_package(served):
+    for i, wanted in enumerate(served.answers):
+        answer = served.chat(i, steering=False)
+        assert "X-Steerbridge-Fired" not in answer.headers
+        assert answer.json()["steering"] is None
+        text = answer.json()["choices"][0]["message"]["content"]
+        assert (text == wanted.text) is not served.prompts[i].harmful
+        again = served.chat(i).json()  # the package is attached again
+        assert again["choices"][0]["message"]["content"] == wanted.text
+        assert again["steering"]["fired"] is served.prompts[i].harmful
 
 
 def test_openai_client(served):
