@@ -172,9 +172,7 @@ def _section(record: Record, index: int, drawn: bool) -> dict[str, Any]:
             (probe, value, intervals["auroc"].get(probe))
             for probe, value in summary["auroc"].items()
         ],
-        "perplexity": [
-            (name, record["perplexity"][key]) for key, name in _PERPLEXITIES.items()
-        ]
+        "perplexity": [(name, record["perplexity"][key]) for key, name in _PERPLEXITIES.items()]
         if record["perplexity"]
         else [],
         "comparison": comparison,
