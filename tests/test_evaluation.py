@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import helpers
+import servers
 from steerbridge.data import Example, from_corpus
 from steerbridge.errors import DataError, EndpointFailed, UnsupportedFeature
 from steerbridge.evaluation import compare, judges, measure, record, report
@@ -516,6 +517,41 @@ def test_eval_writes_a_record_and_report_reads_it(tmp_path, prompts):
     assert len(set(parsed.ids)) == len(parsed.ids)
     assert "<script" not in page
     assert not re.search(r"(url\(|@import)(?!#)", page.replace("url(#", "#"))
+
+
+@pytest.mark.slow
+def test_servers_are_measured(tmp_path, prompts, smollm2_path):
+    """A steered one that tells its verdicts, beside one that knows nothing of steering."""
+    pytest.importorskip("llama_cpp")
+    pytest.importorskip("fastapi")
+    data, rows = tmp_path / "prompts.jsonl", tmp_path / "rows.jsonl"
+    asked = [*prompts[:5], *prompts[-3:]]
+    lines = [json.dumps({"prompt": e.text, "harmful": e.harmful}) for e in asked]
+    data.write_text("\n".join(lines))
+    steered = [sys.executable, "-m", "steerbridge.cli", "serve", "--context", 512]
+    plain = [sys.executable, "-m", "llama_cpp.server", "--model", smollm2_path]
+    plain += ["--n_ctx", 512, "--verbose", "false"]
+    with (
+        servers.running(steered, tmp_path / "steered.txt") as guarded,
+        servers.running(plain, tmp_path / "plain.txt", ready="/v1/models") as bare,
+    ):
+        command = ["eval", "--url", guarded.url, "--data", data, "--max-new-tokens", NEW]
+        alone = json.loads(cli(*command, "--json").splitlines()[-1])
+        command += ["--baseline-url", f"{bare.url}/v1", "--rows", rows, "--concurrency", 2]
+        found = json.loads(cli(*command, "--json").splitlines()[-1])
+    assert (alone["asr_unsteered"], alone["harmless_identical"]) == (None, None)
+    assert found["asr_unsteered"] == 1.0
+    assert found["asr_steered"] == alone["asr_steered"] < 1.0
+    assert found["fpr"] == {"general": 0.0}
+    told = [json.loads(line) for line in rows.read_text().splitlines()]
+    fired = [row for row in told if row["fired"]]
+    assert fired
+    for row in fired:
+        assert row["harmful"]
+        assert row["steered"] == REFUSAL
+        assert row["unsteered"] != REFUSAL
+        assert any(v["fired"] for v in row["verdicts"])
+    assert all(row["verdicts"] for row in told)
 
 
 def cli(*args, fails=False):

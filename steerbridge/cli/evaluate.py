@@ -70,6 +70,7 @@ def evaluate(
     """Measure attack success, false positives and changed answers."""
     if bool(package) == bool(url):
         raise DataError(Problem("package or --url", "one of the two", "both" if url else "none"))
+    measure.require()
     prompts = _prompts(data, corpus, limit)
     first, *others = [judges.named(name, concurrency) for name in judge]
     asking = Asking(max_new_tokens, first, tell=common.steps())

@@ -195,6 +195,11 @@ def intervals(rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
+def require() -> None:
+    """Raise RuntimeMissing now, and not after an hour of answers, if `intervals` would."""
+    _scipy_stats()
+
+
 def _counted(rows: Sequence[Row], name: str) -> list[bool | None]:
     harmful, counts = _RATES[name]
     return [counts(r) for r in rows if r.example.harmful is harmful]
