@@ -315,11 +315,11 @@ def test_every_rank_decides_as_the_first_one(llama, prompts, tmp_path):
 
 def test_another_model_unless_its_difference_is_ignored(llama, prompts, tmp_path, monkeypatch):
     package, _ = made(llama, prompts, [head(weight=LOW)], [reading("layer_input[1]")])
-    base = package.spec.base_model.model_copy(update={"architecture": "Other"})
+    base = package.spec.base_model.model_copy(update={"model_type": "other"})
     other = SteeringPackage(package.spec.model_copy(update={"base_model": base}), package.tensors)
-    with pytest.raises(ModelMismatch, match="architecture"):
+    with pytest.raises(ModelMismatch, match="model_type"):
         attached(llama, other, tmp_path)
-    monkeypatch.setenv("STEERBRIDGE_IGNORE", "architecture")
+    monkeypatch.setenv("STEERBRIDGE_IGNORE", "model_type")
     attached(llama, other, tmp_path)
 
 
