@@ -179,6 +179,7 @@ def test_whatever_may_change_an_answer_asks_again(tmp_path):
         (Asking(store=store), Source("s", model, package, ignore=("vocab_size",))),
         (Asking(7, store=store), Source("s", model)),
         (Asking(store=Store(tmp_path, "another")), Source("s", model)),
+        (Asking(store=store), Source("s", model, identity="another server")),
     ]
     for turn in range(2):
         for asking, source in asks:
@@ -538,7 +539,9 @@ def test_servers_are_measured(tmp_path, prompts, smollm2_path):
         command = ["eval", "--url", guarded.url, "--data", data, "--max-new-tokens", NEW]
         alone = json.loads(cli(*command, "--json").splitlines()[-1])
         command += ["--baseline-url", f"{bare.url}/v1", "--rows", rows, "--concurrency", 2]
+        command += ["--cache", tmp_path / "answers"]
         found = json.loads(cli(*command, "--json").splitlines()[-1])
+        assert json.loads(cli(*command, "--json").splitlines()[-1]) == found
     assert (alone["asr_unsteered"], alone["harmless_identical"]) == (None, None)
     assert found["asr_unsteered"] == 1.0
     assert found["asr_steered"] == alone["asr_steered"] < 1.0

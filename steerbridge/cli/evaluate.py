@@ -78,12 +78,11 @@ def evaluate(
     if url:
         if compare:
             raise DataError(Problem("--compare", "a package, whose probe is left out", "--url"))
-        steered, plain = _server(url, concurrency), None
-        if baseline_url:
-            plain = Source("unsteered", _server(baseline_url, concurrency))
+        steered = _server("steered", url, concurrency)
+        plain = _server("unsteered", baseline_url, concurrency) if baseline_url else None
         if cache:
-            asking = replace(asking, store=Store(cache, f"{url}|{baseline_url}"))
-        found = measure.rows(prompts, plain, Source("steered", steered), asking)
+            asking = replace(asking, store=Store(cache, "http"))
+        found = measure.rows(prompts, plain, steered, asking)
         about: dict[str, Any] = {"package": None, "runtime": "http", "model": url}
         about["quantisation"] = "unknown"
     else:
@@ -132,9 +131,8 @@ def _prompts(paths: Sequence[Path], corpus: str, limit: int) -> list[Example]:
     return prompts
 
 
-def _server(url: str, concurrency: int) -> Client:
-    address, _, name = url.partition("#")
-    return Client(address, name, concurrency=concurrency)
+def _server(name: str, url: str, concurrency: int) -> Source:
+    return Source(name, Client.named(url, concurrency), identity=url)
 
 
 def _compared(

@@ -30,7 +30,8 @@ Tell = Callable[[str, int, int], None]  # (what, done, total)
 
 @dataclass(frozen=True, slots=True)
 class Store:
-    """A folder of answers. `identity` says which model in which runtime gave them."""
+    """A folder of answers. `identity` says which model in which runtime gave them; a source that
+    is another one has an identity of its own."""
 
     folder: Path
     identity: str
@@ -39,7 +40,7 @@ class Store:
         """The file for these prompts; anything that may change an answer changes its name."""
         package = source.package
         key = {
-            "identity": self.identity,
+            "identity": [self.identity, source.identity],
             "package": None if package is None else package.sha256,
             "system": source.system,
             "ignore": sorted(source.ignore),
@@ -52,13 +53,17 @@ class Store:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What answers: a model as it is, with a package, or with a system message before prompts."""
+    """What answers: a model as it is, with a package, or with a system message before prompts.
+
+    `identity` tells sources apart that differ in none of these: two servers.
+    """
 
     name: str
     model: Answering
     package: SteeringPackage | None = None
     system: str | None = None
     ignore: tuple[str, ...] = ()
+    identity: str = ""
 
 
 @dataclass(frozen=True, slots=True)

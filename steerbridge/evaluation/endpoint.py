@@ -50,6 +50,12 @@ class Client:
         )
         self._model, self._concurrency = model, concurrency
 
+    @classmethod
+    def named(cls, address: str, concurrency: int) -> Client:
+        """A client from one word: an address, with the name of a model behind `#` or not."""
+        url, _, model = address.partition("#")
+        return cls(url, model, concurrency=concurrency)
+
     def generate(
         self,
         prompts: Sequence[Example],

@@ -101,8 +101,7 @@ def named(name: str, concurrency: int = 4) -> Judge:
     if name == "matcher":
         return Matcher()
     if name.startswith(("http://", "https://")):
-        url, _, model = name.partition("#")
-        return Model(Client(url, model, concurrency=concurrency), name)
+        return Model(Client.named(name, concurrency), name)
     module, _, function = name.partition(":")
     try:
         return Function(name, getattr(import_module(module), function))
