@@ -165,9 +165,8 @@ class LlamaCppModel:
         Raises:
             DataError: a prompt does not fit the context.
         """
-        attached = nullcontext() if package is None else steer(self.llama, package, ignore=ignore)
         answers = []
-        with attached as session:
+        with self._attached(package, ignore) as session:
             for prompt in prompts:
                 tokens = self._evaluated(prompt)
                 self._check_room(tokens, max_new_tokens)
@@ -178,6 +177,9 @@ class LlamaCppModel:
                 if progress:
                     progress(len(answers), len(prompts))
         return answers
+
+    def _attached(self, package: SteeringPackage | None, ignore: Sequence[str]) -> Any:
+        return nullcontext() if package is None else steer(self.llama, package, ignore=ignore)
 
     def text_of(self, tokens: Sequence[int]) -> str:
         """The text of tokens; `Llama.detokenize` drops every token of more than 32 bytes."""
@@ -225,9 +227,8 @@ class LlamaCppModel:
         target = self.llama.tokenize(answer.encode(), add_bos=False, special=False)
         if not target:
             raise DataError(Problem("answer", "a text with tokens", repr(answer)))
-        attached = nullcontext() if package is None else steer(self.llama, package, ignore=ignore)
         found = np.empty((len(prompts), len(target)))
-        with attached:
+        with self._attached(package, ignore):
             for i, prompt in enumerate(prompts):
                 tokens = self._evaluated(prompt)
                 self._check_room(tokens, len(target))
