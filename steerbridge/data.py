@@ -11,7 +11,9 @@ the file. `system` may hold a system message, `group` name what prompts are held
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import mimetypes
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -176,6 +178,12 @@ def read_images(directory: Path) -> list[Example]:
         want = "images in the folders harmful and harmless"
         raise DataError(Problem("directory", want, "none"), directory)
     return examples
+
+
+def as_url(image: Path) -> str:
+    """An image file as a `data:` URL."""
+    kind = mimetypes.guess_type(image.name)[0] or "image/png"
+    return f"data:{kind};base64,{base64.b64encode(image.read_bytes()).decode()}"
 
 
 def from_corpus(split: str) -> list[Example]:

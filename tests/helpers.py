@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -131,6 +132,22 @@ def fitted(
         assert steered.outcome.fired == prompt.harmful
         assert (steered.tokens != unsteered.tokens) == prompt.harmful
     return guard, answers
+
+
+def drawn_guard(
+    folder: Path, files: Mapping[str, Path], new: int
+) -> tuple[Path, list[Example], list[Generation]]:
+    """A guard of four drawings for the demo model in llama.cpp: its file, the prompts with them,
+    and the model's answers with it."""
+    from steerbridge_demo.guard import guard_examples
+    from steerbridge_llama_cpp import open_model
+
+    prompts = guard_examples(folder, "test", per_kind=2, kinds=("image",))
+    model = open_model(files["text_f32"], mmproj=files["mmproj_f32"], n_ctx=512)
+    readings = [reading("layer_input[18]"), reading("layer_input[8]", IMAGE)]
+    guard, answers = fitted(model, prompts, readings, new)
+    model.llama.close()
+    return guard.save(folder / "guard.gguf"), prompts, answers
 
 
 def corpus_prompts(count: int = 6) -> list[Example]:

@@ -118,6 +118,17 @@ def test_a_model_behind_an_address_judges(server):
         judge(["q"], ["a"])
 
 
+def test_pictures_are_sent_to_servers(server, tmp_path):
+    url, got, said = server
+    said[:] = [(200, "hello", {})]
+    (tmp_path / "a.jpg").write_bytes(b"picture")
+    example = Example("q", True, images=(tmp_path / "a.jpg",))
+    Client(url).generate([example], None, max_new_tokens=3)
+    picture, text = got[0]["messages"][-1]["content"]
+    assert picture["image_url"]["url"] == "data:image/jpeg;base64,cGljdHVyZQ=="
+    assert text == {"type": "text", "text": "q"}
+
+
 def test_a_server_s_verdicts_are_read(server):
     url, got, said = server
     outcome = Outcome((verdict(0.75),), ("r",))

@@ -11,7 +11,6 @@ import requests
 
 import helpers
 import servers
-from helpers import IMAGE, reading
 
 pytest.importorskip("llama_cpp")
 pytest.importorskip("fastapi")
@@ -19,8 +18,6 @@ pytest.importorskip("torch")
 pytest.importorskip("playwright")
 
 from playwright.sync_api import expect, sync_playwright
-
-import steerbridge_llama_cpp
 
 pytestmark = [
     pytest.mark.llama_cpp,
@@ -36,17 +33,7 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--
 @pytest.fixture(scope="module")
 def pictured(tmp_path_factory, demo_files):
     """A guard of four drawings, and the drawings."""
-    from steerbridge_demo.guard import guard_examples
-
-    folder = tmp_path_factory.mktemp("page")
-    prompts = guard_examples(folder, "test", per_kind=2, kinds=("image",))
-    model = steerbridge_llama_cpp.open_model(
-        demo_files["text_f32"], mmproj=demo_files["mmproj_f32"], n_ctx=512
-    )
-    readings = [reading("layer_input[18]"), reading("layer_input[8]", IMAGE)]
-    guard, answers = helpers.fitted(model, prompts, readings, NEW)
-    model.llama.close()
-    return guard.save(folder / "guard.gguf"), prompts, answers
+    return helpers.drawn_guard(tmp_path_factory.mktemp("page"), demo_files, NEW)
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ import requests
 
 import helpers
 import servers
-from helpers import IMAGE, reading
+from helpers import reading
 
 pytest.importorskip("llama_cpp")
 pytest.importorskip("fastapi")
@@ -297,16 +297,7 @@ def test_images_for_a_model_without_eyes(served, tmp_path):
 
 
 def test_images_reach_the_model(tmp_path, demo_files):
-    from steerbridge_demo.guard import guard_examples
-
-    prompts = guard_examples(tmp_path, "test", per_kind=2, kinds=("image",))
-    model = steerbridge_llama_cpp.open_model(
-        demo_files["text_f32"], mmproj=demo_files["mmproj_f32"], n_ctx=512
-    )
-    readings = [reading("layer_input[18]"), reading("layer_input[8]", IMAGE)]
-    guard, answers = helpers.fitted(model, prompts, readings, NEW)
-    model.llama.close()
-    path = guard.save(tmp_path / "guard.gguf")
+    path, prompts, answers = helpers.drawn_guard(tmp_path, demo_files, NEW)
     options = ("--package", path, "--model", demo_files["text_f32"], "--context", 512)
     vision = ("--mmproj", demo_files["mmproj_f32"], "--max-pixels", 100_000)
     with running(tmp_path, *options, *vision) as url:

@@ -6,15 +6,13 @@ one only the answers are known.
 
 from __future__ import annotations
 
-import base64
-import mimetypes
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
 
+from steerbridge import data
 from steerbridge.data import Example
 from steerbridge.errors import EndpointFailed, RuntimeMissing, UnsupportedFeature
 from steerbridge.package import SteeringPackage
@@ -125,10 +123,5 @@ class Client:
 def _content(prompt: Example) -> Any:
     if not prompt.images:
         return prompt.text
-    pictures = [{"type": "image_url", "image_url": {"url": _url(p)}} for p in prompt.images]
+    pictures = [{"type": "image_url", "image_url": {"url": data.as_url(p)}} for p in prompt.images]
     return [*pictures, {"type": "text", "text": prompt.text}]
-
-
-def _url(path: Path) -> str:
-    kind = mimetypes.guess_type(path.name)[0] or "image/png"
-    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"

@@ -5,13 +5,12 @@ The HTML file holds its plots, pictures and style; nothing is fetched, nothing r
 
 from __future__ import annotations
 
-import base64
-import mimetypes
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from steerbridge import data
 from steerbridge.atomic import replacing
 from steerbridge.errors import DataError, Problem, RuntimeMissing
 from steerbridge.evaluation import plots
@@ -261,7 +260,4 @@ def _stopped(row: Mapping[str, Any]) -> bool:
 
 def _picture(path: Path) -> str | None:
     """A picture as a `data:` URL; None if it is gone."""
-    if not path.is_file():
-        return None
-    kind = mimetypes.guess_type(path.name)[0] or "image/png"
-    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+    return data.as_url(path) if path.is_file() else None
