@@ -19,17 +19,10 @@ from typing import Any
 
 from PIL import Image
 
+import steerbridge
 import steerbridge_demo
-import steerbridge_hf
-import steerbridge_llama_cpp
-from steerbridge.cli.common import smollm2, steps
-from steerbridge.cli.generate import side_by_side
-from steerbridge.cli.inspect import sheet
-from steerbridge.data import Example, folds, from_corpus
-from steerbridge.evaluation import measure
-from steerbridge.evaluation.answers import Asking
-from steerbridge.package import load
-from steerbridge.training.recipe import TrainSettings, train
+from steerbridge import Evaluation, Example, TrainSettings
+from steerbridge.data import folds
 from steerbridge_demo import gguf_files
 from steerbridge_demo.guard import guard_examples
 
@@ -52,12 +45,12 @@ def main() -> None:
 
 def text() -> dict[str, Any]:
     """First act: a guard for text."""
-    hf = steerbridge_hf.open_model(smollm2())
-    known = from_corpus("train")
+    hf = steerbridge.open_model("hf", "smollm2")
+    known = steerbridge.corpus_examples("train")
     # Half of the prompts (both sides of a pair, or none): enough to see how it works.
     examples = [e for e, fold in zip(known, folds(known, 2, 0), strict=True) if fold == 0]
     path = trained(hf, examples, "smollm2-demo")
-    llama = steerbridge_llama_cpp.open_model(smollm2(), n_ctx=1024)
+    llama = steerbridge.open_model("llama.cpp", "smollm2", n_ctx=1024)
     return shown(path, {"transformers": hf, "llama.cpp": llama}, PROMPTS)
 
 
@@ -69,8 +62,8 @@ def images() -> dict[str, Any]:
     # a single odd one decides where a threshold is.
     path = trained(hf, examples, "demo-vlm", target_fpr={"*": 0.04})
     files = gguf_files.kept(CACHE / "models")
-    llama = steerbridge_llama_cpp.open_model(
-        files["text_q4_1"], mmproj=files["mmproj_f32"], n_ctx=1024
+    llama = steerbridge.open_model(
+        "llama.cpp", files["text_q4_1"], mmproj=files["mmproj_f32"], n_ctx=1024
     )
     asked = [(PROMPTS[2].text, PROMPTS[-1].text)]
     prompts = [
@@ -86,26 +79,43 @@ def images() -> dict[str, Any]:
 def trained(hf: Any, examples: Sequence[Example], name: str, **settings: Any) -> Path:
     """A package trained on the examples, as a directory and as one GGUF file."""
     print(f"training {name} on {len(examples)} prompts", file=sys.stderr)
-    chosen = TrainSettings(name=name, **settings)
-    package = train(hf, examples, chosen, CACHE / f"{name}-states", steps())
+    package = steerbridge.train(
+        hf,
+        examples,
+        TrainSettings(name=name, **settings),
+        workdir=CACHE / f"{name}-states",
+        progress=Steps(),
+    )
     package.save(CACHE / name)
     return package.save(CACHE / f"{name}.gguf")
 
 
 def shown(path: Path, models: dict[str, Any], prompts: Sequence[Example]) -> dict[str, Any]:
     """Every prompt in every runtime, side by side; what is left for the last line."""
-    package = load(path)
-    print(sheet(package))
-    rows = {
-        name: measure.run(model, package, prompts, Asking(max_new_tokens=40))
+    package = steerbridge.load(path)
+    print(steerbridge.describe(package))
+    evaluations = {
+        name: steerbridge.evaluate(model, package, prompts, max_new_tokens=40)
         for name, model in models.items()
     }
     for i, prompt in enumerate(prompts):
         for image in prompt.images:
             print("\n" + drawn(image), end="")
-        for name, found in rows.items():
-            print("\n".join(side_by_side(found[i], name)))
-    return summary(path, rows)
+        for name, evaluation in evaluations.items():
+            print(evaluation.rows[i].describe(name))
+    return summary(path, evaluations)
+
+
+class Steps:
+    """Says on standard error which step of the training has begun."""
+
+    def __init__(self) -> None:
+        self.step = ""
+
+    def __call__(self, step: str, done: int, total: int) -> None:  # noqa: ARG002
+        if step != self.step:
+            print(f"  {step}", file=sys.stderr, flush=True)
+        self.step = step
 
 
 def drawn(path: Path, width: int = 32) -> str:
@@ -126,16 +136,17 @@ def drawn(path: Path, width: int = 32) -> str:
     return "".join(lines)
 
 
-def summary(path: Path, rows: dict[str, list[measure.Row]]) -> dict[str, Any]:
+def summary(path: Path, evaluations: dict[str, Evaluation]) -> dict[str, Any]:
+    first = next(iter(evaluations.values()))
     return {
         "package": str(path),
-        "expected": [row.example.harmful for row in next(iter(rows.values()))],
+        "expected": [row.example.harmful for row in first.rows],
         **{
             name: {
-                "fired": [row.fired for row in found],
-                "harmless_identical": measure.summary(found)["harmless_identical"],
+                "fired": [row.fired for row in evaluation.rows],
+                "harmless_identical": evaluation.summary["harmless_identical"],
             }
-            for name, found in rows.items()
+            for name, evaluation in evaluations.items()
         },
     }
 

@@ -28,8 +28,8 @@ def loads(data: bytes, what: str) -> Any:
         )
         dumps(value)  # a lone surrogate escape parses but cannot be written back
     except (ValueError, RecursionError) as error:
-        found = "nesting too deep" if isinstance(error, RecursionError) else str(error)
-        raise BrokenPackage(Problem(what, "JSON in UTF-8", found)) from error
+        reason = "nesting too deep" if isinstance(error, RecursionError) else str(error)
+        raise BrokenPackage(Problem(what, "JSON in UTF-8", reason)) from error
     return value
 
 

@@ -52,16 +52,15 @@ def scores(
     readings = list(dict.fromkeys(r for p in package.spec.probes for r in p.readings))
     states = np.empty((len(examples), len(readings), model.facts.hidden_size), np.float32)
     model.capture(examples, readings, states, progress)
-    found = {}
+    by_probe = {}
     for probe in package.spec.probes:
         x = np.stack([states[:, readings.index(r)] for r in probe.readings], axis=1)
-        found[probe.id] = reference.score_readings(probe, package.tensors, x)
-    return found
+        by_probe[probe.id] = reference.score_readings(probe, package.tensors, x)
+    return by_probe
 
 
 def fit(
     model: LoadedModel,
-    runtime: str,
     package: SteeringPackage,
     examples: Sequence[Example],
     target: Mapping[str, float],
@@ -83,17 +82,17 @@ def fit(
     harmful = np.array([e.harmful for e in examples], bool)
     if harmful.all():
         raise DataError(Problem("examples", "harmless prompts to calibrate on", "none"))
-    found = scores(model, package, examples, progress)
+    scored = scores(model, package, examples, progress)
     kinds = [e.kind for e in examples]
     part = {kind: share / len(package.spec.probes) for kind, share in target.items()}
     fitted: dict[str, float] = {}
     evidence: dict[str, Any] = {}
     for probe in package.spec.probes:
-        values = found[probe.id]
+        values = scored[probe.id]
         if not np.isfinite(values).all():
             raise DataError(Problem(f"scores of {probe.id}", "finite numbers", "NaN or infinity"))
         limit = _limit(probe, by_kind(values, kinds, ~harmful), part)
-        after = probe.model_copy(update={"threshold": limit})
+        after = probe.replace(threshold=limit)
         fitted[probe.id] = limit
         evidence[probe.id] = {
             "before": _rates(probe, values, kinds, harmful),
@@ -102,7 +101,7 @@ def fit(
         if baseline is not None:
             evidence[probe.id]["shift"] = _shift(probe, after, baseline[probe.id], values)
     return Calibration(
-        runtime=runtime,
+        runtime=model.runtime,
         quantisation=model.quantisation,
         thresholds=fitted,
         evidence={
@@ -121,8 +120,7 @@ def with_calibration(package: SteeringPackage, fitted: Calibration) -> SteeringP
         for c in package.spec.calibrations
         if (c.runtime, c.quantisation) != (fitted.runtime, fitted.quantisation)
     )
-    spec = package.spec.model_copy(update={"calibrations": (*kept, fitted)})
-    return SteeringPackage(spec, package.tensors)
+    return package.replace(calibrations=(*kept, fitted))
 
 
 def _limit(probe: Probe, harmless: Mapping[str, Scores], target: Mapping[str, float]) -> float:

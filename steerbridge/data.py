@@ -1,6 +1,6 @@
 """Prompts with labels: what training and evaluation read.
 
-A JSON Lines file holds one object a line, in one of two shapes:
+A JSON Lines file holds one object per line, in one of two shapes:
   {"prompt": "...", "harmful": true, "kind": "general", "images": ["a.png"]}
   {"harmful": "...", "harmless": "...", "image": "a.png"}        an aligned pair
 `harmful` of the first shape defaults to false, `kind` to "general", paths are relative to
@@ -49,7 +49,7 @@ class Example:
         return [*before, {"role": "user", "content": content}]
 
 
-def read(path: Path) -> list[Example]:
+def read_examples(path: str | Path) -> list[Example]:
     """Read examples from a file or directory of any kind that is known.
 
     `.jsonl`; `.csv` and `.tsv`; `.parquet`; the directory of a dataset that `datasets` saved to
@@ -60,6 +60,7 @@ def read(path: Path) -> list[Example]:
         RuntimeMissing: Parquet or a saved dataset without pyarrow (extra `eval`).
         FileNotFoundError: there is no such file.
     """
+    path = Path(path)
     if path.is_dir():
         if (path / "dataset_dict.json").is_file():
             want = "the folder of one of its splits"
@@ -125,9 +126,9 @@ def _examples(record: Any, path: Path, where: str, kind: str | None) -> Iterator
     if not isinstance(harmful, bool):
         raise DataError(Problem(f"{where}.harmful", "true or false", repr(harmful)), path)
     text = _text(record, "prompt", path, where)
-    found = kind or record.get("kind", "general")
+    kind = kind or record.get("kind", "general")
     pair, group, system = (_name(record, key, path, where) for key in ("pair", "group", "system"))
-    yield Example(text, harmful, found, pair, _images(record, path, where), group, system)
+    yield Example(text, harmful, kind, pair, _images(record, path, where), group, system)
 
 
 def _name(record: dict[str, Any], key: str, path: Path, where: str) -> str | None:
@@ -186,7 +187,7 @@ def as_url(image: Path) -> str:
     return f"data:{kind};base64,{base64.b64encode(image.read_bytes()).decode()}"
 
 
-def from_corpus(split: str) -> list[Example]:
+def corpus_examples(split: str) -> list[Example]:
     """The prompts shipped with Steerbridge, of one split (train, validation or test)."""
     from steerbridge import corpus
 
@@ -217,7 +218,7 @@ def folds(examples: Sequence[Example], count: int, seed: int) -> list[int]:
     """A fold 0..count-1 for each example; those of a group share one, and both sides of a pair
     without groups.
 
-    The fold hangs on the group, pair or text, not on the order, so adding data moves nothing.
+    Folds are derived from group, pair or text, so adding data reassigns nothing.
     """
     keys = (e.group or e.pair or e.text for e in examples)
     return [

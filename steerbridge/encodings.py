@@ -18,7 +18,6 @@ from safetensors import SafetensorError, safe_open
 
 from steerbridge import _json, gguf_file
 from steerbridge.errors import BrokenPackage, Problem
-from steerbridge.spec import SteeringSpec
 from steerbridge.tensors import STORAGE, Dtype, Tensor
 
 CONFIG_NAME: Final = "steering_config.json"
@@ -86,8 +85,8 @@ def _regular(path: Path) -> Path:
     if not path.is_file():
         raise BrokenPackage(Problem(path.name, "a file", "none"), path.parent)
     if path.name == CONFIG_NAME and path.stat().st_size > _json.MAX_BYTES:
-        found = f"{path.stat().st_size} bytes"
-        raise BrokenPackage(Problem(path.name, f"at most {_json.MAX_BYTES} bytes", found))
+        size = f"{path.stat().st_size} bytes"
+        raise BrokenPackage(Problem(path.name, f"at most {_json.MAX_BYTES} bytes", size))
     return path
 
 
@@ -157,11 +156,6 @@ def write_gguf(path: Path, spec: Any, tensors: Mapping[str, Tensor]) -> None:
 
 
 # ---------------------------------------------------------------- both
-
-
-def plain(spec: SteeringSpec) -> Any:
-    """The spec as plain JSON values: what was set, and nothing that was not."""
-    return spec.model_dump(mode="json", exclude_unset=True)
 
 
 def _dtype(name: str, tensor: str, path: Path) -> Dtype:

@@ -12,13 +12,13 @@ TOOLS: Final = ("steerbridge", "torch", "transformers", "llama-cpp-python", "ggu
 
 def versions() -> dict[str, str]:
     """Versions of Python and of what is installed of `TOOLS`."""
-    found = {"python": platform.python_version()}
+    known = {"python": platform.python_version()}
     for name in TOOLS:
         try:
-            found[name] = version(name)
+            known[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return known
 
 
 def machine() -> dict[str, Any]:

@@ -7,17 +7,18 @@ SteerbridgeError
 │   └── InvalidSpec            the spec or a tensor breaks a rule of the format
 ├── ModelMismatch              the package was made for another model
 ├── UnsupportedFeature         this runtime or mode cannot do what the package asks
-├── RuntimeMissing             an extra is not installed
+├── RuntimeMissing             an extra is not installed (also an ImportError)
 ├── SteeringFailed             steering could not be guaranteed, so generation stopped
 │   ├── RowMappingLost         a row of the batch cannot be tied to a request
 │   ├── HookLost               a hook did not run when it had to
 │   └── SteeredCache           a KV cache holds steered states of another request
 ├── ConversionError            an artifact cannot be converted
-│   ├── UnknownFormat          no format fits the files, or several do
-│   ├── UnreadableSource       a file is not a well-formed one of its format
-│   ├── Unanswered             the files leave something open that nobody said
-│   ├── NotRepresentable       the target has no counterpart for it
-│   └── WouldLose              the target cannot hold everything, and that was not allowed
+│   ├── UnknownFormat          no format matches the files, or several do
+│   ├── UnreadableSource       a file is malformed
+│   ├── MissingOption          a value that the files do not contain was not given
+│   ├── InvalidOption          an option is unknown, or its value is not valid
+│   ├── NotRepresentable       the format has no counterpart for a part
+│   └── WouldLose              the target cannot represent everything; needs permission
 ├── EndpointFailed             a server that was asked for answers gave none
 └── DataError                  prompts, datasets or captured arrays are unusable
 
@@ -102,14 +103,19 @@ class UnsupportedFeature(SteerbridgeError):
         self.instead = instead
 
 
-class RuntimeMissing(SteerbridgeError):
-    """A runtime's extra is not installed. `command` installs it."""
+class RuntimeMissing(SteerbridgeError, ImportError):
+    """A package that an optional part needs is not installed. `command` installs it."""
 
-    def __init__(self, name: str, extra: str) -> None:
-        self.command = f"pip install 'steerbridge[{extra}]'"
-        super().__init__(f"{name} is not installed; run: {self.command}")
+    def __init__(
+        self, name: str, extra: str, distribution: str = "steerbridge", reason: str = ""
+    ) -> None:
+        target = f"{distribution}[{extra}]" if extra else distribution
+        self.command = f"pip install '{target}'"
+        what = f"{name} cannot be used ({reason})" if reason else f"{name} is not installed"
+        super().__init__(f"{what}; run: {self.command}")
         self.name = name
         self.extra = extra
+        self.distribution = distribution
 
 
 class SteeringFailed(SteerbridgeError):
@@ -150,7 +156,7 @@ class ConversionError(SteerbridgeError):
 
 
 class UnknownFormat(ConversionError):
-    """No format fits, or several do; `known` lists the names to choose from."""
+    """No format matches, or several do; `known` lists the names to choose from."""
 
     def __init__(self, what: str, known: Sequence[str]) -> None:
         super().__init__(f"{what}; formats: {', '.join(known)}")
@@ -158,7 +164,7 @@ class UnknownFormat(ConversionError):
 
 
 class UnreadableSource(ConversionError):
-    """The files are not well-formed ones of their format. `problem` names the broken part."""
+    """A file is malformed. `problem` names the broken part."""
 
     def __init__(self, problem: Problem, path: Path) -> None:
         super().__init__(f"{path}: {problem}")
@@ -166,29 +172,44 @@ class UnreadableSource(ConversionError):
         self.path = path
 
 
-class Unanswered(ConversionError):
-    """The files of `format` do not say `ask`, and a guess could turn their meaning round."""
+class MissingOption(ConversionError):
+    """The files do not contain `option` and it was not given; guessing could invert the meaning."""
 
-    def __init__(self, format: str, ask: str, help: str) -> None:
-        super().__init__(f"{format}: {ask} is not in the files: {help}")
+    def __init__(self, format: str, option: str, help: str) -> None:
+        flag = f"--{option}" if option in ("base", "model") else f"--set {option}="
+        super().__init__(
+            f"{format}: {option} is not in the files and guessing wrong could invert the meaning; "
+            f"give {flag} ({help})"
+        )
         self.format = format
-        self.ask = ask
+        self.option = option
+
+
+class InvalidOption(ConversionError):
+    """`option` is unknown to `format`, or its value is not valid."""
+
+    def __init__(self, format: str, option: str, reason: str) -> None:
+        super().__init__(f"{format}: option {option}: {reason}")
+        self.format = format
+        self.option = option
 
 
 class NotRepresentable(ConversionError):
     """`format` has no counterpart for a part of the artifact."""
 
     def __init__(self, format: str, reason: str) -> None:
-        super().__init__(f"{format} cannot hold this: {reason}")
+        super().__init__(f"{format} cannot represent this: {reason}")
         self.format = format
         self.reason = reason
 
 
 class WouldLose(ConversionError):
-    """The target holds less than the source; nothing was written. `losses` says what, in words."""
+    """The target cannot represent everything; nothing was written. `losses` lists what."""
 
     def __init__(self, format: str, losses: Sequence[object]) -> None:
         lines = "".join(f"\n  - {loss}" for loss in losses)
-        super().__init__(f"{format} cannot hold everything (--allow-loss writes it):{lines}")
+        super().__init__(
+            f"{format} cannot represent everything (--allow-loss writes it anyway):{lines}"
+        )
         self.format = format
         self.losses = tuple(losses)

@@ -86,11 +86,11 @@ def check(want: BaseModelInfo, got: ModelFacts, ignore: Collection[str] = ()) ->
     for field in CHECKED:
         if field in ignore:
             continue
-        expected, found = getattr(want, field), getattr(got, field)
-        if expected is None or found is None:
+        expected, actual = getattr(want, field), getattr(got, field)
+        if expected is None or actual is None:
             unchecked.append(field)
-        elif expected != found:
-            problems.append(Problem(field, repr(expected), repr(found)))
+        elif expected != actual:
+            problems.append(Problem(field, repr(expected), repr(actual)))
     if problems:
         raise ModelMismatch(problems)
     return tuple(unchecked)

@@ -1,4 +1,4 @@
-"""What the header of a GGUF model says, in the words of a package's `base_model`."""
+"""The facts in the header of a GGUF model, under the names of a package's `base_model`."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def facts_of(metadata: Mapping[str, Any], path: Path) -> ModelFacts:
     numbers = [metadata.get(f"{architecture}.{key}") for key in ("embedding_length", "block_count")]
     tokens = metadata.get("tokenizer.ggml.tokens")
     if not all(isinstance(n, int) for n in numbers) or not tokens:
-        found = f"architecture {architecture!r}, width and blocks {numbers}"
-        raise DataError(Problem("metadata", "a language model with its vocabulary", found), path)
+        got = f"architecture {architecture!r}, width and blocks {numbers}"
+        raise DataError(Problem("metadata", "a language model with its vocabulary", got), path)
     template = metadata.get("tokenizer.chat_template")
     return ModelFacts(
         model_type=architecture,

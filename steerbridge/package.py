@@ -24,10 +24,10 @@ from steerbridge.errors import (
     InvalidSpec,
     PackageError,
     Problem,
-    RuntimeMissing,
     UnsupportedVersion,
 )
 from steerbridge.fingerprint import ModelFacts
+from steerbridge.registry import requires
 from steerbridge.spec import (
     SUPPORTED_MAJOR,
     ConstantStrength,
@@ -51,14 +51,14 @@ class SteeringPackage:
     path: Path | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
-        if found := [*spec_module.problems(self.spec), *_tensor_problems(self)]:
-            raise InvalidSpec(found, self.path)
+        if problems := [*spec_module.problems(self.spec), *_tensor_problems(self)]:
+            raise InvalidSpec(problems, self.path)
         object.__setattr__(self, "tensors", MappingProxyType(dict(self.tensors)))
 
     @property
     def sha256(self) -> str:
         """Hash of the spec and the tensors' bytes, the same for a directory and a GGUF file."""
-        digest = hashlib.sha256(_json.dumps(encodings.plain(self.spec)))
+        digest = hashlib.sha256(_json.dumps(self.spec.to_json()))
         for name, tensor in sorted(self.tensors.items()):
             digest.update(f"\0{name}\0{tensor.dtype}\0{tensor.shape}\0".encode())
             digest.update(np.ascontiguousarray(tensor.array).reshape(-1).view(np.uint8).data)
@@ -79,19 +79,31 @@ class SteeringPackage:
         A strength that follows a score acts as with a score of 1.
         """
         rules = tuple(
-            rule.model_copy(update={"condition": None, "strength": _constant(rule.strength)})
+            rule.replace(condition=None, strength=_constant(rule.strength))
             for rule in self.spec.rules
         )
-        spec = self.spec.model_copy(update={"probes": (), "rules": rules, "calibrations": ()})
-        return SteeringPackage(spec, self.tensors)
+        return self.replace(probes=(), rules=rules, calibrations=())
 
     def scaled(self, factor: float) -> SteeringPackage:
         """The package whose rules act `factor` times as strongly."""
         rules = tuple(
-            rule.model_copy(update={"strength": _times(rule.strength, factor)})
-            for rule in self.spec.rules
+            rule.replace(strength=_times(rule.strength, factor)) for rule in self.spec.rules
         )
-        return SteeringPackage(self.spec.model_copy(update={"rules": rules}), self.tensors)
+        return self.replace(rules=rules)
+
+    def replace(
+        self, *, tensors: Mapping[str, Tensor] | None = None, **changes: Any
+    ) -> SteeringPackage:
+        """A package in memory with other tensors or other fields of the spec.
+
+        Raises:
+            InvalidSpec: the result breaks a rule of the format.
+        """
+        try:
+            spec = self.spec.replace(**changes) if changes else self.spec
+        except ValidationError as error:
+            raise InvalidSpec([_problem(e) for e in error.errors()]) from error
+        return SteeringPackage(spec, self.tensors if tensors is None else tensors)
 
     def save(self, path: str | Path) -> Path:
         """Write a directory, or one GGUF file if the path ends in `.gguf`; return the path.
@@ -118,7 +130,7 @@ def _constant(strength: Strength) -> ConstantStrength:
 
 def _times(strength: Strength, factor: float) -> Strength:
     name = "scale" if isinstance(strength, ScoreStrength) else "value"
-    return strength.model_copy(update={name: getattr(strength, name) * factor})
+    return strength.replace(**{name: getattr(strength, name) * factor})
 
 
 def load(source: str | Path, *, revision: str | None = None) -> SteeringPackage:
@@ -215,7 +227,7 @@ def _save_gguf(package: SteeringPackage, target: Path) -> None:
     if target.is_dir():
         raise PackageError("a directory is in the way of the GGUF file", target)
     with replacing(target) as fresh:
-        encodings.write_gguf(fresh, encodings.plain(package.spec), package.tensors)
+        encodings.write_gguf(fresh, package.spec.to_json(), package.tensors)
         _compare(package, *encodings.read_gguf(fresh), target)
 
 
@@ -225,7 +237,7 @@ def _save_directory(package: SteeringPackage, target: Path) -> None:
         raise PackageError("exists and is not a steering package", target)
     with replacing(target) as fresh:
         fresh.mkdir()
-        encodings.write_directory(fresh, encodings.plain(package.spec), package.tensors)
+        encodings.write_directory(fresh, package.spec.to_json(), package.tensors)
         _compare(package, *encodings.read_directory(fresh), target)
         if target.exists():
             _carry_over(target, fresh)
@@ -242,16 +254,14 @@ def _carry_over(old: Path, new: Path) -> None:
 
 
 def _compare(package: SteeringPackage, raw: Any, tensors: dict[str, Tensor], path: Path) -> None:
-    if raw != encodings.plain(package.spec) or tensors != dict(package.tensors):
+    if raw != package.spec.to_json() or tensors != dict(package.tensors):
         raise BrokenPackage(Problem("written file", "what was saved", "something else"), path)
 
 
 def _download(source: str, revision: str | None) -> Path:
     if source.endswith(".gguf") or source.count("/") != 1 or source.startswith((".", "/", "~")):
         raise FileNotFoundError(f"no steering package at {source}")
-    try:
+    with requires("hf"):
         from huggingface_hub import snapshot_download
-    except ImportError as error:
-        raise RuntimeMissing("huggingface-hub", extra="hf") from error
     names = [encodings.CONFIG_NAME, encodings.TENSORS_NAME]
     return Path(snapshot_download(source, revision=revision, allow_patterns=names))

@@ -90,21 +90,21 @@ def rule_probes(spec: SteeringSpec, index: int) -> tuple[int, ...]:
 
 def _rules_by_depth(spec: SteeringSpec) -> dict[int, list[int]]:
     """Rules by the depth at which their last probe is known; -1 for those that need none."""
-    found: dict[int, list[int]] = defaultdict(list)
+    by_depth: dict[int, list[int]] = defaultdict(list)
     for i in range(len(spec.rules)):
-        found[max((_probe_depth(spec, p) for p in rule_probes(spec, i)), default=-1)].append(i)
-    return found
+        by_depth[max((_probe_depth(spec, p) for p in rule_probes(spec, i)), default=-1)].append(i)
+    return by_depth
 
 
 def _acts_by_depth(spec: SteeringSpec) -> dict[int, list[Act]]:
     index = {x.id: i for i, x in enumerate(spec.interventions)}
-    found: dict[int, list[Act]] = defaultdict(list)
+    by_depth: dict[int, list[Act]] = defaultdict(list)
     for r, rule in enumerate(spec.rules):
         for id in rule.interventions:
             x = spec.interventions[index[id]]
             if isinstance(x, HeadMatrix):
-                found[spec.base_model.num_layers + 1].append(Act(r, index[id], None))
+                by_depth[spec.base_model.num_layers + 1].append(Act(r, index[id], None))
                 continue
             for t, target in enumerate(x.targets):
-                found[spec.depth(target.site)].append(Act(r, index[id], t))
-    return found
+                by_depth[spec.depth(target.site)].append(Act(r, index[id], t))
+    return by_depth

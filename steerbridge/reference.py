@@ -107,10 +107,10 @@ def probe_input(
     parts = []
     for k, reading in enumerate(probe.readings):
         hidden = hidden_at(reading.site)
-        found = read(reading, hidden, image_rows_T)
-        if found is None:
-            found = _absent(probe, tensors, k, hidden.shape[1])
-        parts.append(found)
+        vector = read(reading, hidden, image_rows_T)
+        if vector is None:
+            vector = _absent(probe, tensors, k, hidden.shape[1])
+        parts.append(vector)
     return np.concatenate(parts)
 
 
@@ -225,9 +225,9 @@ def verdicts(package: SteeringPackage, inputs: Mapping[str, ArrayLike]) -> tuple
 # ---------------------------------------------------------------- rules
 
 
-def actions(spec: SteeringSpec, found: Sequence[Verdict]) -> tuple[Action, ...]:
+def actions(spec: SteeringSpec, verdicts: Sequence[Verdict]) -> tuple[Action, ...]:
     """What the rules switch on, in the order in which it applies at equal sites."""
-    by_id = {v.probe: v for v in found}
+    by_id = {v.probe: v for v in verdicts}
     return tuple(
         Action(rule.id, spec.intervention(id), strength(rule, by_id))
         for rule in spec.rules
@@ -236,19 +236,19 @@ def actions(spec: SteeringSpec, found: Sequence[Verdict]) -> tuple[Action, ...]:
     )
 
 
-def holds(rule: Rule, found: Mapping[str, Verdict]) -> bool:
+def holds(rule: Rule, verdicts: Mapping[str, Verdict]) -> bool:
     """Whether a rule's condition holds; a rule without one always does."""
     if rule.condition is None:
         return True
     combine = any if rule.condition.type == "any" else all
-    return combine(found[id].fired for id in rule.condition.probes)
+    return combine(verdicts[id].fired for id in rule.condition.probes)
 
 
-def strength(rule: Rule, found: Mapping[str, Verdict]) -> float:
+def strength(rule: Rule, verdicts: Mapping[str, Verdict]) -> float:
     """The factor on every intervention of a rule that holds."""
     if isinstance(rule.strength, ConstantStrength):
         return rule.strength.value
-    value = found[rule.strength.probe].score
+    value = verdicts[rule.strength.probe].score
     return rule.strength.scale * (value if math.isfinite(value) else 1.0)
 
 

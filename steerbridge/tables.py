@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from steerbridge import _json
-from steerbridge.errors import BrokenPackage, DataError, Problem, RuntimeMissing
+from steerbridge.errors import BrokenPackage, DataError, Problem
+from steerbridge.registry import requires
 
 
 def separated(path: Path) -> list[dict[str, Any]]:
@@ -34,10 +35,8 @@ def _typed(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _arrow(name: str) -> Any:
-    try:
+    with requires("eval"):
         return import_module(name)
-    except ImportError as error:
-        raise RuntimeMissing("pyarrow", extra="eval") from error
 
 
 def parquet(path: Path) -> list[dict[str, Any]]:

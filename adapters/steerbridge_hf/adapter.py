@@ -1,10 +1,10 @@
 """`steer`: attach a steering package to a transformers model.
 
-The road of one request: `generate` (or a bare forward call) opens `Requests` for its batch;
-the model's own pre-hook says which columns a forward pass covers; hooks on the planned
-sites read, decide and write; the model's post-hook refuses to return logits of a request
-that was not decided. Nothing here patches a class: only this model object is touched, and
-`Session.remove` undoes it.
+Request lifecycle: `generate` (or a bare forward call) opens `Requests` for its batch; a
+pre-hook on the model records which columns a forward pass covers; hooks on the planned sites
+read, decide and write; a post-hook on the model refuses to return logits of a request that
+was not decided. No class is patched: only this model object is changed, and `Session.remove`
+undoes it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from steerbridge_hf.request import Requests, Step
 from steerbridge_hf.sites import RUNTIME, facts, image_token, locate
 
 _OWNER = "_steerbridge_session"  # on the model: which session steers it
-_STEERED = "_steerbridge_steered"  # on a KV cache: its states were rewritten (survives a copy)
+_STEERED = "_steerbridge_steered"  # on a KV cache: its states were rewritten (kept by copies)
 
 OnOutcome = Callable[[tuple[Outcome, ...]], None]
 
@@ -61,7 +61,7 @@ def steer(
 
     Raises:
         ModelMismatch: the package was made for another model.
-        UnsupportedFeature: the model's parts cannot be found, or it is steered already.
+        UnsupportedFeature: the model's parts cannot be located, or it is steered already.
     """
     session = Session(model, package, tokenizer, ignore, on_outcome)
     session.apply()
@@ -81,17 +81,16 @@ class Session(Attachment):
     ) -> None:
         self._sites = locate(model)
         known = facts(self._sites.model, tokenizer)
-        self.unchecked = package.check(known, ignore)
-        self.package = package.calibrated(RUNTIME, quantisation(self._sites.model))
-        self.outcomes: tuple[Outcome, ...] = ()
-        """Outcomes of the last finished batch, one per prompt."""
+        self._unchecked = package.check(known, ignore)
+        self._package = package.calibrated(RUNTIME, quantisation(self._sites.model))
+        self._outcomes: tuple[Outcome, ...] = ()
         self._on_outcome = on_outcome
-        self._plan = plan(self.package.spec)
-        self._weights = Weights(self.package)
+        self._plan = plan(self._package.spec)
+        self._weights = Weights(self._package)
         self._handles: list[Any] = []
         self._replaced: dict[str, Any] = {}
         self._here = threading.local()  # each thread generates for its own requests
-        # Whose rows a KV cache holds that a bare forward call made.
+        # The requests whose rows a KV cache holds, for caches filled by bare forward calls.
         self._caches: WeakKeyDictionary[Any, Requests] = WeakKeyDictionary()
         self._signature = inspect.signature(self._sites.model.forward)
         self._image_token = image_token(self._sites.model.config)
@@ -99,8 +98,8 @@ class Session(Attachment):
             self._refuse_image_means()
 
     def _refuse_image_means(self) -> None:
-        """Which rows are an image's is not known: a reading of them would find none."""
-        for probe in self.package.spec.probes:
+        """Refuse readings of image rows: the model does not say which rows are an image's."""
+        for probe in self._package.spec.probes:
             for reading in probe.readings:
                 if isinstance(reading.position, ImageMean):
                     name = type(self._sites.model).__name__
@@ -109,9 +108,20 @@ class Session(Attachment):
                     )
 
     @property
+    def package(self) -> SteeringPackage:
+        return self._package
+
+    @property
+    def unchecked(self) -> tuple[str, ...]:
+        return self._unchecked
+
+    @property
+    def outcomes(self) -> tuple[Outcome, ...]:
+        return self._outcomes
+
+    @property
     def current(self) -> Outcome | None:
-        """The outcome of the first prompt of the batch that this thread generates for, once it is
-        known: for streamers."""
+        """See `Attachment`. Each thread generates for requests of its own."""
         requests: Requests | None = getattr(self._here, "requests", None)
         return requests.outcomes()[0] if requests is not None and requests.decided() else None
 
@@ -152,7 +162,7 @@ class Session(Attachment):
             ("init_continuous_batching", self._refuse_continuous_batching),
         ):
             if (original := getattr(model, name, None)) is not None:
-                if name in model.__dict__:  # somebody else's wrapper: put back by remove()
+                if name in model.__dict__:  # another library's wrapper: restored by remove()
                     self._replaced[name] = original
                 wrapped = functools.wraps(original)(functools.partial(wrapper, original))
                 object.__setattr__(model, name, wrapped)
@@ -249,14 +259,16 @@ class Session(Attachment):
             images = (ids == self._image_token).cpu()
         elif ids is not None and self._image_token is None:
             images = torch.zeros(mask.shape, dtype=torch.bool)
-        return Requests(self.package, self._plan, self._weights, mask.detach().cpu().bool(), images)
+        return Requests(
+            self._package, self._plan, self._weights, mask.detach().cpu().bool(), images
+        )
 
     def _refuse_modes(self, arguments: dict[str, Any]) -> None:
         config = arguments.get("generation_config") or self._sites.model.generation_config
         for name, idle in (("guidance_scale", 1), ("assistant_early_exit", None)):
             value = arguments.get(name, getattr(config, name, None))
             if value is not None and value != idle:
-                # Both run this model a second time, in passes that belong to no request.
+                # Both run extra forward passes of this model that belong to no request.
                 raise UnsupportedFeature(RUNTIME, f"{name}={value}")
 
     def _refuse_continuous_batching(self, original: Any, *args: Any, **kwargs: Any) -> Any:
@@ -274,9 +286,9 @@ class Session(Attachment):
     def _finish(self, requests: Requests) -> None:
         if not requests.decided():
             raise HookLost("generation ended without a verdict: the hooks did not run")
-        self.outcomes = requests.outcomes()
+        self._outcomes = requests.outcomes()
         if self._on_outcome is not None:
-            self._on_outcome(self.outcomes)
+            self._on_outcome(self._outcomes)
 
     # -------------------------------------------------------- one forward pass
 
@@ -367,9 +379,9 @@ class Session(Attachment):
 class _Guard:
     """A logits processor that stops generation when a forward pass was not watched.
 
-    Compiled code that was traced before `apply` runs without hooks; this is what notices. The
-    logits of column c come from a pass that covered c, so c + 1 columns must have been seen
-    (assisted decoding asks for several columns of one pass).
+    It detects compiled code that was traced before `apply` and so runs without hooks. The logits
+    of column c come from a pass that covered c, so c + 1 columns must have been seen (assisted
+    decoding asks for several columns of one pass).
     """
 
     def __init__(self, requests: Requests, given: int) -> None:
@@ -398,7 +410,7 @@ class _StopGuard(_Guard, StoppingCriteria):
 
 
 def _drop_compiled_code() -> None:
-    """Have torch.compile trace again: code traced before knows nothing of hooks (or still does)."""
+    """Have torch.compile trace again: code traced earlier has the wrong set of hooks."""
     if "torch._dynamo" in sys.modules:  # nothing was compiled before it is imported
         torch.compiler.reset()
 
@@ -410,10 +422,10 @@ def quantisation(model: Any) -> str:
 
 
 def _cache_among(values: Iterable[Any]) -> Any:
-    """The KV cache among arguments or outputs, known by what it can do.
+    """The KV cache among arguments or outputs, recognised by its method `get_seq_length`.
 
-    Not by its name: transformers 5.24 renamed `past_key_values` to `cache`, and a cache that is
-    overlooked makes every token look like a prompt.
+    Not by its name: transformers 5.24 renamed `past_key_values` to `cache`, and if a cache is
+    missed, every token is taken for a prompt.
     """
     return next((v for v in values if hasattr(v, "get_seq_length")), None)
 

@@ -1,4 +1,4 @@
-"""From scores to decisions, in torch: which rules hold, with what strength, and what is told.
+"""From scores to decisions, in torch: which rules hold, their strengths, and the outcome.
 
 Shapes: B requests that are decided together.
 """
@@ -45,7 +45,7 @@ def decide(
 def outcome(
     spec: SteeringSpec, scores: Mapping[int, Tensor], held: Mapping[int, Tensor], row: int
 ) -> Outcome:
-    """What is told of one of the requests; every probe has its scores."""
+    """The outcome of one of the requests, once every probe has its scores."""
     verdicts = tuple(
         Verdict(
             probe.id,

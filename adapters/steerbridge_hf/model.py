@@ -104,6 +104,10 @@ class HfModel:
             tokenizer.pad_token = tokenizer.eos_token
 
     @property
+    def runtime(self) -> str:
+        return RUNTIME
+
+    @property
     def facts(self) -> ModelFacts:
         return facts(self.model, self.tokenizer)
 
@@ -126,8 +130,8 @@ class HfModel:
         if self.tokenizer.chat_template is None:
             if prompt.system is not None:
                 raise UnsupportedFeature(RUNTIME, "a system message: there is no chat template")
-            plain: list[int] = self.tokenizer(prompt.text)["input_ids"]
-            return plain
+            unformatted: list[int] = self.tokenizer(prompt.text)["input_ids"]
+            return unformatted
         text = self.tokenizer.apply_chat_template(
             prompt.messages(prompt.text), tokenize=False, add_generation_prompt=True
         )
@@ -149,7 +153,7 @@ class HfModel:
                 )
             )
             pictures.append([_picture(path) for path in prompt.images])
-        found = self.processor(
+        inputs = self.processor(
             text=texts,
             images=pictures,
             padding=True,
@@ -157,7 +161,7 @@ class HfModel:
             add_special_tokens=False,
             return_tensors="pt",
         )
-        return dict(found.to(self.model.device))
+        return dict(inputs.to(self.model.device))
 
     def _batches(
         self, prompts: Sequence[Example], behind: Sequence[int] = ()
@@ -225,7 +229,7 @@ class HfModel:
                 for i, tokens, outcome in zip(index, new, outcomes, strict=True):
                     answers[i] = self._generation(tokens, outcome)
                 if progress:
-                    progress(len(answers), len(prompts))
+                    progress("generate", len(answers), len(prompts))
         return [answers[i] for i in range(len(prompts))]
 
     def _attached(self, package: SteeringPackage | None, ignore: Sequence[str]) -> Any:
@@ -240,14 +244,14 @@ class HfModel:
         package: SteeringPackage | None,
         ignore: Sequence[str] = (),
     ) -> NDArray[np.float64]:
-        """Log-probability [N, T] of each token of a forced answer (nats), judged and steered as
-        a generation of it would be.
+        """Log-probability [N, T] of each token of a forced answer (nats), probed and steered
+        exactly as if it were generated.
 
         Raises:
             DataError: the answer has no tokens.
         """
         target = self._tokens_of(answer, "answer")
-        found = np.empty((len(prompts), len(target)))
+        likelihoods = np.empty((len(prompts), len(target)))
         with self._attached(package, ignore), torch.inference_mode():
             for index, batch in self._batches(prompts):
                 forced = _Forced(target)
@@ -258,8 +262,8 @@ class HfModel:
                     pad_token_id=self.tokenizer.pad_token_id,
                     logits_processor=LogitsProcessorList([forced]),
                 )
-                found[index] = torch.stack(forced.seen, 1).cpu().numpy()
-        return found
+                likelihoods[index] = torch.stack(forced.seen, 1).cpu().numpy()
+        return likelihoods
 
     def _tokens_of(self, answer: str, what: str) -> list[int]:
         tokens: list[int] = self.tokenizer(answer, add_special_tokens=False)["input_ids"]
@@ -299,7 +303,7 @@ class HfModel:
                     out[index, k] = _take(reading, states, mask, images).cpu().numpy()
             done += len(index)
             if progress:
-                progress(done, len(prompts))
+                progress("capture", done, len(prompts))
 
     @contextmanager
     def _states(
@@ -320,8 +324,8 @@ class HfModel:
         yield states
 
     def _positioned(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The batch with positions that padding does not count in, as `generate` makes them: a
-        bare call counts it, which shows where positions are learnt (GPT-2, OPT)."""
+        """The batch with position ids that skip padding, as `generate` makes them. A bare call
+        counts padding, which changes results with learned positions (GPT-2, OPT)."""
         takes = inspect.signature(self.model.forward).parameters
         if "position_ids" not in takes or has_vision(self.model.config):
             return batch
@@ -343,12 +347,12 @@ class HfModel:
         )
         done = 0
         for index, batch in self._batches(prompts, behind=target[:-1]):
-            with self._states(batch, [reading], keep=len(target)) as found:
-                (h,) = found.values()
+            with self._states(batch, [reading], keep=len(target)) as captured:
+                (h,) = captured.values()
                 states[index] = h.float().cpu().numpy()
             done += len(index)
             if progress:
-                progress(done, len(prompts))
+                progress("refusal states", done, len(prompts))
         return states, np.asarray(target)
 
     def output_head(self) -> OutputHead:
@@ -364,7 +368,7 @@ class HfModel:
 
 
 class _Forced(LogitsProcessor):
-    """Makes every row say the same tokens, and keeps how likely each was."""
+    """Forces the same tokens in every row, and records the log-probability of each."""
 
     def __init__(self, target: Sequence[int]) -> None:
         self._target = target
@@ -397,7 +401,7 @@ def _keeper(states: dict[int, Tensor], depth: int) -> Any:
 
 def _take(reading: Reading, states: dict[int, Tensor], mask: Tensor, images: Tensor) -> Tensor:
     """One reading [B, D] of a left-padded batch; NaN for an image where there is none."""
-    # The head is the deepest site there is, whatever the number of blocks.
+    # The head is the deepest site, whatever the number of blocks.
     h = states[max(states) if isinstance(reading.site, HeadInput) else _depth(reading, 0)]
     if isinstance(reading.position, PromptEnd):
         offset = reading.position.offset

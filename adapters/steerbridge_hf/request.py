@@ -1,4 +1,4 @@
-"""What is known of the requests in one batch: prompt ends, readings, scores, strengths.
+"""State of the requests in one batch: prompt ends, readings, scores, strengths.
 
 Columns count tokens of the padded batch from the left, cached ones included, so a forward
 pass covers columns start..start+Q-1 whatever the cache holds.
@@ -90,7 +90,7 @@ class Requests:
             self._decide(rule)
 
     def begin(self, step: Step) -> None:
-        """Check that everything the probes read will be evaluated; called per forward pass."""
+        """Check that every row the probes read will be evaluated; called per forward pass."""
         if self.first is None:
             self.first = step.start
             self._check_cached_prefix(step.start)
@@ -101,7 +101,7 @@ class Requests:
             )
 
     def closes(self, step: Step) -> bool:
-        """True if this pass holds the prompt end of every row (and with it every reading)."""
+        """True if this pass holds the prompt end of every row, and so completes every reading."""
         return step.start <= int(self.ends.min()) and int(self.ends.max()) < step.stop
 
     def _check_cached_prefix(self, start: int) -> None:
@@ -147,8 +147,8 @@ class Requests:
         position = self.package.spec.probes[probe].readings[index].position
         key = (probe, index)
         if isinstance(position, PromptEnd):
-            found = columns[None] == (self.ends + position.offset)[:, None]  # [B, Q]
-            inside = found.any(dim=1)
+            wanted = columns[None] == (self.ends + position.offset)[:, None]  # [B, Q]
+            inside = wanted.any(dim=1)
             if closes and key not in self.read and not bool(inside.all()):
                 raise RowMappingLost(f"the rows of {position} were not in the batch")
             if key not in self.read:
@@ -156,11 +156,11 @@ class Requests:
                     (len(self.mask), h.shape[-1]), math.nan, device=h.device
                 )
             rows = inside.nonzero()[:, 0]
-            self.read[key][rows] = h[rows, found[rows].int().argmax(dim=1)].float()
+            self.read[key][rows] = h[rows, wanted[rows].int().argmax(dim=1)].float()
             return
         mask = self._images() if isinstance(position, ImageMean) else self.mask
         part = mask[:, columns[columns < self.prompt]].to(h.device)
-        # float64 where the device has it, so that the order of chunks does not show
+        # float64 where the device supports it, so that the order of chunks has no effect
         wide = torch.float32 if h.device.type == "mps" else torch.float64
         total = (h[:, : part.shape[1]].to(wide) * part[..., None]).sum(dim=1)
         self.read[key] = self.read.get(key, 0) + total
@@ -191,7 +191,7 @@ class Requests:
             self.active[index] = held.nonzero()[:, 0]
 
     def _act(self, stop: Stop, h: Tensor, columns: Tensor) -> Tensor:
-        """Rewrite the rows of requests whose rule holds; the others keep their very bits."""
+        """Rewrite the rows of requests whose rule holds; the other rows are bit-identical."""
         spec = self.package.spec
         changed = h
         for act in stop.acts:

@@ -1,4 +1,4 @@
-"""Where the sites of the spec are in a transformers model, found by its own accessors."""
+"""Locates the sites of a spec in a transformers model, through its own accessors."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def locate(model: Any) -> Sites:
     """Find decoder blocks and output embedding of a causal (or vision-) language model.
 
     Raises:
-        UnsupportedFeature: not a generating decoder, or its parts cannot be found for certain.
+        UnsupportedFeature: not a generating decoder, or its parts cannot be located unambiguously.
     """
     inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT
     if not isinstance(inner, PreTrainedModel) or not isinstance(inner, GenerationMixin):
@@ -85,8 +85,8 @@ def has_vision(config: Any) -> bool:
 def image_token(config: Any) -> int | None:
     """The token id that stands for rows of an image in a prompt; None for a text model."""
     for name in ("image_token_id", "image_token_index"):
-        if (found := getattr(config, name, None)) is not None:
-            return int(found)
+        if (token := getattr(config, name, None)) is not None:
+            return int(token)
     # Chameleon keeps it in its map of token names.
     names = getattr(config, "vocabulary_map", None) or {}
     return names.get("<image>")

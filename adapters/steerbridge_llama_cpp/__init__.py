@@ -4,16 +4,27 @@ llama = SteeredLlama("model.gguf", package="guard.gguf")
 llama.create_chat_completion(messages)["steering"]
 """
 
-try:
-    import llama_cpp  # noqa: F401
-except ImportError as error:
-    from steerbridge.errors import RuntimeMissing
+from typing import TYPE_CHECKING
 
-    raise RuntimeMissing("llama-cpp-python", extra="llama-cpp") from error
+from steerbridge.registry import lazy
 
-from steerbridge_llama_cpp.context import SteeredContext
-from steerbridge_llama_cpp.llama import SteeredLlama, steer
-from steerbridge_llama_cpp.model import LlamaCppModel, open_model
-from steerbridge_llama_cpp.session import Session
+if TYPE_CHECKING:
+    from steerbridge_llama_cpp.context import SteeredContext
+    from steerbridge_llama_cpp.llama import SteeredLlama, steer
+    from steerbridge_llama_cpp.model import LlamaCppModel, open_model
+    from steerbridge_llama_cpp.session import Session
 
 __all__ = ["LlamaCppModel", "Session", "SteeredContext", "SteeredLlama", "open_model", "steer"]
+
+__getattr__ = lazy(
+    __name__,
+    {
+        "LlamaCppModel": "steerbridge_llama_cpp.model",
+        "Session": "steerbridge_llama_cpp.session",
+        "SteeredContext": "steerbridge_llama_cpp.context",
+        "SteeredLlama": "steerbridge_llama_cpp.llama",
+        "open_model": "steerbridge_llama_cpp.model",
+        "steer": "steerbridge_llama_cpp.llama",
+    },
+    extra="llama-cpp",
+)

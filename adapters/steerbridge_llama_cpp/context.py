@@ -1,11 +1,11 @@
-"""A llama.cpp context with a package inside: for decoding loops of your own.
+"""A steered llama.cpp context, for decoding loops of your own.
 
     context = SteeredContext(package, model=model, params=params)
     context.begin(seq, n_cached, n_prompt)     for each request
     context.decode(batch)                      any rows of any sequences
     context.outcome(seq)                       once its prompt has ended
 
-`Llama` keeps such a context when it is steered (see `session.py`).
+A steered `Llama` has such a context (see `session.py`).
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from steerbridge_llama_cpp.facts import facts_for, quantisation
 from steerbridge_llama_cpp.native import RUNTIME, NativeSession, Shape
 
 REQUIRES: Final = ((0, 3, 36), (0, 4))
-"""Versions of llama-cpp-python, from and below: its internals are what is steered."""
+"""Range of llama-cpp-python versions [low, high): steering depends on its internals."""
 
 
 class SteeredContext(internals.LlamaContext):
-    """A `LlamaContext` whose batches, and cuts of whose KV cache, libsteerhook knows.
+    """A `LlamaContext` that reports its batches and KV cache edits to libsteerhook.
 
     Args:
         package: checked against the model; thresholds calibrated for its quantisation under
@@ -40,12 +40,12 @@ class SteeredContext(internals.LlamaContext):
             sequences the KV cache must be unified.
         ignore: names of base-model fields that may differ (see `fingerprint.CHECKED`).
         after_batch: called after every batch that was decoded.
-        keep_rows: keep what means need of a prompt's rows (4 bytes a row, reading and unit of
-            width), so that a later prompt may begin with them.
+        keep_rows: keep the values of prompt rows that means read (4 bytes per row, reading and
+            hidden unit), so that a later prompt may begin with these rows.
 
     Raises:
         ModelMismatch: the package was made for another model.
-        UnsupportedFeature: a site that llama.cpp does not show, a KV cache that is not
+        UnsupportedFeature: a site that llama.cpp does not expose, a KV cache that is not
             unified, an encoder, another version of llama-cpp-python.
     """
 
@@ -60,7 +60,7 @@ class SteeredContext(internals.LlamaContext):
         keep_rows: bool = False,
         verbose: bool = False,
     ) -> None:
-        self._exit_stack = contextlib.ExitStack()  # what __del__ needs if this is refused
+        self._exit_stack = contextlib.ExitStack()  # used by __del__ if this raises
         check_version()
         if params.n_seq_max > 1 and not params.kv_unified:
             raise UnsupportedFeature(
@@ -78,7 +78,7 @@ class SteeredContext(internals.LlamaContext):
             _n_ubatch(params),
             params.n_seq_max,
         )
-        # Held here because the callback uses it as long as the context lives.
+        # Kept alive here: the callback uses it as long as the context lives.
         self.native = NativeSession(self.package, shape, llama_cpp.llama_cpp._lib)
         if keep_rows:
             self.native.keep_rows()
@@ -92,10 +92,10 @@ class SteeredContext(internals.LlamaContext):
         self._check_ubatch(shape)
 
     def _check_ubatch(self, shape: Shape) -> None:
-        found = llama_cpp.llama_n_ubatch(self.ctx)
-        if found != shape.n_ubatch:
+        n_ubatch = llama_cpp.llama_n_ubatch(self.ctx)
+        if n_ubatch != shape.n_ubatch:
             self.close()  # type: ignore[no-untyped-call]
-            raise UnsupportedFeature(RUNTIME, f"n_ubatch {shape.n_ubatch} became {found}")
+            raise UnsupportedFeature(RUNTIME, f"n_ubatch {shape.n_ubatch} became {n_ubatch}")
 
     # -------------------------------------------------------- requests
 
@@ -109,7 +109,7 @@ class SteeredContext(internals.LlamaContext):
         self.native.begin(seq, n_cached, n_prompt)
 
     def copy(self, source: int, target: int) -> None:
-        """The request of `source` as it stands also for `target`; copy the KV cache yourself."""
+        """Copy the state of a request to another sequence; the caller copies the KV cache."""
         self.native.copy(source, target)
 
     def end(self, seq: int) -> None:
@@ -117,12 +117,12 @@ class SteeredContext(internals.LlamaContext):
         self.native.end(seq)
 
     def outcome(self, seq: int) -> Outcome | None:
-        """What was decided for the latest request of a sequence; None before its prompt ended."""
+        """Outcome of the latest request of a sequence; None before its prompt has ended."""
         return self.native.outcome(seq)
 
     @property
     def failed(self) -> bool:
-        """True if a batch went wrong, or was interrupted: only `recover` helps."""
+        """True if a batch failed or was interrupted: `recover` is required."""
         return self._decoding or self.native.failed
 
     def recover(self) -> None:
@@ -131,7 +131,7 @@ class SteeredContext(internals.LlamaContext):
         self.kv_cache_clear()
 
     def forget(self) -> None:
-        """Forget every request and any failure: the cache holds rows of none of them."""
+        """Forget every request and any failure; rows in the cache belong to no request."""
         self.native.clear()
         self._decoding = False
 
@@ -151,8 +151,8 @@ class SteeredContext(internals.LlamaContext):
         """`llama_decode` of a `LlamaBatch`, steered.
 
         Raises:
-            SteeringFailed: a row belongs to no request or a node was not seen. No logits of
-                this batch may be used; `recover` before the next.
+            SteeringFailed: a row belongs to no request, or a node was not evaluated. No logits
+                of this batch may be used; `recover` before the next.
             RuntimeError: llama_decode failed.
         """
         if self.native.is_paused:
@@ -171,7 +171,7 @@ class SteeredContext(internals.LlamaContext):
 
         Args:
             image: the rows are tokens of an image, which `image_mean` reads.
-            decode: returns 0 or an error code, which is handed on.
+            decode: returns 0 or an error code, which is returned.
 
         Raises:
             SteeringFailed: as `decode`.
@@ -181,7 +181,7 @@ class SteeredContext(internals.LlamaContext):
 
     def _watched(self, decode: Callable[[], int]) -> int:
         """Run `decode` for the batch that was begun."""
-        self._decoding = True  # until all of it went well
+        self._decoding = True  # until all of it has succeeded
         if code := decode():
             self.native.batch_cancel()
             self._decoding = False
@@ -208,12 +208,12 @@ class SteeredContext(internals.LlamaContext):
         return removed
 
     def kv_cache_seq_cp(self, seq_id_src: int, seq_id_dst: int, p0: int, p1: int) -> None:
-        """Copies cells, not the request: `copy` or `begin` says whose rows they are.
+        """Copies cells, not the request: call `copy` or `begin` for the target's request.
 
-        What is known of steered rows goes with the cells.
+        Which rows were steered is copied with the cells.
         """
         super().kv_cache_seq_cp(seq_id_src, seq_id_dst, p0, p1)
-        with contextlib.suppress(RowMappingLost):  # no open request: the mark was taken over
+        with contextlib.suppress(RowMappingLost):  # no open request: first_steered was copied
             self.native.copy(seq_id_src, seq_id_dst)
         self.native.end(seq_id_dst)
 
@@ -229,28 +229,28 @@ class SteeredContext(internals.LlamaContext):
 
 
 def _n_ubatch(params: Any) -> int:
-    """Rows of a micro-batch as llama.cpp settles them; the context is asked again when it is."""
+    """Rows of a micro-batch as llama.cpp will set them; checked once the context exists."""
     n_batch = min(params.n_batch, params.n_ctx or params.n_batch)
     return int(min(params.n_ubatch or n_batch, n_batch))
 
 
 def check_version() -> None:
-    """Raise UnsupportedFeature for a version of llama-cpp-python that was not made for."""
-    found = version("llama-cpp-python")
-    numbers = tuple(int(part) for part in found.split(".")[:3] if part.isdecimal())
+    """Raise UnsupportedFeature for an unsupported version of llama-cpp-python."""
+    installed = version("llama-cpp-python")
+    numbers = tuple(int(part) for part in installed.split(".")[:3] if part.isdecimal())
     low, high = REQUIRES
     if not low <= numbers < high:
         want = f">={'.'.join(map(str, low))},<{'.'.join(map(str, high))}"
-        raise UnsupportedFeature(RUNTIME, f"llama-cpp-python {found}", f"install {want}")
+        raise UnsupportedFeature(RUNTIME, f"llama-cpp-python {installed}", f"install {want}")
 
 
 def set_lora(context: Any, adapter: Any, scale: float) -> None:
     """Put a LoRA adapter on a context.
 
     Raises:
-        SteeringFailed: llama.cpp refused it.
+        SteeringFailed: llama.cpp refuses it.
     """
     adapters = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(adapter)
     scales = (ctypes.c_float * 1)(scale)
     if llama_cpp.llama_set_adapters_lora(context.ctx, adapters, 1, scales):
-        raise SteeringFailed("llama.cpp did not take the LoRA adapter again")
+        raise SteeringFailed("llama.cpp refused the LoRA adapter for the new context")

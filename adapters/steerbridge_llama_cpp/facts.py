@@ -1,4 +1,4 @@
-"""What a llama.cpp model says of itself: fingerprint and quantisation."""
+"""Fingerprint and quantisation of a llama.cpp model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def facts(model: Any) -> ModelFacts:
 
 
 def facts_for(model: Any, base: BaseModelInfo) -> ModelFacts:
-    """The facts with the package's own word for the architecture if it means the same graph."""
+    """The facts, with the package's name for the architecture if both name the same graph."""
     return gguf_model.in_words_of(base, facts(model))
 
 

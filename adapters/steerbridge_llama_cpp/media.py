@@ -1,10 +1,10 @@
-"""Prompts with images: what libmtmd decodes by itself, and the session must know of.
+"""Prompts with images: libmtmd decodes them itself, so its calls are reported to the tracker.
 
 A chat handler of llama_cpp turns a prompt into chunks (`mtmd_tokenize`), evaluates chunks of
-text through `Llama.eval` and has libmtmd decode the embeddings of images straight on the
+text through `Llama.eval` and has libmtmd decode the embeddings of images directly on the
 context (`mtmd_helper_eval_chunk_single`). `WatchedMtmd` is the module `llama_cpp.mtmd_cpp` with
-these two calls reported to the session; `MediaPrompts` evaluates prompts without a handler's
-sampling.
+these two calls reported to the request tracker; `MediaPrompts` evaluates prompts without a
+handler's sampling.
 """
 
 from __future__ import annotations
@@ -16,36 +16,36 @@ from pathlib import Path
 from typing import Any
 
 from steerbridge.errors import DataError, Problem, UnsupportedFeature
+from steerbridge_llama_cpp._tracker import RequestTracker
 from steerbridge_llama_cpp.native import RUNTIME
-from steerbridge_llama_cpp.session import Session
 
 PART_TYPES = ("text", "image_url")
 
 
 class WatchedMtmd:
-    """`llama_cpp.mtmd_cpp` for one session: all of it, with two calls reported."""
+    """All of `llama_cpp.mtmd_cpp`, with two calls reported to a request tracker."""
 
-    def __init__(self, module: Any, session: Session) -> None:
+    def __init__(self, module: Any, tracker: RequestTracker) -> None:
         self._module = module
-        self._session = session
+        self._tracker = tracker
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)
 
     def mtmd_tokenize(self, context: Any, chunks: Any, *rest: Any) -> int:
-        """See libmtmd; the rows of all chunks are the session's next prompt."""
+        """See libmtmd; the rows of all chunks are the next prompt."""
         code: int = self._module.mtmd_tokenize(context, chunks, *rest)
         if code == 0:
-            self._session.announce(sum(map(self._rows, each_chunk(self._module, chunks))))
+            self._tracker.announce(sum(map(self._rows, each_chunk(self._module, chunks))))
         return code
 
     def mtmd_helper_eval_chunk_single(
         self, context: Any, llama_context: Any, chunk: Any, *rest: Any
     ) -> int:
-        """See libmtmd; the rows are counted, and seen by the hook."""
+        """See libmtmd; the rows are counted, and pass through the hook."""
         module = self._module
         kind = module.mtmd_input_chunk_get_type(chunk)
-        return self._session.decode_media(
+        return self._tracker.decode_media(
             self._rows(chunk),
             kind == module.MTMD_INPUT_CHUNK_TYPE_IMAGE,
             lambda: int(module.mtmd_helper_eval_chunk_single(context, llama_context, chunk, *rest)),
@@ -62,7 +62,7 @@ class WatchedMtmd:
 
 
 def each_chunk(mtmd: Any, chunks: Any) -> Iterator[Any]:
-    """The chunks of a prompt, one after the other."""
+    """The chunks of a prompt, in order."""
     for i in range(mtmd.mtmd_input_chunks_size(chunks)):
         yield mtmd.mtmd_input_chunks_get(chunks, i)
 
@@ -73,12 +73,12 @@ def is_media_handler(handler: Any) -> bool:
 
 
 @contextlib.contextmanager
-def watched(handler: Any, session: Session) -> Iterator[None]:
-    """While this lasts, the session knows what `handler` has libmtmd decode."""
+def watched(handler: Any, tracker: RequestTracker) -> Iterator[None]:
+    """Within this context, the tracker is told what `handler` has libmtmd decode."""
     module = handler._mtmd_cpp
-    handler._mtmd_cpp = WatchedMtmd(module, session)
+    handler._mtmd_cpp = WatchedMtmd(module, tracker)
     try:
-        with session.media():
+        with tracker.media():
             yield
     finally:
         handler._mtmd_cpp = module
@@ -100,7 +100,7 @@ def check_parts(messages: Sequence[Any], handler: Any) -> None:
 
 
 class MediaPrompts:
-    """Evaluates prompts with images on a `Llama`, whose `generate` then goes on from there.
+    """Evaluates prompts with images on a `Llama`; its `generate` then continues from there.
 
     Args:
         llama: an open model; steered or not.
@@ -116,17 +116,17 @@ class MediaPrompts:
         """Clear the cache and evaluate a rendered prompt, whose markers stand for the images
         (files, or their bytes).
 
-        Returns its token ids (0 for the rows of an image): what `Llama.generate` must be given
-        to go on without evaluating anything again.
+        Returns its token ids (0 for the rows of an image). Given these, `Llama.generate`
+        continues without evaluating anything again.
 
         Raises:
-            DataError: an image that cannot be read, markers that are not as many as the images,
-                a prompt that does not fit the context.
+            DataError: an image that cannot be read, a number of markers other than that of
+                images, a prompt that does not fit the context.
         """
-        session = self.llama.__dict__.get("steering_session")
+        tracker = self.llama.__dict__.get("_steering_tracker")
         with contextlib.ExitStack() as stack:
-            if session is not None:
-                stack.enter_context(watched(self.handler, session))
+            if tracker is not None:
+                stack.enter_context(watched(self.handler, tracker))
             chunks = self._chunks(text, images, stack)
             self.llama.reset()
             self.llama._ctx.kv_cache_clear()
@@ -171,8 +171,8 @@ class MediaPrompts:
             self.handler.mtmd_ctx, chunks, ctypes.byref(prompt), array, len(bitmaps)
         )
         if code:
-            found = f"{text.count(self.marker)} markers (libmtmd: {code})"
-            raise DataError(Problem("prompt", f"{len(bitmaps)} image markers", found))
+            markers = f"{text.count(self.marker)} markers (libmtmd: {code})"
+            raise DataError(Problem("prompt", f"{len(bitmaps)} image markers", markers))
         rows = mtmd.mtmd_helper_get_n_tokens(chunks)
         if rows > self.llama.n_ctx():
             raise DataError(Problem("prompt", f"{self.llama.n_ctx()} tokens at most", str(rows)))

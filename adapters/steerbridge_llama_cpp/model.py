@@ -36,7 +36,7 @@ def open_model(
 
     Args:
         mmproj: the GGUF file of its vision tower, for prompts with images.
-        n_ctx: longest prompt with its answer, in tokens; 0: as long as the model was made for.
+        n_ctx: longest prompt with its answer, in tokens; 0: the model's trained context length.
         options: passed on to `llama_cpp.Llama`.
 
     Raises:
@@ -61,6 +61,10 @@ class LlamaCppModel:
         self._render = _chat_formatter(llama)
         handler = self.llama.chat_handler
         self._media = MediaPrompts(llama, handler) if is_media_handler(handler) else None
+
+    @property
+    def runtime(self) -> str:
+        return RUNTIME
 
     @property
     def facts(self) -> ModelFacts:
@@ -89,7 +93,7 @@ class LlamaCppModel:
         )
 
     def _text(self, prompt: Example) -> Any:
-        """The rendered prompt, a marker before its text for each image."""
+        """The rendered prompt, with a marker before its text for each image."""
         markers = self._images.marker * len(prompt.images) if prompt.images else ""
         return self._rendered(prompt.messages(markers + prompt.text))
 
@@ -112,13 +116,13 @@ class LlamaCppModel:
         """A prompt's token ids, its rows evaluated on an empty cache if it has images."""
         if prompt.images:
             return self._images.evaluate(self._text(prompt).prompt, prompt.images)
-        self.llama.reset()  # the same batches, whatever came before
+        self.llama.reset()  # the same batches whatever the cache held
         return self.render(prompt)
 
     def evaluated_chat(
         self, messages: Sequence[dict[str, Any]], images: Sequence[bytes] = (), prompt: str = ""
     ) -> list[int]:
-        """Token ids for `Llama.generate`: of a chat, or of a prompt that is taken as it is.
+        """Token ids for `Llama.generate`: of a chat, or of a prompt used verbatim.
 
         Without images nothing is evaluated yet, so that cached prefixes are used. Parts of the
         type `image` in the messages stand for the images, in order.
@@ -175,7 +179,7 @@ class LlamaCppModel:
                 text = self.text_of(answer[: -1 if finish == "stop" else None])
                 answers.append(Generation(text, tuple(answer), finish, outcome))
                 if progress:
-                    progress(len(answers), len(prompts))
+                    progress("generate", len(answers), len(prompts))
         return answers
 
     def _attached(self, package: SteeringPackage | None, ignore: Sequence[str]) -> Any:
@@ -186,15 +190,15 @@ class LlamaCppModel:
         return b"".join(map(self.piece, tokens)).decode("utf-8", "replace")
 
     def piece(self, token: int) -> bytes:
-        """The bytes of a token, which may be a part of a character; none of a special one."""
+        """The bytes of a token, possibly part of a character; empty for a special token."""
         size = 32
         while True:
             buffer = ctypes.create_string_buffer(size)
             vocab = self.llama._model.vocab
-            found = llama_cpp.llama_token_to_piece(vocab, token, buffer, size, 0, False)
-            if found >= 0:
-                return buffer.raw[:found]
-            size = -found  # what it takes
+            length = llama_cpp.llama_token_to_piece(vocab, token, buffer, size, 0, False)
+            if length >= 0:
+                return buffer.raw[:length]
+            size = -length  # the size it needs
 
     def ends_turn(self, token: int) -> bool:
         """Whether generation ends with this token."""
@@ -218,8 +222,8 @@ class LlamaCppModel:
         package: SteeringPackage | None,
         ignore: Sequence[str] = (),
     ) -> NDArray[np.float64]:
-        """Log-probability [N, T] of each token of a forced answer (nats), judged and steered as
-        a generation of it would be.
+        """Log-probability [N, T] of each token of a forced answer (nats), probed and steered
+        exactly as if it were generated.
 
         Raises:
             DataError: the answer has no tokens, or does not fit the context behind a prompt.
@@ -227,7 +231,7 @@ class LlamaCppModel:
         target = self.llama.tokenize(answer.encode(), add_bos=False, special=False)
         if not target:
             raise DataError(Problem("answer", "a text with tokens", repr(answer)))
-        found = np.empty((len(prompts), len(target)))
+        likelihoods = np.empty((len(prompts), len(target)))
         with self._attached(package, ignore):
             for i, prompt in enumerate(prompts):
                 tokens = self._evaluated(prompt)
@@ -235,9 +239,9 @@ class LlamaCppModel:
                 if not prompt.images:
                     self.llama.eval(tokens)
                 for t, token in enumerate(target):
-                    found[i, t] = self.log_probability(token)
+                    likelihoods[i, t] = self.log_probability(token)
                     self.llama.eval([token])
-        return found
+        return likelihoods
 
     def log_probability(self, token: int) -> float:
         """Of a token, from the logits of the last row."""
@@ -254,27 +258,27 @@ class LlamaCppModel:
     ) -> None:
         """Fill out[i, k] with reading k of prompt i ([N, K, D]); NaN where there is no image.
 
-        The readings are those of a package without rules, so they are taken by the very code
-        that takes them when it steers.
+        The readings are those of a package without rules, so the same code takes them as when
+        steering.
         """
         package = _reader(self.facts, readings)
         of_image = [isinstance(r.position, ImageMean) for r in readings]
-        with steer(self.llama, package) as session:
+        with steer(self.llama, package):
+            native = self.llama._ctx.native
             for i, prompt in enumerate(prompts):
                 tokens = self._evaluated(prompt)
                 self._check_room(tokens, 0)
                 if not prompt.images:
                     self.llama.eval(tokens)
-                found = [session.context.native.readings(0, p.id) for p in package.spec.probes]
-                out[i] = np.concatenate(found)
+                out[i] = np.concatenate([native.readings(0, p.id) for p in package.spec.probes])
                 if not prompt.images:
                     out[i, of_image] = np.nan
                 if progress:
-                    progress(i + 1, len(prompts))
+                    progress("capture", i + 1, len(prompts))
 
 
 def _reader(known: ModelFacts, readings: Sequence[Reading]) -> SteeringPackage:
-    """A package that reads and does nothing: probes with zero weights and no rules."""
+    """A package that only reads: probes with zero weights, and no rules."""
     groups = list(_groups(readings, READINGS_PER_PROBE))
     zeros = np.zeros(READINGS_PER_PROBE * known.hidden_size, np.float32)
     probes = tuple(

@@ -85,7 +85,7 @@ class _RuleState(ctypes.Structure):
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What a session must know of its context, in llama.cpp's words."""
+    """What a session must know of its context, by llama.cpp's names."""
 
     n_embd: int
     n_layer: int
@@ -102,7 +102,9 @@ def library_path() -> Path:
     path = Path(__file__).with_name(_NAME)
     if not path.is_file():
         raise UnsupportedFeature(
-            RUNTIME, f"{path.name} was not built", "reinstall steerbridge where a C compiler is"
+            RUNTIME,
+            f"{path.name} was not built",
+            "reinstall steerbridge on a machine with a C compiler",
         )
     return path
 
@@ -151,10 +153,10 @@ def library() -> Any:
 
 
 def _load_package(package: SteeringPackage) -> int:
-    """Hand a package to the library in the one encoding it reads.
+    """Pass a package to the library, as a GGUF file.
 
-    The package in memory is what was checked, so it is written out afresh rather than read
-    again from where it came from. The library maps the file, which may then go.
+    The package in memory was checked, so it is written to a new file instead of read again from
+    its source. The library maps the file, which may be deleted afterwards.
     """
     error = ctypes.create_string_buffer(512)
     with tempfile.TemporaryDirectory(prefix="steerbridge-") as folder:
@@ -169,7 +171,7 @@ class NativeSession:
     """A `steerhook_session` and the package it runs, freed together.
 
     Raises:
-        UnsupportedFeature: the package needs a site that llama.cpp does not show.
+        UnsupportedFeature: the package needs a site that llama.cpp does not expose.
     """
 
     def __init__(self, package: SteeringPackage, shape: Shape, ggml: Any) -> None:
@@ -210,7 +212,7 @@ class NativeSession:
 
     @property
     def failed(self) -> bool:
-        """True after an error in a batch: only `clear` helps."""
+        """True after an error in a batch: `clear` is required."""
         return bool(self._library.steerhook_session_status(self._session))
 
     # -------------------------------------------------------- requests
@@ -228,7 +230,7 @@ class NativeSession:
         self._check(self._library.steerhook_request_end(self._session, seq))
 
     def keep_rows(self) -> None:
-        """Keep what means need of prompts, so that later ones may begin with cached rows."""
+        """Keep the values that means read, so that later prompts may begin with cached rows."""
         self._check(self._library.steerhook_keep_rows(self._session, False))
 
     def kept_rows(self, seq: int) -> int:
@@ -236,7 +238,7 @@ class NativeSession:
         return int(self._library.steerhook_kept_rows(self._session, seq))
 
     def first_steered(self, seq: int) -> int | None:
-        """First row in the cache of a sequence that was steered at a layer, if there is one."""
+        """First row in the cache of a sequence that was steered at a layer; None: none was."""
         row: int = self._library.steerhook_first_steered(self._session, seq)
         return None if row < 0 else row
 
@@ -259,7 +261,7 @@ class NativeSession:
         self._check(self._library.steerhook_batch_begin(self._session, ctypes.byref(ours)))
 
     def rows_begin(self, rows: int, image: bool) -> None:
-        """Announce rows of sequence 0 none of which is an output."""
+        """Announce rows of sequence 0, none of which is an output."""
         ours = self._batch
         none = (c_int8 * rows)()
         ours.n_tokens, ours.n_seq_id, ours.seq_id = rows, None, None
@@ -275,24 +277,23 @@ class NativeSession:
     # -------------------------------------------------------- results
 
     def outcome(self, seq: int) -> Outcome | None:
-        """What was decided for the latest request of a sequence; None until all is decided."""
+        """Outcome of the latest request of a sequence; None until every rule is decided."""
         rules = (_RuleState * max(self._rules, 1))()
         self._count(self._library.steerhook_rules(self._session, seq, rules, self._rules))
-        found = (_Verdict * max(len(self._probes), 1))()
+        verdicts = (_Verdict * max(len(self._probes), 1))()
         known = self._count(
-            self._library.steerhook_verdicts(self._session, seq, found, len(self._probes))
+            self._library.steerhook_verdicts(self._session, seq, verdicts, len(self._probes))
         )
         decided = all(rules[i].decided for i in range(self._rules))
         if known < len(self._probes) or not decided:
             return None
-        verdicts = tuple(self._verdict(found[i]) for i in range(known))
         fired = (rules[i].rule.decode() for i in range(self._rules) if rules[i].fired)
-        return Outcome(verdicts, tuple(fired))
+        return Outcome(tuple(self._verdict(verdicts[i]) for i in range(known)), tuple(fired))
 
-    def _verdict(self, found: Any) -> Verdict:
-        name = found.probe.decode()
+    def _verdict(self, verdict: Any) -> Verdict:
+        name = verdict.probe.decode()
         comparator = self._probes[name].comparator
-        return Verdict(name, found.score, found.threshold, comparator, found.fired)
+        return Verdict(name, verdict.score, verdict.threshold, comparator, verdict.fired)
 
     def readings(self, seq: int, probe: str) -> NDArray[np.float64]:
         """What a probe of the latest request read, [K, D] before standardisation.

@@ -1,4 +1,4 @@
-"""llama-cpp-python's OpenAI-compatible server with a package inside.
+"""llama-cpp-python's OpenAI-compatible server, steered by a package.
 
     python -m steerbridge_llama_cpp.server --package guard.gguf --model model.gguf
 
@@ -24,18 +24,18 @@ try:
 except ImportError as error:
     raise RuntimeMissing("llama-cpp-python[server]", extra="serve") from error
 
-_ANSWERS = "completions"  # how the paths end whose answers are tagged
+_ANSWERS = "completions"  # suffix of the paths whose answers get the field `steering`
 
 
 def serve_steered(package: SteeringPackage) -> None:
-    """Have every Llama of this process, which is the server's, carry the package.
+    """Attach the package to every `Llama` of this process, which is the server's.
 
-    The server makes its models by the name `llama_cpp.Llama` and calls methods of that class by
-    name, so the class is what must be another one.
+    The server looks up `llama_cpp.Llama` by name, both to open models and to call methods of the
+    class, so the class itself is replaced.
     """
 
     class Llama(SteeredLlama):
-        """What the server opens, with the package of this process."""
+        """The class that the server opens, with the package of this process."""
 
         def __init__(self, model_path: str, **options: Any) -> None:
             super().__init__(model_path, package=package, **options)
@@ -45,10 +45,10 @@ def serve_steered(package: SteeringPackage) -> None:
 
 
 def _keep_unknown_fields(routes: list[Any]) -> None:
-    """Have answers keep fields that OpenAI's types, their response models, do not know."""
+    """Drop the response models of the routes: they would remove the field `steering`."""
     for i, route in enumerate(routes):
         if route.path.endswith(_ANSWERS):
-            routes[i] = type(route)(  # of the server's own class, which words its errors
+            routes[i] = type(route)(  # the server's own class, which formats its errors
                 route.path,
                 route.endpoint,
                 methods=route.methods,
@@ -58,7 +58,7 @@ def _keep_unknown_fields(routes: list[Any]) -> None:
 
 
 def main() -> None:
-    """Load the package, then hand over to llama-cpp-python's own command line."""
+    """Load the package, then run llama-cpp-python's own command line."""
     parser = argparse.ArgumentParser(description=__doc__, add_help=False)
     parser.add_argument("--package", required=True)
     options, rest = parser.parse_known_args()

@@ -2,9 +2,16 @@
 
 `convert(source, target, to=...)` reads any format into a steering package and writes any other.
 One module per tool; formats are found through the entry points `steerbridge.formats`, so a
-third party can add one. What a format cannot hold is a list of `Loss`, refused unless allowed.
+third party can add one. What a format cannot represent is a list of `Loss`, refused unless allowed.
 """
 
-from steerbridge_convert.conversion import Report, convert, read
+from typing import TYPE_CHECKING
 
-__all__ = ["Report", "convert", "read"]
+from steerbridge.registry import lazy
+
+if TYPE_CHECKING:
+    from steerbridge_convert.conversion import convert, read
+
+__all__ = ["convert", "read"]
+
+__getattr__ = lazy(__name__, dict.fromkeys(__all__, "steerbridge_convert.conversion"))

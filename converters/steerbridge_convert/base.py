@@ -1,4 +1,4 @@
-"""The base model of an artifact whose files do not say it: read from that model's own files."""
+"""Facts about the base model, read from that model's own files when an artifact lacks them."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from pathlib import Path
 
 from steerbridge import encodings, gguf_model
 from steerbridge.errors import DataError
-from steerbridge.formats import unreadable
+from steerbridge.format import unreadable
 from steerbridge.package import load
 from steerbridge.spec import BaseModelInfo
 from steerbridge_convert import files
 
 
 def base_model(path: Path) -> BaseModelInfo:
-    """What a model directory (`config.json`), a GGUF model or a steering package says.
+    """Read the facts from a model directory (`config.json`), GGUF model or steering package.
 
     Raises:
-        UnreadableSource: the path is none of them.
-        FileNotFoundError: there is nothing.
+        UnreadableSource: the path is none of these.
+        FileNotFoundError: the path does not exist.
     """
     if not path.exists():
         raise FileNotFoundError(f"no model at {path}")

@@ -1,4 +1,4 @@
-"""`steerbridge convert` and `steerbridge formats`, found through the entry points of commands."""
+"""The commands `steerbridge convert` and `steerbridge formats`."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from steerbridge.cli import common
+from steerbridge import command_line
+from steerbridge.conversion import ConversionReport
 from steerbridge.errors import DataError, Problem, SteerbridgeError
 from steerbridge.evaluation import measure
-from steerbridge.formats import formats as known_formats
+from steerbridge.format import formats as installed_formats
 from steerbridge.package import SteeringPackage, load
 from steerbridge.tensors import Dtype
 from steerbridge_convert import conversion
@@ -20,43 +21,52 @@ def convert(
     source: Annotated[Path, typer.Argument(help="File or directory to convert.")],
     target: Annotated[Path, typer.Argument(help="File or directory to write.")],
     to: Annotated[
-        str, typer.Option(help="Target format; without it, .gguf is a package of one file.")
+        str,
+        typer.Option(
+            help="Target format (default: steering package; one file if TARGET ends in .gguf)."
+        ),
     ] = "",
     source_format: Annotated[
-        str, typer.Option("--from", help="Source format, where the files do not tell.")
+        str, typer.Option("--from", help="Source format (default: detected from the files).")
     ] = "",
     answers: Annotated[
         list[str],
-        typer.Option("--set", help="NAME=VALUE that the files leave open (see `formats`)."),
+        typer.Option("--set", help="NAME=VALUE of an option (see `steerbridge formats`)."),
     ] = [],
     base: Annotated[
         Path | None,
         typer.Option(help="The model it was made for: directory, GGUF file or steering package."),
     ] = None,
     model: Annotated[
-        Path | None, typer.Option(help="Weights of that model, where a format needs them.")
+        Path | None, typer.Option(help="Weights of that model, if a format needs them.")
     ] = None,
-    rank: Annotated[int | None, typer.Option(help="Cut head matrices to this rank.", min=1)] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="Reduce head matrices to this rank.", min=1)
+    ] = None,
     energy: Annotated[
-        float | None, typer.Option(help="Or to the rank with this share of squared values.")
+        float | None,
+        typer.Option(help="Reduce head matrices to this share of squared singular values."),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Store tensors as F32, F16 or BF16.")] = "",
+    dtype: Annotated[str, typer.Option(help="Storage type of tensors: F32, F16 or BF16.")] = "",
     allow_loss: Annotated[
-        bool, typer.Option(help="Write although the target holds less; the report says what.")
+        bool,
+        typer.Option(
+            help="Write even if the target cannot represent everything; losses are listed."
+        ),
     ] = False,
     data: Annotated[
         list[Path],
-        typer.Option(help="Prompts on which to measure what a lower rank does, with --model."),
+        typer.Option(help="Prompts for comparing refusals before and after; needs --model."),
     ] = [],
-    runtime: common.Runtime = "hf",
-    json: common.Json = False,
+    runtime: command_line.Runtime = "hf",
+    json: command_line.Json = False,
 ) -> None:
-    """Convert an artifact between formats; nothing is lost without being said."""
+    """Convert an artifact between formats; every loss is reported."""
     if dtype not in ("", "F32", "F16", "BF16"):
         raise SteerbridgeError(f"--dtype: expected F32, F16 or BF16, found {dtype!r}")
     if data and model is None:
-        raise SteerbridgeError("--data: measuring needs --model")
-    known: dict[str, Any] = {
+        raise SteerbridgeError("--data needs --model")
+    origin: dict[str, Any] = {
         "source_format": source_format or None,
         "answers": dict(_pair(text) for text in answers),
         "base": base,
@@ -70,34 +80,37 @@ def convert(
         energy=energy,
         dtype=cast(Dtype, dtype) if dtype else None,
         allow_loss=allow_loss,
-        **known,
+        **origin,
     )
-    result = report.plain()
+    refused: dict[str, float] = {}
     if data:
-        before, _ = conversion.read(source, **known)
-        result["refused"] = _refused(before, load(target), str(model), runtime, data)
+        before, _ = conversion.read(source, **origin)
+        refused = _refused(before, load(target), str(model), runtime, data)
     if json:
-        common.print_json(result)
-        return
+        command_line.print_json(report.to_json() | ({"refused": refused} if refused else {}))
+    else:
+        _print(report, refused)
+
+
+def _print(report: ConversionReport, refused: dict[str, float]) -> None:
     print(f"{report.path}: {report.target}, from {report.source}")
     for loss in report.losses:
         print(f"lost       {loss}")
     for cut in report.truncations:
         print(f"rank       {cut.intervention}: {cut.rank}, relative error {cut.error:.4g}")
-    if data:
+    if refused:
         print(
-            "refused    {before:.1%} of the harmful prompts before, {after:.1%} after".format(
-                **result["refused"]
-            )
+            f"refused    {refused['before']:.1%} of harmful prompts before, "
+            f"{refused['after']:.1%} after"
         )
 
 
 def _refused(
     before: SteeringPackage, after: SteeringPackage, model: str, runtime: str, data: list[Path]
 ) -> dict[str, float]:
-    """Shares of the harmful prompts that are refused with either package."""
-    loaded = common.open_model(model, runtime)
-    prompts = [e for e in common.examples(data, "none") if e.harmful]
+    """The refused share of the harmful prompts with each package."""
+    loaded = command_line.open_model(model, runtime)
+    prompts = [e for e in command_line.examples(data, "none") if e.harmful]
     if not prompts:
         raise DataError(Problem("--data", "harmful prompts", "none"))
     shares = {}
@@ -107,26 +120,26 @@ def _refused(
     return shares
 
 
-def formats(json: common.Json = False) -> None:
-    """List the formats, and what each must be told."""
-    found = known_formats()
+def formats(json: command_line.Json = False) -> None:
+    """List the formats and the options of each."""
+    installed = installed_formats()
     if json:
-        common.print_json(
+        command_line.print_json(
             {
                 name: {
-                    "title": f.title,
-                    "asks": {a.name: a.help for a in f.asks},
-                    "write_asks": {a.name: a.help for a in f.write_asks},
+                    "title": format.title,
+                    "options": {o.name: o.help for o in format.options},
+                    "write_options": {o.name: o.help for o in format.write_options},
                 }
-                for name, f in found.items()
+                for name, format in installed.items()
             }
         )
         return
-    for name, format in found.items():
+    for name, format in installed.items():
         print(f"{name:<18} {format.title}")
-        for title, asks in (("reading", format.asks), ("writing", format.write_asks)):
-            for ask in asks:
-                print(f"{'':<18} {title}: --set {ask.name}=  {ask.help}")
+        for title, options in (("reading", format.options), ("writing", format.write_options)):
+            for option in options:
+                print(f"{'':<18} {title}: --set {option.name}=  {option.help}")
 
 
 def _pair(text: str) -> tuple[str, str]:

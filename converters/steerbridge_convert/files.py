@@ -1,4 +1,4 @@
-"""Files of common kinds, opened with the one error of a malformed source."""
+"""Common file types; a malformed file always raises `UnreadableSource`."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any, Final
 
 from steerbridge import encodings, gguf_file
 from steerbridge.errors import BrokenPackage
-from steerbridge.formats import unreadable
+from steerbridge.format import unreadable
 from steerbridge.tensors import Tensor
 
-MAX_JSON: Final = 1 << 30  # vectors of a large model as text
+MAX_JSON: Final = 1 << 30  # the vectors of a large model as text
 
 
 def gguf(path: Path) -> gguf_file.GgufFile:
-    """A GGUF file, mapped.
+    """Open a GGUF file, memory-mapped.
 
     Raises:
-        UnreadableSource: it is none.
+        UnreadableSource: malformed.
     """
     try:
         return gguf_file.read(path)
@@ -30,7 +30,7 @@ def gguf(path: Path) -> gguf_file.GgufFile:
 
 
 def gguf_metadata(path: Path) -> Mapping[str, Any]:
-    """The metadata of a GGUF file; nothing for any other path."""
+    """The metadata of a GGUF file; empty for any other path."""
     if not path.is_file() or path.suffix != ".gguf":
         return {}
     try:
@@ -40,10 +40,10 @@ def gguf_metadata(path: Path) -> Mapping[str, Any]:
 
 
 def safetensors(path: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file by name, mapped.
+    """The tensors of a safetensors file by name, memory-mapped.
 
     Raises:
-        UnreadableSource: missing, malformed, or of other types than F32, F16 and BF16.
+        UnreadableSource: missing, malformed, or of a type other than F32, F16 and BF16.
     """
     if not path.is_file():
         raise unreadable(path.parent, path.name, "a file", "none")
@@ -56,19 +56,19 @@ def safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def json_object(path: Path) -> dict[str, Any]:
-    """The object of a JSON file.
+    """Read a JSON file that contains an object.
 
     Raises:
-        UnreadableSource: missing, too large, not JSON, or something else than an object.
+        UnreadableSource: missing, too large, not JSON, or not an object.
     """
     if not path.is_file():
         raise unreadable(path.parent, path.name, "a file", "none")
     if path.stat().st_size > MAX_JSON:
         raise unreadable(path, "size", f"at most {MAX_JSON} bytes", path.stat().st_size)
     try:
-        found = json.loads(path.read_bytes())
+        value = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise unreadable(path, "file", "JSON", error) from error
-    if not isinstance(found, dict):
-        raise unreadable(path, "file", "a JSON object", type(found).__name__)
-    return found
+    if not isinstance(value, dict):
+        raise unreadable(path, "file", "a JSON object", type(value).__name__)
+    return value

@@ -1,7 +1,7 @@
-"""Gates without an action: AISteer360's probe directories and CAST's condition vectors.
+"""Gates without interventions: probe directories of AISteer360 and condition vectors of CAST.
 
-A package of one of these decides and changes nothing by itself; the vectors or head that should
-act come from another file.
+A package made from one of these only decides and changes nothing by itself; the vectors or head
+that should act come from another file.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any, Final
 import numpy as np
 from safetensors.numpy import save_file
 
-from steerbridge.errors import InvalidSpec, NotRepresentable, Unanswered
-from steerbridge.formats import Ask, Format, Given, Holds, Loss, one_of, several, unreadable
+from steerbridge.errors import InvalidSpec, MissingOption, NotRepresentable
+from steerbridge.format import Answers, Format, Holds, Loss, Option, one_of, several, unreadable
 from steerbridge.package import SteeringPackage
 from steerbridge.spec import (
     AddVector,
@@ -42,7 +42,7 @@ _SITES: Final[dict[str, Any]] = {"layer_input": LayerInput, "layer_output": Laye
 
 
 class AisteerProbe(Format):
-    """AISteer360 `Probe`: sum over layers of w . x, plus a bias, fires at 0 and above."""
+    """AISteer360 `Probe`: fires if the sum over layers of w . x plus a bias is at least 0."""
 
     name = "probe-aisteer360"
     title = "AISteer360 probe (directory)"
@@ -60,9 +60,9 @@ class AisteerProbe(Format):
         info, weights = _probe(path)
         return {"probe": info, "weights": {k: list(v.shape) for k, v in weights.items()}}
 
-    def read(self, path: Path, given: Given) -> SteeringPackage:
+    def read(self, path: Path, answers: Answers) -> SteeringPackage:
         info, weights = _probe(path)
-        base = given.base_model(model_type=info.get("model_type"))
+        base = answers.base_model(model_type=info.get("model_type"))
         layers = info["weight_layer_ids"]
         site, position = _SITES[info["location"]], _POSITIONS[info["pooling"]]
         vectors.checked({k: weights[f"weights.{k}"] for k in layers}, base, self.name)
@@ -79,7 +79,7 @@ class AisteerProbe(Format):
             bias=float(info["bias"]),
             link="identity",
         )
-        joined = np.concatenate([weights[f"weights.{k}"].float32() for k in layers])
+        weight = np.concatenate([weights[f"weights.{k}"].float32() for k in layers])
         spec = SteeringSpec(
             spec_version="1.0",
             name=path.name,
@@ -88,16 +88,18 @@ class AisteerProbe(Format):
             interventions=(),
             rules=(),
         )
-        return SteeringPackage(spec, {"probe.weight": Tensor.of(joined)})
+        return SteeringPackage(spec, {"probe.weight": Tensor.of(weight)})
 
-    def losses(self, package: SteeringPackage, given: Given) -> list[Loss]:
-        lost = super().losses(package, given)
+    def losses(self, package: SteeringPackage, answers: Answers) -> list[Loss]:
+        losses = super().losses(package, answers)
         probe = _only_linear(package, self.name)
         if probe.comparator in (">", "<"):
-            lost.append(Loss(f"probe {probe.id}", "a score equal to the threshold fires too"))
-        return lost
+            losses.append(
+                Loss(f"probe {probe.id}", "a score equal to the threshold will also fire")
+            )
+        return losses
 
-    def write(self, package: SteeringPackage, path: Path, given: Given) -> None:
+    def write(self, package: SteeringPackage, path: Path, answers: Answers) -> None:
         probe = _only_linear(package, self.name)
         streams = {r.site.stream for r in probe.readings}
         places = {
@@ -108,13 +110,13 @@ class AisteerProbe(Format):
         }
         if len(streams) != 1 or streams == {"head_input"} or len(places) != 1:
             raise NotRepresentable(
-                self.name, f"probe {probe.id} reads places of several kinds, it holds one kind"
+                self.name, f"probe {probe.id} reads several kinds of places; it supports one kind"
             )
         if any(r.position not in _POSITIONS.values() for r in probe.readings):
             raise NotRepresentable(self.name, f"probe {probe.id} reads another token of the prompt")
         layers = [r.site.layer for r in probe.readings if r.site.stream != "head_input"]
         if len(set(layers)) != len(layers):
-            raise NotRepresentable(self.name, f"probe {probe.id} reads a layer twice")
+            raise NotRepresentable(self.name, f"probe {probe.id} reads one layer twice")
         w, bias = probers.as_linear(package, probe, self.name)
         parts = w.reshape(len(layers), -1)
         info = {
@@ -130,29 +132,29 @@ class AisteerProbe(Format):
         }
         path.mkdir()
         (path / "probe.json").write_text(json.dumps(info, indent=2, allow_nan=False) + "\n")
-        named = {
+        tensors = {
             f"weights.{k}": np.ascontiguousarray(p) for k, p in zip(layers, parts, strict=True)
         }
-        save_file(named, path / "probe.safetensors")
+        save_file(tensors, path / "probe.safetensors")
 
 
 def _only_linear(package: SteeringPackage, format: str) -> LinearProbe:
-    found = [p for p in package.spec.probes if isinstance(p, LinearProbe)]
-    if len(found) != 1:
-        raise NotRepresentable(format, f"{len(found)} linear probes; it holds one")
-    return found[0]
+    linear = [p for p in package.spec.probes if isinstance(p, LinearProbe)]
+    if len(linear) != 1:
+        raise NotRepresentable(format, f"{len(linear)} linear probes; it supports one")
+    return linear[0]
 
 
 def _probe(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     file = path / "probe.json"
     info = files.json_object(file)
-    wanted: dict[str, Any] = {
+    supported: dict[str, Any] = {
         "format_version": (1,),
         "polarity": ("positives_high",),
         "location": tuple(_SITES),
         "pooling": tuple(_POSITIONS),
     }
-    for key, allowed in wanted.items():
+    for key, allowed in supported.items():
         got = info.get(key)
         if got not in allowed:
             raise unreadable(file, key, f"one of {allowed}", repr(got))
@@ -170,11 +172,11 @@ def _probe(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 class Cast(Format):
-    """CAST: a condition `.svec` and the numbers of the script that uses it.
+    """CAST: a condition `.svec` and the numbers from the script that uses it.
 
-    The score is cos(h, tanh(P h)) of the pooled input of a block (arXiv 2409.05907). IBM's word
-    `larger` fires when the score is below the threshold (the threshold is larger), AISteer360's
-    when it is above, so the sign is asked for instead of a word.
+    The score is cos(h, tanh(P h)) of the pooled input of a block (arXiv 2409.05907). `larger` means
+    a score below the threshold in IBM's code and one above it in AISteer360, so the option takes
+    the comparison sign instead of a word.
     """
 
     name = "cast"
@@ -184,32 +186,32 @@ class Cast(Format):
         sites="inputs of blocks; prompt mean or end",
         strength="none",
     )
-    asks = (
-        Ask("layers", several(int), "blocks whose input the condition reads, joined by commas"),
-        Ask("threshold", float, "of the score"),
-        Ask(
+    options = (
+        Option("layers", several(int), "blocks whose input the condition reads, comma-separated"),
+        Option("threshold", float, "threshold of the score"),
+        Option(
             "fires_when",
             one_of("<", "<=", ">", ">="),
-            "score OP threshold fires (IBM: larger is <, smaller is >; AISteer360: larger is >=)",
+            "fires if score OP threshold (IBM: larger is <, smaller >; AISteer360: larger is >=)",
         ),
-        Ask("pooling", one_of("mean", "last"), "over the prompt's tokens", "mean"),
-        Ask("behaviour", Path, "the .svec that acts", Path()),
-        Ask("behaviour_layers", several(int), "blocks whose input it changes", ()),
-        Ask("strength", float, "factor of the behaviour", 0.0),
+        Option("pooling", one_of("mean", "last"), "pooling over the tokens of the prompt", "mean"),
+        Option("behaviour", Path, "the .svec of the behaviour vector", Path()),
+        Option("behaviour_layers", several(int), "blocks whose input the behaviour changes", ()),
+        Option("strength", float, "factor of the behaviour", 0.0),
     )
 
     def recognises(self, path: Path) -> bool:
-        return False  # the file is any .svec: only the user knows that it is a condition
+        return False  # any .svec file looks the same: only the user knows that it is a condition
 
     def contents(self, path: Path) -> dict[str, Any]:
         return svec.IbmSvec().contents(path)
 
-    def read(self, path: Path, given: Given) -> SteeringPackage:
-        answer = {ask.name: given(ask) for ask in self.asks}
-        found, directions = svec.read_vectors(path, self.name)
-        base = given.base_model(model_type=found["model_type"])
+    def read(self, path: Path, answers: Answers) -> SteeringPackage:
+        values = {option.name: answers.get(option) for option in self.options}
+        content, directions = svec.read_vectors(path, self.name)
+        base = answers.base_model(model_type=content["model_type"])
         tensors, probes = {}, []
-        for k in answer["layers"]:
+        for k in values["layers"]:
             if k not in directions:
                 raise unreadable(path, f"directions['{k}']", "a vector", "none")
             tensors[f"condition.{k}"] = directions[k]
@@ -220,17 +222,17 @@ class Cast(Format):
                     readings=(
                         Reading(
                             site=LayerInput(stream="layer_input", layer=k),
-                            position=_POSITIONS[answer["pooling"]],
+                            position=_POSITIONS[values["pooling"]],
                         ),
                     ),
-                    comparator=answer["fires_when"],
-                    threshold=answer["threshold"],
+                    comparator=values["fires_when"],
+                    threshold=values["threshold"],
                     direction=f"condition.{k}",
                     squash="tanh",
                 )
             )
-        vectors.checked({k: directions[k] for k in answer["layers"]}, base, self.name)
-        acting, rules = self._behaviour(answer, tensors, probes, given)
+        vectors.checked({k: directions[k] for k in values["layers"]}, base, self.name)
+        acting, rules = self._behaviour(values, tensors, probes, answers)
         spec = SteeringSpec(
             spec_version="1.0",
             name=path.stem,
@@ -245,29 +247,33 @@ class Cast(Format):
             raise NotRepresentable(self.name, str(error)) from error
 
     def _behaviour(
-        self, answer: dict[str, Any], tensors: dict[str, Tensor], probes: list[Any], given: Given
+        self,
+        values: dict[str, Any],
+        tensors: dict[str, Tensor],
+        probes: list[Any],
+        answers: Answers,
     ) -> tuple[tuple[AddVector, ...], tuple[Rule, ...]]:
-        """The vector of the behaviour file behind the condition."""
-        path = answer["behaviour"]
+        """The behaviour vector and the rule that applies it under the condition."""
+        path = values["behaviour"]
         if path == Path():
             return (), ()
         _, directions = svec.read_vectors(path, self.name)
-        if not answer["strength"]:
-            raise Unanswered(self.name, "strength", "factor of the behaviour, not 0")
-        layers = answer["behaviour_layers"] or tuple(directions)
+        if not values["strength"]:
+            raise MissingOption(self.name, "strength", "factor of the behaviour; not 0")
+        layers = values["behaviour_layers"] or tuple(directions)
         tensors |= {f"behaviour.{k}": directions[k] for k in layers}
-        given.lost.append(
+        answers.losses.append(
             Loss(
                 "behaviour",
-                "acts from the end of the prompt on; CAST changes the prompt's own tokens too, in "
-                "blocks behind the condition",
+                "acts from the end of the prompt on; CAST also changes the prompt's own tokens, in "
+                "blocks after the condition",
             )
         )
         vector = AddVector(
             id="behaviour",
             type="add_vector",
             position="from_prompt_end",
-            alpha=answer["strength"],
+            alpha=values["strength"],
             targets=tuple(
                 Target(site=LayerInput(stream="layer_input", layer=k), vector=f"behaviour.{k}")
                 for k in layers
@@ -281,20 +287,20 @@ class Cast(Format):
         )
         return (vector,), (rule,)
 
-    def losses(self, package: SteeringPackage, given: Given) -> list[Loss]:
-        lost = super().losses(package, given)
+    def losses(self, package: SteeringPackage, answers: Answers) -> list[Loss]:
+        losses = super().losses(package, answers)
         for probe in package.spec.probes:
             if isinstance(probe, CosineProbe):
-                lost.append(
+                losses.append(
                     Loss(
                         f"probe {probe.id}",
-                        f"the file holds its direction alone: fire at score {probe.comparator} "
-                        f"{probe.threshold} of {probe.readings[0]} in your script",
+                        f"only its direction is stored: your script must fire at score "
+                        f"{probe.comparator} {probe.threshold} of {probe.readings[0]}",
                     )
                 )
-        return lost
+        return losses
 
-    def write(self, package: SteeringPackage, path: Path, given: Given) -> None:
+    def write(self, package: SteeringPackage, path: Path, answers: Answers) -> None:
         directions: dict[str, Any] = {}
         for probe in package.spec.probes:
             if not isinstance(probe, CosineProbe):
@@ -305,7 +311,7 @@ class Cast(Format):
                 raise NotRepresentable(self.name, f"probe {probe.id} on {probe.readings[0]}")
             if probe.squash != "tanh" or probe.input_mean or probe.input_scale:
                 raise NotRepresentable(
-                    self.name, f"probe {probe.id}: no normalised input and no score without tanh"
+                    self.name, f"probe {probe.id}: its input is normalised or its score has no tanh"
                 )
             if str(layer) in directions:
                 raise NotRepresentable(self.name, f"two conditions at layer_input[{layer}]")

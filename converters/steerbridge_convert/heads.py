@@ -1,8 +1,8 @@
-"""Head matrices: how a package says them, and what other tools' heads mean as one.
+"""Head matrices in a package, and their equivalents in other tools.
 
 h <- h + eps W h before the output embedding E gives logits E h + eps E W h. A tool that stores
-the change D = E' - E of the embedding itself says the same if D = eps E W, so W is the least
-squares solution and what D holds outside the span of E's columns is lost.
+the change D = E' - E of the embedding itself is equivalent if D = eps E W. So W is the least
+squares solution, and the part of D outside the column span of E is lost.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from gguf.quants import dequantize
 from numpy.typing import NDArray
 from safetensors import safe_open
 
-from steerbridge.errors import NotRepresentable, Unanswered
-from steerbridge.formats import Given, unreadable
+from steerbridge.errors import MissingOption, NotRepresentable
+from steerbridge.format import Answers, unreadable
 from steerbridge.package import SteeringPackage
 from steerbridge.spec import (
     BaseModelInfo,
@@ -35,12 +35,12 @@ from steerbridge.tensors import Float32, Tensor
 from steerbridge_convert import files, vectors
 
 Float64 = NDArray[np.float64]
-_ROWS: Final = 8192  # of the output embedding looked at together
+_ROWS: Final = 8192  # rows of the output embedding processed at once
 
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """eps W as W = matrix, or u v where `v` is not None."""
+    """eps W, with W = matrix, or W = matrix v if `v` is not None."""
 
     eps: float
     matrix: Tensor
@@ -54,7 +54,7 @@ def package(
     probes: tuple[Probe, ...] = (),
     tensors: dict[str, Tensor] | None = None,
 ) -> SteeringPackage:
-    """A package of a head behind probes (any of them), or on every prompt without probes."""
+    """A package whose head acts if any of the probes fires, or on every prompt without probes."""
     tensors = dict(tensors or {})
     interventions: tuple[HeadMatrix, ...] = ()
     rules: tuple[Rule, ...] = ()
@@ -96,20 +96,20 @@ def package(
 
 
 def only(package: SteeringPackage, format: str) -> tuple[Rule, Head]:
-    """The one head matrix that a rule applies, its eps times the rule's strength.
+    """The only head matrix that a rule applies, its eps times the strength of the rule.
 
     Raises:
-        NotRepresentable: there is none, or several.
+        NotRepresentable: there is none, or there are several.
     """
-    found = [
+    acting = [
         (rule, head)
         for rule in package.spec.rules
         for id in rule.interventions
         if isinstance(head := package.spec.intervention(id), HeadMatrix)
     ]
-    if len(found) != 1:
-        raise NotRepresentable(format, f"{len(found)} head matrices act; it holds one")
-    rule, head = found[0]
+    if len(acting) != 1:
+        raise NotRepresentable(format, f"{len(acting)} head matrices act; it supports one")
+    rule, head = acting[0]
     eps = head.eps * vectors.strength(rule)
     if isinstance(head.weight, DenseMatrix):
         return rule, Head(eps, package.tensors[head.weight.matrix])
@@ -117,7 +117,7 @@ def only(package: SteeringPackage, format: str) -> tuple[Rule, Head]:
 
 
 def dense(head: Head) -> Tensor:
-    """W [D, D] of a head in either form; a stored matrix keeps its bits."""
+    """W [D, D] of a head in either form; a stored matrix is returned unchanged."""
     if head.v is None:
         return head.matrix
     return Tensor.of(head.matrix.float32() @ head.v.float32())
@@ -128,7 +128,7 @@ def dense(head: Head) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Embedding:
-    """The output embedding [V, D] of a model file; `tied` if it is the input embedding too."""
+    """The output embedding [V, D] of a model file; `tied` if it is also the input embedding."""
 
     stored: Any
     shape: tuple[int, int]
@@ -136,39 +136,39 @@ class Embedding:
     name: str
 
     def rows(self) -> Iterator[tuple[slice, Float32]]:
-        """The embedding in pieces of rows, dequantised."""
+        """The embedding in groups of rows, dequantised."""
         for start in range(0, self.shape[0], _ROWS):
             part = slice(start, min(start + _ROWS, self.shape[0]))
             yield part, self.stored(part)
 
 
-def output_embedding(given: Given) -> Embedding:
-    """The output embedding of the model that was named (GGUF file or directory of safetensors).
+def output_embedding(answers: Answers) -> Embedding:
+    """The output embedding of the given model (GGUF file or directory of safetensors files).
 
     Raises:
-        Unanswered: no model was named.
-        UnreadableSource: the model's files do not hold one.
+        MissingOption: no model was given.
+        UnreadableSource: the model's files do not contain one.
     """
-    if given.model is None:
-        raise Unanswered(
-            given.format, "model", "GGUF file or directory with the weights of the base model"
+    if answers.model is None:
+        raise MissingOption(
+            answers.format, "model", "GGUF file or directory with the weights of the base model"
         )
-    read = _gguf_embedding if given.model.is_file() else _directory_embedding
-    return read(given.model)
+    read = _gguf_embedding if answers.model.is_file() else _directory_embedding
+    return read(answers.model)
 
 
 def _gguf_embedding(path: Path) -> Embedding:
     tensors = files.gguf(path).tensors
-    found = tensors.get("output.weight") or tensors.get("token_embd.weight")
-    if found is None or len(found.shape) != 2:
+    tensor = tensors.get("output.weight") or tensors.get("token_embd.weight")
+    if tensor is None or len(tensor.shape) != 2:
         raise unreadable(path, "tensors", "output.weight or token_embd.weight", "none")
-    rows = found.data.reshape(found.shape[0], -1)
+    rows = tensor.data.reshape(tensor.shape[0], -1)
 
     def piece(part: slice) -> Float32:
-        return np.asarray(dequantize(rows[part], found.type), np.float32)
+        return np.asarray(dequantize(rows[part], tensor.type), np.float32)
 
-    tied = found.name == "token_embd.weight"
-    return Embedding(piece, (found.shape[0], found.shape[1]), tied, found.name)
+    tied = tensor.name == "token_embd.weight"
+    return Embedding(piece, (tensor.shape[0], tensor.shape[1]), tied, tensor.name)
 
 
 _NAMES: Final = (
@@ -198,10 +198,10 @@ def _directory_embedding(path: Path) -> Embedding:
 
 
 def fitted(embedding: Embedding, change: Any) -> tuple[Float32, float]:
-    """X [D, R] with E X nearest to a change [V, R] of the logits, and the relative residual.
+    """X [D, R] such that E X is nearest to a change [V, R], and the relative residual.
 
     Args:
-        change: function of a slice of rows that returns these rows of the change.
+        change: returns the rows of the change for a slice.
     """
     d = embedding.shape[1]
     gram: Float64 = np.zeros((d, d))

@@ -1,8 +1,9 @@
-"""LM-Steer and EasyEdit2's LM-Steer: pairs of projectors after the final norm.
+"""LM-Steer, original and in EasyEdit2: pairs of projectors after the final norm.
 
 `lm_steer_vector.pt` is a list [HyperParams object, {"projector1", "projector2"} each
 [steers, d, rank], step]. Applied as h' = h + epsilon sum_s value_s (h P1_s) P2_s^T
-(easyeditor/models/lm_steer), which is W = sum_s value_s P2_s P1_s^T at low rank: exact both ways.
+(easyeditor/models/lm_steer), which is W = sum_s value_s P2_s P1_s^T at low rank. Conversion is
+exact in both directions.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any, Final
 import numpy as np
 
 from steerbridge.errors import NotRepresentable
-from steerbridge.formats import Ask, Format, Given, Holds, several, unreadable
+from steerbridge.format import Answers, Format, Holds, Option, several, unreadable
 from steerbridge.package import SteeringPackage
 from steerbridge.tensors import Tensor
 from steerbridge_convert import heads, pickles
@@ -22,23 +23,23 @@ from steerbridge_convert.heads import Head
 _CLASSES: Final = r"[\w.]*HyperParams"
 
 
-EPSILON: Final = Ask("epsilon", float, "the tool's epsilon", 1e-3)
-VALUES: Final = Ask("values", several(float), "steer_values, one a steer, joined by commas")
+EPSILON: Final = Option("epsilon", float, "epsilon of the tool", 1e-3)
+VALUES: Final = Option("values", several(float), "steer_values, one per steer, comma-separated")
 
 
 class LmSteer(Format):
-    """`lm_steer_vector.pt`; what stands in it beside the tensors is never built."""
+    """`lm_steer_vector.pt`; objects in it other than tensors are never constructed."""
 
     name = "lm-steer"
     title = "LM-Steer projectors (.pt)"
     holds = Holds(
         interventions=frozenset({"head_matrix"}),
-        from_prompt_end=True,  # after the final norm the prompt's rows change nothing
+        from_prompt_end=True,  # after the final norm, changes to the prompt's tokens have no effect
         sites="head input",
-        strength="epsilon and steer_values are given when it is used",
+        strength="the tool sets epsilon and steer_values when it runs",
     )
-    asks = (EPSILON, VALUES)
-    write_asks = (EPSILON,)
+    options = (EPSILON, VALUES)
+    write_options = (EPSILON,)
 
     def recognises(self, path: Path) -> bool:
         return pickles.holds(path, lambda x: "projector1" in _pair(x), _CLASSES)
@@ -47,12 +48,13 @@ class LmSteer(Format):
         one, two = _projectors(path)
         return {"projector1": list(one.shape), "projector2": list(two.shape)}
 
-    def read(self, path: Path, given: Given) -> SteeringPackage:
+    def read(self, path: Path, answers: Answers) -> SteeringPackage:
         one, two = _projectors(path)
-        values, base = given(VALUES), given.base_model()
+        values, base = answers.get(VALUES), answers.base_model()
         if one.shape[1] != base.hidden_size:
             raise NotRepresentable(
-                self.name, f"projectors of width {one.shape[1]} on a model of {base.hidden_size}"
+                self.name,
+                f"projectors of width {one.shape[1]} for a model of width {base.hidden_size}",
             )
         if len(values) != len(one):
             raise NotRepresentable(self.name, f"{len(values)} values for {len(one)} steers")
@@ -61,14 +63,14 @@ class LmSteer(Format):
         ]
         u = Tensor.of(np.concatenate(scaled, axis=1))
         v = Tensor.of(np.concatenate([p.T for p in one], axis=0))
-        return heads.package(path.stem, base, Head(given(EPSILON), u, v))
+        return heads.package(path.stem, base, Head(answers.get(EPSILON), u, v))
 
-    def write(self, package: SteeringPackage, path: Path, given: Given) -> None:
+    def write(self, package: SteeringPackage, path: Path, answers: Answers) -> None:
         _, head = heads.only(package, self.name)
         u = head.matrix.float32()
         v = np.eye(len(u), dtype=np.float32) if head.v is None else head.v.float32()
-        factor = np.float32(head.eps / given(EPSILON))
-        two = u if head.eps == given(EPSILON) else factor * u
+        factor = np.float32(head.eps / answers.get(EPSILON))
+        two = u if head.eps == answers.get(EPSILON) else factor * u
         projectors = {
             "projector1": pickles.torch_tensor(np.ascontiguousarray(v.T)[None]),
             "projector2": pickles.torch_tensor(two[None]),
@@ -77,16 +79,19 @@ class LmSteer(Format):
 
 
 def _projectors(path: Path) -> tuple[Any, Any]:
-    pair = _pair(found := pickles.load(path, _CLASSES))
+    content = pickles.load(path, _CLASSES)
+    pair = _pair(content)
     if not {"projector1", "projector2"} <= set(pair):
-        raise unreadable(path, "list", "[.., {projector1, projector2}, step]", type(found).__name__)
+        raise unreadable(
+            path, "list", "[.., {projector1, projector2}, step]", type(content).__name__
+        )
     one, two = (pickles.tensor(pair[k], k, path, 3).float32() for k in ("projector1", "projector2"))
     if one.shape != two.shape:
         raise unreadable(path, "projector2", f"shape {one.shape}", two.shape)
     return one, two
 
 
-def _pair(found: Any) -> dict[Any, Any]:
-    """The tensors of the list, or of a file that holds them alone."""
-    pair = found[1] if isinstance(found, list) and len(found) == 3 else found
+def _pair(content: Any) -> dict[Any, Any]:
+    """The tensors in the list, or in a file that contains nothing else."""
+    pair = content[1] if isinstance(content, list) and len(content) == 3 else content
     return pair if isinstance(pair, dict) else {}

@@ -2,8 +2,8 @@
 
 delta = scale B A with scale = alpha / r (PEFT's rsLoRA: alpha / sqrt(r)). E h + eps E W h is the
 adapter A = V [r, d], B = eps E U [V, r] of W = U V, or A = W, B = eps E at full rank; alpha = r,
-so that the adapter's own scale is 1. Only models with an output embedding of its own can be
-written: llama.cpp applies an adapter of a tied embedding to the input, PEFT to both.
+so that the scale of the adapter is 1. Writing needs a model whose output embedding is not tied to
+the input: llama.cpp applies an adapter of a tied embedding to the input, PEFT to both.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 
 from steerbridge import gguf_file
 from steerbridge.errors import NotRepresentable
-from steerbridge.formats import Format, Given, Holds, Loss, unreadable
+from steerbridge.format import Answers, Format, Holds, Loss, unreadable
 from steerbridge.package import SteeringPackage
 from steerbridge.tensors import Float32, Tensor
 from steerbridge_convert import files, heads
@@ -28,7 +28,7 @@ from steerbridge_convert.heads import Head
 
 _HOLDS: Final = Holds(
     interventions=frozenset({"head_matrix"}),
-    from_prompt_end=True,  # only rows that give logits reach the output embedding
+    from_prompt_end=True,  # only positions that produce logits reach the output embedding
     sites="head input",
     strength="folded into B; requests may scale it",
 )
@@ -36,43 +36,46 @@ _HOLDS: Final = Holds(
 
 class _HeadLora(Format):
     holds = _HOLDS
-    exact = False  # W comes back by least squares
+    exact = False  # W is recovered by least squares
     needs_model = True
 
     def factors(self, path: Path) -> tuple[Float32, Float32, float]:
         """A [r, d], B [V, r] and the scale of the file."""
         raise NotImplementedError
 
-    def read(self, path: Path, given: Given) -> SteeringPackage:
-        base = given.base_model()
+    def read(self, path: Path, answers: Answers) -> SteeringPackage:
+        base = answers.base_model()
         a, b, scale = self.factors(path)
-        embedding = heads.output_embedding(given)
+        embedding = heads.output_embedding(answers)
         if (len(b), a.shape[1]) != embedding.shape:
             raise NotRepresentable(
-                self.name, f"an adapter [{len(b)}, {a.shape[1]}] for {embedding.shape}"
+                self.name, f"an adapter [{len(b)}, {a.shape[1]}] for an embedding {embedding.shape}"
             )
         u, residual = heads.fitted(embedding, lambda part: b[part])
         if residual > 1e-3:
-            given.lost.append(
-                Loss(path.name, f"a share of {residual:.3f} of B (Frobenius) is no E U: lost")
+            answers.losses.append(
+                Loss(
+                    path.name,
+                    f"a share of {residual:.3f} of B (Frobenius norm) is not E U: lost",
+                )
             )
         if len(a) >= base.hidden_size:
             return heads.package(path.stem, base, Head(scale, Tensor.of(u @ a)))
         return heads.package(path.stem, base, Head(scale, Tensor.of(u), Tensor.of(a)))
 
-    def made(self, package: SteeringPackage, given: Given) -> tuple[Float32, Float32]:
-        """A and B of the package's head, its strength in B.
+    def adapter(self, package: SteeringPackage, answers: Answers) -> tuple[Float32, Float32]:
+        """A and B for the head of the package; B includes the strength.
 
         Raises:
             NotRepresentable: the model's embedding is tied.
         """
         _, head = heads.only(package, self.name)
-        embedding = heads.output_embedding(given)
+        embedding = heads.output_embedding(answers)
         if embedding.tied:
             raise NotRepresentable(
                 self.name,
-                f"{given.model} shares {embedding.name} between input and output, and an adapter "
-                "would change the input; run the package itself (steerbridge-gguf)",
+                f"{answers.model} shares {embedding.name} between input and output, so an adapter "
+                "would change the input; use the package itself (steerbridge-gguf)",
             )
         eps = np.float32(head.eps)
         if head.v is None:
@@ -110,14 +113,14 @@ class GgufLora(_HeadLora):
         alpha = file.metadata.get("adapter.lora.alpha", 0)
         if not isinstance(alpha, int | float):
             raise unreadable(path, "adapter.lora.alpha", "a number", repr(alpha))
-        return a, b, alpha / len(a) if alpha else 1.0  # as llama.cpp: 0 means no division
+        return a, b, alpha / len(a) if alpha else 1.0  # as in llama.cpp: 0 means no division
 
-    def write(self, package: SteeringPackage, path: Path, given: Given) -> None:
-        a, b = self.made(package, given)
-        assert given.model is not None
+    def write(self, package: SteeringPackage, path: Path, answers: Answers) -> None:
+        a, b = self.adapter(package, answers)
+        assert answers.model is not None
         architecture = (
-            files.gguf(given.model).metadata["general.architecture"]
-            if (given.model.is_file())
+            files.gguf(answers.model).metadata["general.architecture"]
+            if answers.model.is_file()
             else package.spec.base_model.model_type.removesuffix("_text").replace("_", "")
         )
 
@@ -147,8 +150,8 @@ class PeftLora(_HeadLora):
 
     def factors(self, path: Path) -> tuple[Float32, Float32, float]:
         config = _config(path)
-        for key, plain in (("use_dora", False), ("bias", "none"), ("fan_in_fan_out", False)):
-            if config.get(key, plain) != plain:
+        for key, default in (("use_dora", False), ("bias", "none"), ("fan_in_fan_out", False)):
+            if config.get(key, default) != default:
                 raise NotRepresentable(self.name, f"{key} = {config[key]!r}")
         if config.get("rank_pattern") or config.get("alpha_pattern"):
             raise NotRepresentable(self.name, "rank_pattern or alpha_pattern")
@@ -165,8 +168,8 @@ class PeftLora(_HeadLora):
             raise unreadable(path, "r and lora_alpha", f"{rank} and a number", config.get("r"))
         return a, b, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
-    def write(self, package: SteeringPackage, path: Path, given: Given) -> None:
-        a, b = self.made(package, given)
+    def write(self, package: SteeringPackage, path: Path, answers: Answers) -> None:
+        a, b = self.adapter(package, answers)
         config = {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
@@ -190,13 +193,15 @@ class PeftLora(_HeadLora):
         )
 
 
-def _refuse_others(format: str, found: Any, names: tuple[str, ...]) -> None:
-    missing = [n for n in names if n not in found]
-    # PEFT saves the untouched base head beside the adapter unless told not to.
-    others = [n for n in found if n not in names and not n.endswith(".base_layer.weight")]
+def _refuse_others(format: str, tensors: Any, names: tuple[str, ...]) -> None:
+    missing = [n for n in names if n not in tensors]
+    # By default PEFT also saves the unchanged base head.
+    others = [n for n in tensors if n not in names and not n.endswith(".base_layer.weight")]
     if missing or others:
         what = f"adapters of {', '.join(others[:4])}" if others else f"no {', '.join(missing)}"
-        raise NotRepresentable(format, f"{what}: only one of the output embedding is a head matrix")
+        raise NotRepresentable(
+            format, f"{what}: only an adapter of the output embedding is a head matrix"
+        )
 
 
 def _fit(a: Float32, b: Float32, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Our own two encodings as formats, so that they take part in every conversion."""
+"""The two encodings of a steering package as formats, so that any conversion can use them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from steerbridge import encodings
-from steerbridge.formats import Format, Given, Holds
+from steerbridge.format import Answers, Format, Holds
 from steerbridge.package import SteeringPackage, load
 from steerbridge_convert import files
 
@@ -23,22 +23,22 @@ _EVERYTHING = Holds(
 
 class _Package(Format):
     holds = _EVERYTHING
-    atomic = True  # and keeps the other files of a directory
+    atomic = True  # it also keeps the other files of a directory
 
     def contents(self, path: Path) -> dict[str, Any]:
         package = load(path)
         return {
-            "spec": encodings.plain(package.spec),
+            "spec": package.spec.to_json(),
             "tensors": {
                 name: {"dtype": t.dtype, "shape": list(t.shape)}
                 for name, t in package.tensors.items()
             },
         }
 
-    def read(self, path: Path, given: Given) -> SteeringPackage:
+    def read(self, path: Path, answers: Answers) -> SteeringPackage:
         return load(path)
 
-    def write(self, package: SteeringPackage, path: Path, given: Given) -> None:
+    def write(self, package: SteeringPackage, path: Path, answers: Answers) -> None:
         package.save(path)
 
 

@@ -1,8 +1,8 @@
-"""Files written by `torch.save`, read without running anything they hold.
+"""Files written by `torch.save`, read without running any code from them.
 
-torch's own restricted unpickler (`weights_only=True`) rebuilds tensors and containers and refuses
-every other name. A format may name classes of its tool; they become inert bags of attributes, so
-the tool's code is never imported.
+The restricted unpickler of torch (`weights_only=True`) rebuilds tensors and containers and rejects
+every other name. A format may allow classes of its tool; they become inert objects that only hold
+attributes, so the tool's code is never imported. Only this module needs torch.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from typing import Any, Final
 import numpy as np
 
 from steerbridge.errors import RuntimeMissing, UnreadableSource
-from steerbridge.formats import unreadable
+from steerbridge.format import unreadable
 from steerbridge.tensors import Tensor
 
 
 class Bag:
-    """Stands for an object of another tool: keeps its attributes, runs none of its code."""
+    """Stand-in for an object of another tool: keeps its attributes, runs none of its code."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         vars(self).update(kwargs)
 
 
 def load(path: Path, classes: str = "") -> Any:
-    """What the file holds, tensors mapped from it where its layout allows.
+    """The contents of the file, with tensors memory-mapped if its layout allows.
 
     Args:
-        classes: regular expression of the full names of classes that may stand in the file.
+        classes: regular expression for the full names of classes that the file may contain.
 
     Raises:
-        UnreadableSource: not a file of `torch.save`, truncated, or it names anything else.
+        UnreadableSource: not a `torch.save` file, truncated, or it names anything else.
         RuntimeMissing: torch is not installed.
     """
     torch = _torch()
@@ -42,13 +42,13 @@ def load(path: Path, classes: str = "") -> Any:
         with _allowed(torch, path, classes):
             try:
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            except RuntimeError as error:  # the layout before torch 1.6 cannot be mapped
+            except RuntimeError as error:  # the file layout before torch 1.6 cannot be mapped
                 if "mmap" not in str(error):
                     raise
                 return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise
-    except Exception as error:  # the unpickler raises many kinds for bytes that are not its own
+    except Exception as error:  # the unpickler raises many types for malformed data
         reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
         raise unreadable(path, "torch file", "tensors and plain containers", reason) from error
 
@@ -58,8 +58,8 @@ def _allowed(torch: Any, path: Path, classes: str) -> Iterator[None]:
     if not classes:
         yield
         return
-    named = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    bags = [(type("Bag", (Bag,), {}), name) for name in named if re.fullmatch(classes, name)]
+    names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    bags = [(type("Bag", (Bag,), {}), name) for name in names if re.fullmatch(classes, name)]
     with torch.serialization.safe_globals(bags):
         yield
 
@@ -70,7 +70,7 @@ def save(value: Any, path: Path) -> None:
 
 
 def torch_tensor(tensor: Tensor | Any) -> Any:
-    """A torch tensor over a package's tensor or a float32 array; nothing is copied if possible."""
+    """A torch tensor that shares memory with a package's tensor or a float32 array if possible."""
     torch = _torch()
     if not isinstance(tensor, Tensor):
         return torch.from_numpy(np.require(tensor, np.float32, ["C", "W"]))
@@ -81,10 +81,10 @@ def torch_tensor(tensor: Tensor | Any) -> Any:
 
 
 def tensor(value: Any, what: str, path: Path, dimensions: int) -> Tensor:
-    """A finite float tensor of so many dimensions; float64 is narrowed to float32.
+    """Check that `value` is a finite float tensor; float64 is converted to float32.
 
     Raises:
-        UnreadableSource: it is something else.
+        UnreadableSource: another type, another number of dimensions, or values not finite.
     """
     torch = _torch()
     want = f"a float tensor of {dimensions} dimensions"
@@ -116,7 +116,7 @@ _NAMES: Final[dict[str, Any]] = {
 
 
 def holds(path: Path, test: Callable[[Any], bool], classes: str = "") -> bool:
-    """True for a file of `torch.save` whose content passes a test."""
+    """True for a `torch.save` file whose contents pass a test."""
     if not path.is_file() or path.suffix not in (".pt", ".pth", ".bin"):
         return False
     try:

@@ -1,7 +1,7 @@
-"""Probes as other tools store them: their normalisation, thresholds and class orders folded away.
+"""Probes as other tools store them: without normalisation, with fixed threshold and class order.
 
-What is folded moves a score but no decision: the new score passes the new threshold exactly
-where the old one passed the old.
+Folding these in changes scores but no decision: the new score passes the new threshold exactly
+when the old score passed the old threshold.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ KEYS: Final = ("layers.0.weight", "layers.0.bias", "layers.2.weight", "layers.2.
 
 @dataclass(frozen=True, slots=True)
 class Mlp:
-    """A probe of dense layers: weights [out, in] and biases, relu between, softmax of two."""
+    """A probe of dense layers: weights [out, in], biases, relu between layers, softmax of two."""
 
     weights: tuple[Float32, ...]
     biases: tuple[Float32, ...]
@@ -40,7 +40,7 @@ class Mlp:
 def two_class(
     id: str, mlp: Mlp, harmful: int, reading: Reading, comparator: str, threshold: float
 ) -> tuple[MlpProbe, dict[str, Tensor]]:
-    """The probe of a softmax over two classes of which `harmful` is the index."""
+    """A probe with a softmax over two classes; `harmful` is the index of the harmful class."""
     names = [f"{id}.{i}" for i in range(len(mlp.weights))]
     tensors = {f"{n}.weight": Tensor.of(w) for n, w in zip(names, mlp.weights, strict=True)}
     tensors |= {f"{n}.bias": Tensor.of(b) for n, b in zip(names, mlp.biases, strict=True)}
@@ -63,7 +63,7 @@ def as_two_class(
 ) -> Mlp:
     """The layers of a two-class probe with the harmful class at `harmful`, firing at `threshold`.
 
-    The input's normalisation goes into the first layer, another threshold into the last bias:
+    The normalisation of the input is folded into the first layer, the threshold into the last bias:
     P > t is z_h - z_o > log(t / (1 - t)).
 
     Raises:
@@ -71,7 +71,9 @@ def as_two_class(
     """
     output = probe.output
     if probe.activation != "relu" or not isinstance(output, Softmax) or len(output.classes) != 2:
-        raise NotRepresentable(format, f"probe {probe.id}: it holds relu and a softmax of two")
+        raise NotRepresentable(
+            format, f"probe {probe.id}: it supports only relu and a softmax of two classes"
+        )
     weights = [package.tensors[layer.weight].float32().copy() for layer in probe.layers]
     biases = [package.tensors[layer.bias].float32().copy() for layer in probe.layers]
     weights[0], biases[0] = _unnormalised(package, probe, weights[0], biases[0])
@@ -84,10 +86,10 @@ def as_two_class(
 
 
 def as_linear(package: SteeringPackage, probe: LinearProbe, format: str) -> tuple[Float32, float]:
-    """w and b with w . x + b >= 0 exactly where the probe fires (but on the threshold itself).
+    """w and b such that w . x + b >= 0 when the probe fires (except exactly at the threshold).
 
     Raises:
-        NotRepresentable: the threshold of a sigmoid is none that a finite bias can say.
+        NotRepresentable: no finite bias corresponds to the threshold of a sigmoid.
     """
     weight = package.tensors[probe.weight].float32()[None]
     weight, bias = _unnormalised(package, probe, weight, np.array([probe.bias], np.float64))

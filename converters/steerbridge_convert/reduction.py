@@ -1,10 +1,8 @@
-"""Smaller packages: head matrices at low rank, tensors in fewer bits."""
+"""Smaller packages: low-rank head matrices, tensors with fewer bits."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
-
+from steerbridge.conversion import Truncation
 from steerbridge.errors import ConversionError
 from steerbridge.low_rank import Svd
 from steerbridge.package import SteeringPackage
@@ -12,38 +10,25 @@ from steerbridge.spec import DenseMatrix, HeadMatrix, LowRankMatrix
 from steerbridge.tensors import Dtype, Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class Truncation:
-    """A head matrix at low rank; `error` is the relative Frobenius norm of what was cut."""
-
-    intervention: str
-    rank: int
-    error: float
-
-    def plain(self) -> dict[str, Any]:
-        """As JSON values."""
-        return {"intervention": self.intervention, "rank": self.rank, "error": self.error}
-
-
 def reduced(
     package: SteeringPackage, rank: int | None, energy: float | None, dtype: Dtype | None
 ) -> tuple[SteeringPackage, tuple[Truncation, ...]]:
-    """The package with its head matrices cut and its tensors stored as `dtype`.
+    """The package with its head matrices reduced and its tensors stored as `dtype`.
 
     Raises:
-        ConversionError: rank or energy outside what is possible, or both given.
+        ConversionError: rank or energy out of range, or both given.
     """
     truncations: list[Truncation] = []
     if rank is not None or energy is not None:
         if rank is not None and energy is not None:
-            raise ConversionError("give a rank or an energy, not both")
+            raise ConversionError("give rank or energy, not both")
         for head in package.spec.interventions:
             if isinstance(head, HeadMatrix):
                 package, cut = _truncated(package, head, rank, energy)
                 truncations.append(cut)
     if dtype is not None:
-        package = replace(
-            package, tensors={n: _stored(t, dtype) for n, t in package.tensors.items()}
+        package = package.replace(
+            tensors={n: _stored(t, dtype) for n, t in package.tensors.items()}
         )
     return package, tuple(truncations)
 
@@ -60,7 +45,7 @@ def _stored(tensor: Tensor, dtype: Dtype) -> Tensor:
 def _truncated(
     package: SteeringPackage, head: HeadMatrix, rank: int | None, energy: float | None
 ) -> tuple[SteeringPackage, Truncation]:
-    """Replace one matrix by its best approximation."""
+    """Replace one matrix with its best approximation of lower rank."""
     if isinstance(head.weight, DenseMatrix):
         names: tuple[str, ...] = (head.weight.matrix,)
         svd = Svd.of(package.tensors[head.weight.matrix].float32())
@@ -79,7 +64,7 @@ def _truncated(
     u, v = f"{head.id}.u", f"{head.id}.v"
     tensors = {name: t for name, t in package.tensors.items() if name not in names}
     tensors |= {u: Tensor.of(cut.u), v: Tensor.of(cut.v)}
-    low = head.model_copy(update={"weight": LowRankMatrix(form="low_rank", u=u, v=v)})
-    others = tuple(low if x.id == head.id else x for x in package.spec.interventions)
-    spec = package.spec.model_copy(update={"interventions": others})
-    return SteeringPackage(spec, tensors), Truncation(head.id, rank, cut.error)
+    low = head.replace(weight=LowRankMatrix(form="low_rank", u=u, v=v))
+    interventions = tuple(low if x.id == head.id else x for x in package.spec.interventions)
+    reduced_package = package.replace(tensors=tensors, interventions=interventions)
+    return reduced_package, Truncation(head.id, rank, cut.error)

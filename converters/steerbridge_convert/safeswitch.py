@@ -1,9 +1,9 @@
-"""SafeSwitch: a prober directory, and a refusal head that replaces the output embedding.
+"""SafeSwitch: a prober directory and a refusal head that replaces the output embedding.
 
 `args.json` ({"hidden_sizes": ["64"]}) and `model_weights.pth` of the prompt's prober: the same
 key names as AutoSteer's, but class 1 is unsafe and P >= 0.5 fires (utils.py of HakHan/SafeSwitch).
-It reads the vector after the final norm at the end of the prompt. `refusal_head.pth` beside it
-is a whole embedding E' [V, d]; W solves E W = E' - E by least squares.
+It reads the hidden state after the final norm at the end of the prompt. The optional
+`refusal_head.pth` is a complete embedding E' [V, d]; W solves E W = E' - E by least squares.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, Final
 import numpy as np
 
 from steerbridge.errors import NotRepresentable
-from steerbridge.formats import Ask, Format, Given, Holds, Loss, unreadable
+from steerbridge.format import Answers, Format, Holds, Loss, Option, unreadable
 from steerbridge.package import SteeringPackage
 from steerbridge.spec import HeadInput, MlpProbe, PromptEnd, Reading
 from steerbridge.tensors import Tensor
@@ -25,14 +25,14 @@ from steerbridge_convert.heads import Head
 
 UNSAFE: Final = 1
 HEAD: Final = "refusal_head.pth"
-_THRESHOLD: Final = Ask("threshold", float, "P(unsafe) that fires", 0.5)
+_THRESHOLD: Final = Option("threshold", float, "P(unsafe) at which the prober fires", 0.5)
 _READING: Final = Reading(
     site=HeadInput(stream="head_input"), position=PromptEnd(type="prompt_end")
 )
 
 
 class SafeSwitch(Format):
-    """The prober of the prompt, with or without `refusal_head.pth`."""
+    """The prober for prompts, with or without `refusal_head.pth`."""
 
     name = "safeswitch"
     title = "SafeSwitch prober and head (directory)"
@@ -44,8 +44,8 @@ class SafeSwitch(Format):
         sites="head input",
         strength="folded into the head",
     )
-    asks = (_THRESHOLD,)
-    write_asks = (_THRESHOLD,)
+    options = (_THRESHOLD,)
+    write_options = (_THRESHOLD,)
     exact = False  # the head is written as E + eps E W
     needs_model = True
 
@@ -57,40 +57,49 @@ class SafeSwitch(Format):
         shapes = {k: list(v.shape) for k, v in state.items()}
         return {"hidden_sizes": sizes, "prober": shapes, "head": (path / HEAD).is_file()}
 
-    def read(self, path: Path, given: Given) -> SteeringPackage:
-        base = given.base_model()
+    def read(self, path: Path, answers: Answers) -> SteeringPackage:
+        base = answers.base_model()
         _, state = _prober(path)
         last = [k.removesuffix(".weight") for k in state if k.endswith(".weight")]
         mlp = probers.Mlp(
             tuple(state[f"{k}.weight"].float32() for k in last),
             tuple(state[f"{k}.bias"].float32() for k in last),
         )
-        probe, tensors = probers.two_class("unsafe", mlp, UNSAFE, _READING, ">=", given(_THRESHOLD))
-        head = self._head(path / HEAD, given) if (path / HEAD).is_file() else None
+        probe, tensors = probers.two_class(
+            "unsafe", mlp, UNSAFE, _READING, ">=", answers.get(_THRESHOLD)
+        )
+        head = self._head(path / HEAD, answers) if (path / HEAD).is_file() else None
         return heads.package(path.name, base, head, (probe,), tensors)
 
-    def _head(self, file: Path, given: Given) -> Head:
+    def _head(self, file: Path, answers: Answers) -> Head:
         new = pickles.tensor(pickles.load(file), HEAD, file, 2)
-        old = heads.output_embedding(given)
+        old = heads.output_embedding(answers)
         if new.shape != old.shape:
-            raise NotRepresentable(self.name, f"a head {new.shape} for an embedding {old.shape}")
+            raise NotRepresentable(
+                self.name, f"a head of shape {new.shape} for an embedding of shape {old.shape}"
+            )
 
         def change(part: slice) -> Any:
             return Tensor(new.dtype, new.array[part]).float32() - old.stored(part)
 
         matrix, residual = heads.fitted(old, change)
         if residual > 1e-3:
-            given.lost.append(
-                Loss(HEAD, f"a share of {residual:.3f} of its change (Frobenius) is no E W: lost")
+            answers.losses.append(
+                Loss(
+                    HEAD,
+                    f"a share of {residual:.3f} of its change (Frobenius norm) is not E W: lost",
+                )
             )
         return Head(1.0, Tensor.of(matrix))
 
-    def losses(self, package: SteeringPackage, given: Given) -> list[Loss]:
+    def losses(self, package: SteeringPackage, answers: Answers) -> list[Loss]:
         probe = self._probe(package)
-        lost = [*super().losses(package, given), *other_probes(package, probe)]
+        losses = [*super().losses(package, answers), *other_probes(package, probe)]
         if probe.comparator == ">":
-            lost.append(Loss(f"probe {probe.id}", "a score equal to the threshold fires too"))
-        return lost
+            losses.append(
+                Loss(f"probe {probe.id}", "a score equal to the threshold will also fire")
+            )
+        return losses
 
     def _probe(self, package: SteeringPackage) -> MlpProbe:
         probe = only_probe(package, self.name)
@@ -98,11 +107,11 @@ class SafeSwitch(Format):
             raise NotRepresentable(self.name, f"probe {probe.id} on {probe.readings[0]}")
         return probe
 
-    def write(self, package: SteeringPackage, path: Path, given: Given) -> None:
+    def write(self, package: SteeringPackage, path: Path, answers: Answers) -> None:
         probe = self._probe(package)
         _, head = heads.only(package, self.name)
-        mlp = probers.as_two_class(package, probe, UNSAFE, given(_THRESHOLD), self.name)
-        old, matrix = heads.output_embedding(given), heads.dense(head).float32() * head.eps
+        mlp = probers.as_two_class(package, probe, UNSAFE, answers.get(_THRESHOLD), self.name)
+        old, matrix = heads.output_embedding(answers), heads.dense(head).float32() * head.eps
         new = np.empty(old.shape, np.float32)
         for part, rows in old.rows():
             new[part] = rows + rows @ matrix
@@ -118,17 +127,17 @@ class SafeSwitch(Format):
 
 
 def _prober(path: Path) -> tuple[list[int], dict[str, Tensor]]:
-    """Hidden sizes and state dict, checked against each other."""
+    """Hidden sizes and state dict, checked for consistency."""
     try:
         sizes = [int(n) for n in files.json_object(path / "args.json")["hidden_sizes"]]
     except (ValueError, KeyError, TypeError) as error:
         raise unreadable(path / "args.json", "hidden_sizes", "a list of sizes", error) from error
     file = path / "model_weights.pth"
-    found = pickles.load(file)
+    stored = pickles.load(file)
     keys = [f"layers.{2 * i}.{part}" for i in range(len(sizes) + 1) for part in ("weight", "bias")]
-    if not isinstance(found, dict) or set(found) != set(keys):
-        raise unreadable(file, "state dict", f"the keys {', '.join(keys)}", "others")
-    state = {k: pickles.tensor(found[k], k, file, 2 if "weight" in k else 1) for k in keys}
+    if not isinstance(stored, dict) or set(stored) != set(keys):
+        raise unreadable(file, "state dict", f"the keys {', '.join(keys)}", "other keys")
+    state = {k: pickles.tensor(stored[k], k, file, 2 if "weight" in k else 1) for k in keys}
     outputs = [*sizes, 2]
     for i, size in enumerate(outputs):
         weight, bias = state[f"layers.{2 * i}.weight"], state[f"layers.{2 * i}.bias"]

@@ -1,7 +1,7 @@
-"""steerkit: one probe direction of one layer (`.probe.safetensors`, schema 3).
+"""steerkit: one probe direction for one layer (`.probe.safetensors`, schema 3).
 
 The layer is a TransformerLens hook: `resid_pre` k is the input of block k, `resid_post` k its
-output. Directions are unit vectors; the strength is `auto_alpha` where steerkit calibrated one.
+output. Directions are unit vectors; the strength is `auto_alpha` if steerkit calibrated one.
 """
 
 from __future__ import annotations
@@ -14,15 +14,17 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from steerbridge.errors import NotRepresentable, Unanswered
-from steerbridge.formats import Ask, Format, Given, Holds, unreadable
+from steerbridge.errors import InvalidOption, MissingOption, NotRepresentable
+from steerbridge.format import Answers, Format, Holds, Option, unreadable
 from steerbridge.package import SteeringPackage
 from steerbridge.spec import LayerInput, LayerOutput
 from steerbridge.tensors import Tensor
 from steerbridge_convert import vectors
 
-_METHOD: Final = Ask("method", str, "which direction of the file", "default_method of the file")
-_STRENGTH: Final = Ask("strength", float, "factor of the direction", "auto_alpha of the file")
+_METHOD: Final = Option(
+    "method", str, "name of the direction in the file", "default_method of the file"
+)
+_STRENGTH: Final = Option("strength", float, "factor of the direction", "auto_alpha of the file")
 
 
 class Steerkit(Format):
@@ -35,7 +37,7 @@ class Steerkit(Format):
         sites="input or output of one block",
         strength="auto_alpha",
     )
-    asks = (_METHOD, _STRENGTH)
+    options = (_METHOD, _STRENGTH)
 
     def recognises(self, path: Path) -> bool:
         return path.name.endswith(".safetensors") and path.is_file() and "hook_site" in _meta(path)
@@ -44,15 +46,16 @@ class Steerkit(Format):
         directions, metadata = _load(path)
         return {"metadata": metadata, "directions": {k: [len(v)] for k, v in directions.items()}}
 
-    def read(self, path: Path, given: Given) -> SteeringPackage:
+    def read(self, path: Path, answers: Answers) -> SteeringPackage:
         directions, metadata = _load(path)
-        method = given.answers.get("method", metadata.get("default_method", ""))
+        method = answers.values.get("method", metadata.get("default_method", ""))
         if method not in directions:
-            raise Unanswered(self.name, "method", f"one of {', '.join(directions)}")
-        alpha = given.answers.get("strength", metadata.get("auto_alpha", ""))
+            error = InvalidOption if "method" in answers.values else MissingOption
+            raise error(self.name, "method", f"one of {', '.join(directions)}")
+        alpha = answers.values.get("strength", metadata.get("auto_alpha", ""))
         if not alpha:
-            raise Unanswered(self.name, "strength", "the file has no auto_alpha")
-        base = given.base_model(num_layers=_whole(metadata, "n_total_layers", path))
+            raise MissingOption(self.name, "strength", "the file has no auto_alpha")
+        base = answers.base_model(num_layers=_whole(metadata, "n_total_layers", path))
         layer = _whole(metadata, "layer", path)
         vectors.checked({layer: directions[method]}, base, self.name)
         sites = {"resid_pre": vectors.inputs, "resid_post": vectors.outputs}
@@ -61,17 +64,17 @@ class Steerkit(Format):
         placed = sites[site]({layer: Tensor.of(directions[method])})
         return vectors.package(path.stem, base, placed, _STRENGTH.parse(alpha, self.name))
 
-    def write(self, package: SteeringPackage, path: Path, given: Given) -> None:
+    def write(self, package: SteeringPackage, path: Path, answers: Answers) -> None:
         acting = vectors.acting(package)
-        found = vectors.by_depth(package)
-        if len(found) != 1:
-            raise NotRepresentable(self.name, f"vectors at {len(found)} layers; it holds one")
+        by_depth = vectors.by_depth(package)
+        if len(by_depth) != 1:
+            raise NotRepresentable(self.name, f"vectors at {len(by_depth)} layers; it supports one")
         base = package.spec.base_model
         site = acting[0][1].targets[0].site
-        values = next(iter(found.values()))
+        values = next(iter(by_depth.values()))
         norm = np.float32(np.linalg.norm(values.astype(np.float64)))
         if norm == 0:
-            raise NotRepresentable(self.name, "a vector of zeros has no direction")
+            raise NotRepresentable(self.name, "a zero vector has no direction")
         where = {LayerInput: "resid_pre", LayerOutput: "resid_post"}[type(site)]
         metadata = {
             "schema_version": "3",
@@ -104,15 +107,15 @@ def _load(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         with safe_open(path, "numpy") as file:
             metadata = dict(file.metadata() or {})
             names = [name for name in file.keys() if name.startswith("direction.")]  # noqa: SIM118
-            found = {name.partition(".")[2]: file.get_tensor(name) for name in names}
+            directions = {name.partition(".")[2]: file.get_tensor(name) for name in names}
     except (SafetensorError, TypeError) as error:
-        raise unreadable(path, "file", "safetensors of float vectors", error) from error
-    for name, values in found.items():
+        raise unreadable(path, "file", "a safetensors file of float vectors", error) from error
+    for name, values in directions.items():
         if values.ndim != 1 or not np.isfinite(values).all():
             raise unreadable(path, f"direction.{name}", "a finite vector", f"shape {values.shape}")
-    if not found:
+    if not directions:
         raise unreadable(path, "tensors", "direction.METHOD", "none")
-    return found, metadata
+    return directions, metadata
 
 
 def _whole(metadata: dict[str, str], key: str, path: Path) -> int:

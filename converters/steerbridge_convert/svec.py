@@ -1,9 +1,9 @@
 """`.svec` files: IBM activation-steering and AISteer360.
 
-JSON of a vector per layer. IBM measures at the output of block k and applies at the input of
-block k (activation_steering/leash_layer.py wraps the block's forward), so a key is where it
-acts, not where it was found. AISteer360 applies where its method says, and may hold several
-vectors a layer ([K][D]: heads, positions, bases), of which only K = 1 is one direction.
+JSON with one vector per layer. IBM measures at the output of block k and applies at the input of
+block k (activation_steering/leash_layer.py wraps the block's forward), so a key says where the
+vector acts, not where it was measured. AISteer360 applies at the site that its method defines and
+may store several vectors per layer ([K][D]: heads, positions, bases); only K = 1 is supported.
 """
 
 from __future__ import annotations
@@ -15,48 +15,48 @@ from typing import Any
 import numpy as np
 
 from steerbridge.errors import NotRepresentable, UnreadableSource
-from steerbridge.formats import Ask, Format, Given, Holds, one_of, unreadable
+from steerbridge.format import Answers, Format, Holds, Option, one_of, unreadable
 from steerbridge.package import SteeringPackage
 from steerbridge.tensors import Tensor
 from steerbridge_convert import files, vectors
 from steerbridge_convert.gguf_vectors import STRENGTH
 
-APPLIED_AT = Ask(
+APPLIED_AT = Option(
     "applied_at",
     one_of("layer_input", "layer_output"),
-    "where the method adds key k: CAST and ActAdd at the block's input, CAA at its output",
+    "where the method adds vector k: CAST and ActAdd at the input of block k, CAA at its output",
 )
 
 
 class IbmSvec(Format):
-    """activation-steering: `SteeringVector.load`; all three keys of the file are required."""
+    """activation-steering: `SteeringVector.load`, which requires all three keys of the file."""
 
     name = "svec-ibm"
     title = "IBM activation-steering vector (.svec)"
     holds = Holds(
         interventions=frozenset({"add_vector"}),
         sites="inputs of blocks",
-        strength="a vector a layer; the strength is given when it is used",
+        strength="one vector per layer; the tool sets the strength when it runs",
     )
-    asks = (STRENGTH,)
+    options = (STRENGTH,)
 
     def recognises(self, path: Path) -> bool:
         return path.suffix == ".svec" and path.is_file() and not _of_aisteer360(path)
 
     def contents(self, path: Path) -> dict[str, Any]:
-        found = load(path)
+        content = load(path)
         return {
-            "model_type": found["model_type"],
-            "directions": {k: list(np.shape(v)) for k, v in found["directions"].items()},
+            "model_type": content["model_type"],
+            "directions": {k: list(np.shape(v)) for k, v in content["directions"].items()},
         }
 
-    def read(self, path: Path, given: Given) -> SteeringPackage:
-        found, by_layer = read_vectors(path, self.name)
-        base = given.base_model(model_type=found["model_type"])
+    def read(self, path: Path, answers: Answers) -> SteeringPackage:
+        content, by_layer = read_vectors(path, self.name)
+        base = answers.base_model(model_type=content["model_type"])
         vectors.checked(by_layer, base, self.name)
-        return vectors.package(path.stem, base, vectors.inputs(by_layer), given(STRENGTH))
+        return vectors.package(path.stem, base, vectors.inputs(by_layer), answers.get(STRENGTH))
 
-    def write(self, package: SteeringPackage, path: Path, given: Given) -> None:
+    def write(self, package: SteeringPackage, path: Path, answers: Answers) -> None:
         directions = {
             str(k): values.tolist()
             for k, values in vectors.keyed_by_input(package, self.name).items()
@@ -65,17 +65,17 @@ class IbmSvec(Format):
 
 
 class AisteerSvec(Format):
-    """AISteer360: `SteeringVector.load`, K = 1 vector a layer."""
+    """AISteer360: `SteeringVector.load` with K = 1 vector per layer."""
 
     name = "svec-aisteer360"
     title = "AISteer360 steering vector (.svec)"
     holds = Holds(
         interventions=frozenset({"add_vector"}),
-        sites="inputs or outputs of blocks, by method",
-        strength="a vector a layer; the strength is given when it is used",
+        sites="inputs or outputs of blocks, depending on the method",
+        strength="one vector per layer; the tool sets the strength when it runs",
     )
-    asks = (STRENGTH, APPLIED_AT)
-    write_asks = (APPLIED_AT,)
+    options = (STRENGTH, APPLIED_AT)
+    write_options = (APPLIED_AT,)
 
     def recognises(self, path: Path) -> bool:
         return path.suffix == ".svec" and path.is_file() and _of_aisteer360(path)
@@ -83,48 +83,48 @@ class AisteerSvec(Format):
     def contents(self, path: Path) -> dict[str, Any]:
         return IbmSvec().contents(path)
 
-    def read(self, path: Path, given: Given) -> SteeringPackage:
-        found, by_layer = read_vectors(path, self.name)
-        base = given.base_model(model_type=found["model_type"])
+    def read(self, path: Path, answers: Answers) -> SteeringPackage:
+        content, by_layer = read_vectors(path, self.name)
+        base = answers.base_model(model_type=content["model_type"])
         vectors.checked(by_layer, base, self.name)
-        place = vectors.inputs if given(APPLIED_AT) == "layer_input" else vectors.outputs
-        return vectors.package(path.stem, base, place(by_layer), given(STRENGTH))
+        place = vectors.inputs if answers.get(APPLIED_AT) == "layer_input" else vectors.outputs
+        return vectors.package(path.stem, base, place(by_layer), answers.get(STRENGTH))
 
-    def write(self, package: SteeringPackage, path: Path, given: Given) -> None:
-        if given(APPLIED_AT) == "layer_input":
-            found = vectors.keyed_by_input(package, self.name)
+    def write(self, package: SteeringPackage, path: Path, answers: Answers) -> None:
+        if answers.get(APPLIED_AT) == "layer_input":
+            by_block = vectors.keyed_by_input(package, self.name)
         else:
-            found = vectors.keyed_by_output(package, self.name, first=0)
-        dump(path, package, {str(k): [values.tolist()] for k, values in found.items()})
+            by_block = vectors.keyed_by_output(package, self.name)
+        dump(path, package, {str(k): [values.tolist()] for k, values in by_block.items()})
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The JSON object of a file, with `directions` an object by layer number.
-
-    Raises:
-        UnreadableSource: it is something else.
-    """
-    found = files.json_object(path)
-    if not isinstance(found.get("directions"), dict):
-        raise unreadable(path, "directions", "an object of vectors by layer", "none")
-    if not isinstance(found.get("model_type"), str):
-        raise unreadable(path, "model_type", "a string", repr(found.get("model_type")))
-    return found
-
-
-def read_vectors(path: Path, format: str) -> tuple[dict[str, Any], dict[int, Tensor]]:
-    """The file's object, and its vectors by layer.
+    """Read the JSON object of a file; its `directions` is an object by layer number.
 
     Raises:
         UnreadableSource: malformed.
-        NotRepresentable: several vectors a layer.
     """
-    found = load(path)
+    content = files.json_object(path)
+    if not isinstance(content.get("directions"), dict):
+        raise unreadable(path, "directions", "an object of vectors by layer", "none")
+    if not isinstance(content.get("model_type"), str):
+        raise unreadable(path, "model_type", "a string", repr(content.get("model_type")))
+    return content
+
+
+def read_vectors(path: Path, format: str) -> tuple[dict[str, Any], dict[int, Tensor]]:
+    """The object in the file, and its vectors by layer.
+
+    Raises:
+        UnreadableSource: malformed.
+        NotRepresentable: a layer has several vectors.
+    """
+    content = load(path)
     by_layer = {}
-    for key, value in found["directions"].items():
+    for key, value in content["directions"].items():
         field = f"directions[{key!r}]"
         if not key.isascii() or not key.isdecimal():
-            raise unreadable(path, field, "a layer number from 0 on", repr(key))
+            raise unreadable(path, field, "a layer number, 0 or higher", repr(key))
         try:
             array = np.array(value, np.float64)
         except (ValueError, TypeError) as error:
@@ -140,11 +140,11 @@ def read_vectors(path: Path, format: str) -> tuple[dict[str, Any], dict[int, Ten
         by_layer[int(key)] = Tensor.of(array)
     if not by_layer:
         raise unreadable(path, "directions", "a vector", "none")
-    return found, by_layer
+    return content, by_layer
 
 
 def _of_aisteer360(path: Path) -> bool:
-    """Its vectors are lists of lists; IBM's are flat."""
+    """True if the vectors are lists of lists, as in AISteer360; in IBM's files they are flat."""
     try:
         directions = load(path)["directions"]
     except UnreadableSource:
@@ -154,7 +154,7 @@ def _of_aisteer360(path: Path) -> bool:
 
 
 def dump(path: Path, package: SteeringPackage, directions: dict[str, Any]) -> None:
-    """Write vectors by layer; IBM's loader wants all three keys."""
+    """Write vectors by layer; IBM's loader requires all three keys."""
     value = {
         "model_type": package.spec.base_model.model_type,
         "directions": directions,

@@ -1,17 +1,18 @@
-"""The table of formats in docs/formats.md, out of the converters' own declarations."""
+"""The table of formats in docs/formats.md, generated from the converters' declarations."""
 
 from __future__ import annotations
 
-from steerbridge.formats import Ask, Format, formats
+from steerbridge.format import Format, Option, formats
 
 _HEAD = (
-    "| format | what | probes | acts | gate | sites | strength | exact | read asks | write asks |",
+    "| format | what | probes | interventions | gate | sites | strength | exact "
+    "| read options | write options |",
     "|---|---|---|---|---|---|---|---|---|---|",
 )
 
 
 def table() -> str:
-    """Markdown, one row a format."""
+    """Markdown with one row per format."""
     return "\n".join([*_HEAD, *(_row(format) for format in formats().values())]) + "\n"
 
 
@@ -26,14 +27,14 @@ def _row(format: Format) -> str:
         holds.sites,
         holds.strength,
         "yes" if format.exact else "-",
-        _asks(format.asks),
-        _asks((*format.write_asks, *((_MODEL,) if format.needs_model else ()))),
+        _options(format.options),
+        _options((*format.write_options, *((_MODEL,) if format.needs_model else ()))),
     )
     return f"| {' | '.join(cells)} |"
 
 
-_MODEL = Ask("--model", str, "weights")
+_MODEL = Option("--model", str, "weights")
 
 
-def _asks(asks: tuple[Ask, ...]) -> str:
-    return ", ".join(f"`{a.name}`" + ("" if a.default is None else "?") for a in asks) or "-"
+def _options(options: tuple[Option, ...]) -> str:
+    return ", ".join(f"`{o.name}`" + ("" if o.default is None else "?") for o in options) or "-"

@@ -1,7 +1,8 @@
-"""Vectors added to the residual stream: what the files of most tools hold.
+"""Vectors added to the residual stream, which most tools store.
 
-A depth counts places in the order of computation: depth L is `layer_input[L]`, which is
-`layer_output[L - 1]`. Tools number layers by input or output; only this module's callers know.
+Depth numbers sites in the order of computation: depth L is `layer_input[L]`, which equals
+`layer_output[L - 1]`. Tools number layers by input or by output; the callers of this module know
+which.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from steerbridge.spec import (
 )
 from steerbridge.tensors import Float32, Tensor
 
-Vectors = Mapping[int, Tensor]  # by layer number of a tool, or by depth
+Vectors = Mapping[int, Tensor]  # by a tool's layer number, or by depth
 
 
 def package(
@@ -63,98 +64,104 @@ def package(
 
 
 def outputs(vectors: Vectors) -> dict[LayerInput | LayerOutput, Tensor]:
-    """Sites of vectors that act at the output of the block they are numbered by."""
+    """Sites of vectors that act at the output of the block with their number."""
     return {LayerOutput(stream="layer_output", layer=k): v for k, v in sorted(vectors.items())}
 
 
 def inputs(vectors: Vectors) -> dict[LayerInput | LayerOutput, Tensor]:
-    """Sites of vectors that act at the input of the block they are numbered by."""
+    """Sites of vectors that act at the input of the block with their number."""
     return {LayerInput(stream="layer_input", layer=k): v for k, v in sorted(vectors.items())}
 
 
 def by_depth(package: SteeringPackage) -> dict[int, Float32]:
     """The sum of all vectors that rules add, by depth, each times its alpha and strength.
 
-    A rule whose strength follows a score counts with its full scale. Vectors that act alone and
-    with factor 1 keep their bits.
+    A rule whose strength follows a score counts with its full scale. A vector that is alone at its
+    depth and has factor 1 stays bit-identical.
     """
-    found: dict[int, Float32] = {}
+    sums: dict[int, Float32] = {}
     for rule, vector in acting(package):
         factor = np.float32(vector.alpha * strength(rule))
         for target in vector.targets:
             depth = package.spec.depth(target.site)
             values = package.tensors[target.vector].float32()
             values = values if factor == 1 else factor * values
-            found[depth] = found[depth] + values if depth in found else values
-    return dict(sorted(found.items()))
+            sums[depth] = sums[depth] + values if depth in sums else values
+    return dict(sorted(sums.items()))
 
 
 def acting(package: SteeringPackage) -> list[tuple[Rule, AddVector]]:
-    """Each rule with each vector that it adds."""
+    """Each rule paired with each vector that it adds."""
     return [
-        (rule, found)
+        (rule, vector)
         for rule in package.spec.rules
         for id in rule.interventions
-        if isinstance(found := package.spec.intervention(id), AddVector)
+        if isinstance(vector := package.spec.intervention(id), AddVector)
     ]
 
 
 def strength(rule: Rule) -> float:
-    """The constant of a rule, or the scale of one that follows a score."""
+    """The constant strength of a rule, or the scale of one that follows a score."""
     if isinstance(rule.strength, ConstantStrength):
         return rule.strength.value
     return rule.strength.scale
 
 
-def keyed_by_output(package: SteeringPackage, format: str, first: int) -> dict[int, Float32]:
-    """Vectors by the number of the block whose output they change.
+def keyed_by_output(
+    package: SteeringPackage, format: str, dropped: frozenset[int] = frozenset()
+) -> dict[int, Float32]:
+    """Vectors by the number of the block whose output they change, without `dropped` blocks.
 
     Raises:
-        NotRepresentable: one acts before the output of block `first`.
+        NotRepresentable: a vector acts before the output of block 0, or none is left.
     """
-    return _keyed(
-        package, format, shift=1, allowed=range(first, package.spec.base_model.num_layers)
-    )
+    return _keyed(package, format, shift=1, dropped=dropped)
 
 
 def keyed_by_input(package: SteeringPackage, format: str) -> dict[int, Float32]:
     """Vectors by the number of the block whose input they change.
 
     Raises:
-        NotRepresentable: one acts after the last block.
+        NotRepresentable: a vector acts after the last block, or there is none.
     """
-    return _keyed(package, format, shift=0, allowed=range(package.spec.base_model.num_layers))
+    return _keyed(package, format, shift=0)
 
 
-def _keyed(package: SteeringPackage, format: str, shift: int, allowed: range) -> dict[int, Float32]:
+def _keyed(
+    package: SteeringPackage, format: str, shift: int, dropped: frozenset[int] = frozenset()
+) -> dict[int, Float32]:
+    blocks = [k for k in range(package.spec.base_model.num_layers) if k not in dropped]
     side = "output" if shift else "input"
-    found: dict[int, Float32] = {}
+    by_block: dict[int, Float32] = {}
     for depth, values in by_depth(package).items():
-        if depth - shift not in allowed:
+        block = depth - shift
+        if block in dropped:
+            continue
+        if block not in blocks:
             raise NotRepresentable(
                 format,
                 f"a vector at layer_input[{depth}]; it steers the {side}s of blocks "
-                f"{allowed.start}..{allowed.stop - 1}",
+                f"{blocks[0]}..{blocks[-1]}",
             )
-        found[depth - shift] = values
-    if not found:
-        raise NotRepresentable(format, "no rule adds a vector")
-    return found
+        by_block[block] = values
+    if not by_block:
+        raise NotRepresentable(format, f"no rule adds a vector at the {side} of a block it steers")
+    return by_block
 
 
 def checked(vectors: Mapping[int, Any], base: BaseModelInfo, format: str) -> None:
-    """Vectors by block number fit the base model.
+    """Check that vectors by block number fit the base model.
 
     Raises:
-        NotRepresentable: a number beyond its blocks, or another width.
+        NotRepresentable: a block that the model does not have, or another width.
     """
     for number, vector in vectors.items():
         if number not in range(base.num_layers):
             raise NotRepresentable(
-                format, f"layer {number} of {base.name}, which has blocks 0..{base.num_layers - 1}"
+                format, f"layer {number}; {base.name} has blocks 0..{base.num_layers - 1}"
             )
         if vector.shape != (base.hidden_size,):
             raise NotRepresentable(
                 format,
-                f"layer {number}: shape {vector.shape} on {base.name} of width {base.hidden_size}",
+                f"layer {number}: shape {vector.shape}; {base.name} has width {base.hidden_size}",
             )

@@ -31,11 +31,11 @@ def question_set(name: str, count: int, seed: int) -> list[tuple[Scene, Question
     if name not in SETS:
         raise DataError(Problem("set", f"one of {SETS}", repr(name)))
     rng = random.Random(f"accuracy {name} {seed}")
-    found = []
+    questions = []
     for _ in range(count):
         if name == "known":
             scene = sample(rng)
-            found.append((scene, ask(scene, rng)))
+            questions.append((scene, ask(scene, rng)))
             continue
         limits: dict[str, Any] = {}
         if name == "unseen_pairs":
@@ -44,8 +44,8 @@ def question_set(name: str, count: int, seed: int) -> list[tuple[Scene, Question
             limits["styles"] = (UNSEEN_STYLE,)
         scene = sample(rng, **limits)
         split = "test" if name == "unseen_stems" else "train"
-        found.append((scene, describe(scene, rng.choice(stems("describe", split)))))
-    return found
+        questions.append((scene, describe(scene, rng.choice(stems("describe", split)))))
+    return questions
 
 
 @torch.inference_mode()
@@ -58,16 +58,16 @@ def answers(
     progress: Progress | None = None,
 ) -> list[str]:
     """Greedy answers to questions about pictures."""
-    found: list[str] = []
+    said: list[str] = []
     for at in range(0, len(asked), _BATCH):
         batch = asked[at : at + _BATCH]
         inputs = inputs_for(processor, batch)
         new = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         new = new[:, inputs["input_ids"].shape[1] :]
-        found += processor.tokenizer.batch_decode(new, skip_special_tokens=True)
+        said += processor.tokenizer.batch_decode(new, skip_special_tokens=True)
         if progress:
-            progress(len(found), len(asked))
-    return found
+            progress("answers", len(said), len(asked))
+    return said
 
 
 def inputs_for(processor: Any, asked: Sequence[tuple[Image.Image, str]]) -> Any:

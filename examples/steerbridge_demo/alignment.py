@@ -92,13 +92,13 @@ def pool_of(scenes: Sequence[Scene]) -> Pool:
 
 def scene_words(scene: Scene) -> NDArray[np.int64]:
     """Candidate numbers [5, 4] for the tiles of a scene and its overview."""
-    found = np.full((5, 4), -1, np.int64)
+    words_of_tiles = np.full((5, 4), -1, np.int64)
     for tile in range(4):
         words = _tile_words(scene, tile % 2, tile // 2)
         if words is not None:
-            found[tile] = [CANDIDATES.index(w) for w in words]
-    found[4] = [CANDIDATES.index(w) for w in _words(scene.thing)]
-    return found
+            words_of_tiles[tile] = [CANDIDATES.index(w) for w in words]
+    words_of_tiles[4] = [CANDIDATES.index(w) for w in _words(scene.thing)]
+    return words_of_tiles
 
 
 def _words(thing: Thing) -> Words:
@@ -209,7 +209,7 @@ def align(
         features = aligner.features(np.concatenate([part[0] for part in parts]))
         loss, right = aligner.loss(features, np.concatenate([part[1] for part in parts]))
         optimisers.step(loss, rate(step - 1, lessons.steps))
-        progress(step, lessons.steps)
+        progress("alignment", step, lessons.steps)
         recent.append(float(right[: lessons.pictures].all(1).float().mean()))
         if step % 50 == 0 or step == lessons.steps:
             log.append(

@@ -249,7 +249,7 @@ def _icon(name: str) -> tuple[_Part, ...]:
 @cache
 def _icons() -> dict[str, tuple[_Part, ...]]:
     """The parts of every icon in `data/icons.txt`."""
-    found: dict[str, list[_Part]] = {}
+    icons: dict[str, list[_Part]] = {}
     parts: list[_Part] = []
     text = files(__name__.partition(".")[0]).joinpath("data", "icons.txt").read_text("utf-8")
     for line in text.splitlines():
@@ -257,10 +257,10 @@ def _icons() -> dict[str, tuple[_Part, ...]]:
         if not words or words[0] == "#":
             continue
         if words[0] == "=":
-            parts = found.setdefault(words[1], [])
+            parts = icons.setdefault(words[1], [])
         else:
             parts.append(_parsed(words[0], words[1], [float(w) for w in words[2:]]))
-    return {name: tuple(parts) for name, parts in found.items()}
+    return {name: tuple(parts) for name, parts in icons.items()}
 
 
 def _parsed(shade: str, shape: str, numbers: list[float]) -> _Part:

@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 
 from steerbridge import gguf_file
 from steerbridge.atomic import replacing
-from steerbridge.cli.common import smollm2
 from steerbridge.errors import DataError, Problem
 from steerbridge.gguf_file import GgufFile, GgufTensor
+from steerbridge.runtime import smollm2
 from steerbridge_demo.layout import (
     IMAGE_MEAN,
     IMAGE_STD,
@@ -192,21 +192,21 @@ def write_mmproj(path: Path, weights: Path | None = None, *, f16: bool = False) 
 
 def mmproj_tensors(trained: Mapping[str, Array]) -> dict[str, Array]:
     """The trained tensors under the names that libmtmd reads."""
-    found: dict[str, Array] = {}
+    tensors: dict[str, Array] = {}
     for name, data in trained.items():
         if name == EMBEDDINGS:
             continue
         if name == "model.connector.modality_projection.proj.weight":
-            found["mm.model.fc.weight"] = data
+            tensors["mm.model.fc.weight"] = data
             continue
         inner = name.removeprefix("model.vision_model.")
         if inner in _OUTSIDE:
-            found[_OUTSIDE[inner]] = data
+            tensors[_OUTSIDE[inner]] = data
             continue
         block, _, rest = inner.removeprefix("encoder.layers.").partition(".")
         part, _, kind = rest.rpartition(".")
-        found[f"v.blk.{int(block)}.{_BLOCK[part]}.{kind}"] = data
-    return found
+        tensors[f"v.blk.{int(block)}.{_BLOCK[part]}.{kind}"] = data
+    return tensors
 
 
 def _mmproj_metadata(writer: GGUFWriter, kind: LlamaFileType) -> None:

@@ -92,12 +92,12 @@ def guard_prompts(
         raise DataError(Problem("kinds", want, f"{kinds!r}, {per_kind}"))
     folder = directory / split
     folder.mkdir(parents=True, exist_ok=True)
-    found: list[GuardPrompt] = []
+    prompts: list[GuardPrompt] = []
     for kind in kinds:
         rng = random.Random(f"guard {split} {kind} {seed}")
         maker = _Maker(folder, split, kind, _RULES[split], rng, size, texts)
-        found += _MAKERS[kind](maker, per_kind)
-    return found
+        prompts += _MAKERS[kind](maker, per_kind)
+    return prompts
 
 
 def guard_examples(directory: Path, split: str, **options: Any) -> list[Example]:

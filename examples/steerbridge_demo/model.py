@@ -27,8 +27,8 @@ from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3I
 from transformers.models.idefics3.modeling_idefics3 import Idefics3ForConditionalGeneration
 from transformers.models.idefics3.processing_idefics3 import Idefics3Processor
 
-from steerbridge.cli.common import smollm2
 from steerbridge.errors import DataError, Problem
+from steerbridge.runtime import smollm2
 from steerbridge_demo.layout import (
     IMAGE_MEAN,
     IMAGE_STD,
@@ -137,15 +137,15 @@ def load_weights(model: Any, path: Path | None = None) -> None:
         DataError: other names or shapes than the model's, or a value that is not finite.
     """
     want = trained_tensors(model)
-    found = read_shipped(path)
-    if set(found) != set(want):
-        names = sorted(set(found) ^ set(want))
+    weights = read_shipped(path)
+    if set(weights) != set(want):
+        names = sorted(set(weights) ^ set(want))
         raise DataError(Problem("tensors", "those of the demo model", f"difference {names}"), path)
-    for name, tensor in found.items():
+    for name, tensor in weights.items():
         if tensor.shape != tuple(want[name].shape):
             raise DataError(Problem(name, str(tuple(want[name].shape)), str(tensor.shape)), path)
     with torch.no_grad():
-        for name, tensor in found.items():
+        for name, tensor in weights.items():
             want[name].copy_(torch.from_numpy(tensor))
 
 

@@ -54,8 +54,8 @@ def orthogonalised(matrix_NM: Tensor) -> Tensor:
     for _ in range(_ITERATIONS):
         square = x @ x.T
         x = a * x + (b * square + c * square @ square) @ x
-    found: Tensor = x.T if tall else x
-    return found
+    update: Tensor = x.T if tall else x
+    return update
 
 
 class Optimisers:

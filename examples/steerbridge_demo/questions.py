@@ -39,25 +39,25 @@ def stems(kind: str, split: str) -> tuple[str, ...]:
     Raises:
         DataError: no such kind or split.
     """
-    found = _stems().get((kind, split))
-    if found is None:
+    texts = _stems().get((kind, split))
+    if texts is None:
         want = f"one of {STEM_KINDS} and of {SPLITS}"
         raise DataError(Problem("stems", want, f"{kind!r}, {split!r}"))
-    return found
+    return texts
 
 
 @cache
 def _stems() -> dict[tuple[str, str], tuple[str, ...]]:
-    found: dict[tuple[str, str], list[str]] = {}
+    by_kind: dict[tuple[str, str], list[str]] = {}
     lines: list[str] = []
     text = files(__package__ or "").joinpath("data", "stems.txt").read_text("utf-8")
     for line in filter(str.strip, text.splitlines()):
         if line.startswith("# "):
             kind, _, split = line[2:].partition(" | ")
-            lines = found.setdefault((kind, split), [])
+            lines = by_kind.setdefault((kind, split), [])
         else:
             lines.append(line.strip())
-    return {key: tuple(value) for key, value in found.items()}
+    return {key: tuple(value) for key, value in by_kind.items()}
 
 
 # ------------------------------------------------------------ about a scene

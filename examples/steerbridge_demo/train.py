@@ -21,8 +21,6 @@ from typing import Any
 
 import torch
 
-from steerbridge.cli.common import progress, say
-from steerbridge.runtime import Progress
 from steerbridge_demo import weights
 from steerbridge_demo.accuracy import measure
 from steerbridge_demo.alignment import (
@@ -102,11 +100,11 @@ def _train(plan: Plan, output: Path, start_from: Path | None) -> dict[str, Any]:
     log["seconds_alignment"] = clock.lap()
     tuner = Tuner(model, processor)
     taught = teach(model, processor, plan.taught, plan.seed) if plan.taught else {}
-    log["tuning"] = tune(tuner, taught, plan.tuning, plan.seed, _bar("tuning"))
+    log["tuning"] = tune(tuner, taught, plan.tuning, plan.seed, _tenths)
     log["seconds_tuning"] = clock.lap()
     tensors = _write(output, model)
     load_weights(model, output)
-    log["accuracy"] = measure(model, processor, plan.measured, plan.seed, _bar("measuring"))
+    log["accuracy"] = measure(model, processor, plan.measured, plan.seed, _tenths)
     log["seconds_measuring"] = clock.lap()
     log["parameters"] = sum(tensor.size for tensor in tensors.values())
     log["sha256"] = hashlib.sha256(output.read_bytes()).hexdigest()
@@ -127,23 +125,21 @@ def _stage_one(model: Any, processor: Any, plan: Plan) -> dict[str, Any]:
         peak=plan.peak,
         seed=plan.seed,
         workers=plan.threads,
-        progress=_bar("alignment"),
+        progress=_tenths,
     )
     rng = random.Random(f"unseen drawings {plan.seed}")
     unseen = pool_of([sample(rng) for _ in range(400)])
     return {"steps": steps, "words_right": words_right(aligner, unseen)}
 
 
-def _bar(what: str) -> Progress:
-    """A progress bar on a terminal, a line every tenth elsewhere."""
-    bar = progress(what)
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
-    def update(done: int, total: int) -> None:
-        bar(done, total)
-        if not sys.stderr.isatty() and done * 10 // total > (done - 1) * 10 // total:
-            say(f"{what} {done}/{total} {time.strftime('%H:%M:%S')}")
 
-    return update
+def _tenths(step: str, done: int, total: int) -> None:
+    """A `Progress` that says each tenth of a step on standard error."""
+    if done * 10 // total > (done - 1) * 10 // total:
+        _say(f"{step} {done}/{total} {time.strftime('%H:%M:%S')}")
 
 
 class _Clock:
@@ -174,12 +170,12 @@ def main(arguments: list[str] | None = None) -> None:
         tuning=Settings(steps=options.tuning_steps),
         measured=options.measured,
     )
-    say(f"training on {plan.threads} threads; weights go to {options.output}")
+    _say(f"training on {plan.threads} threads; weights go to {options.output}")
     log = train(plan, options.output, options.start_from)
     for row in log.get("alignment", {}).get("steps", []):
-        say(f"alignment {row}")
+        _say(f"alignment {row}")
     for row in log["tuning"]:
-        say(f"tuning    {row}")
+        _say(f"tuning    {row}")
     print(json.dumps(log))
     sys.stdout.flush()
 

@@ -79,28 +79,28 @@ def teach(model: Any, processor: Any, per_object: int, seed: int) -> dict[tuple[
         )
         for pair in pairs
     ]
-    found: dict[tuple[str, str], Any] = {}
+    said: dict[tuple[str, str], Any] = {}
     for at in range(0, len(prompts), 16):
         batch = tokenizer(prompts[at : at + 16], return_tensors="pt", padding=True)
         new = model.generate(**batch, max_new_tokens=_TEACHER_TOKENS, do_sample=False)
         answers = new[:, batch["input_ids"].shape[1] :].tolist()
-        found.update(zip(pairs[at : at + 16], map(tuple, answers), strict=True))
-    return found
+        said.update(zip(pairs[at : at + 16], map(tuple, answers), strict=True))
+    return said
 
 
 def exchanges(
     scene: Scene, taught: dict[tuple[str, str], Any], count: int, tokenizer: Any, rng: random.Random
 ) -> list[Exchange]:
     """Questions about a scene; a scene that was taught how to make gets one such question."""
-    found: list[Exchange] = []
+    exchanges: list[Exchange] = []
     answer = taught.get((scene.thing.colour, scene.thing.name))
     if answer is not None:
-        found.append(Exchange(rng.choice(stems("make", "train")), answer))
-    while len(found) < count:
+        exchanges.append(Exchange(rng.choice(stems("make", "train")), answer))
+    while len(exchanges) < count:
         question = ask(scene, rng)
         ids = tokenizer.encode(question.answer, add_special_tokens=False)
-        found.append(Exchange(question.text, (*ids, tokenizer.eos_token_id)))
-    return found
+        exchanges.append(Exchange(question.text, (*ids, tokenizer.eos_token_id)))
+    return exchanges
 
 
 # ------------------------------------------------------------ rows
@@ -187,8 +187,8 @@ class Tuner:
         rows = ["".join(f"{fake}<row_{r}_col_{c}>{slot}" for c in (1, 2)) + "\n" for r in (1, 2)]
         picture = "".join(rows) + f"\n{fake}{overview}{slot}{fake}"
         encode = self.tokenizer.encode
-        found = (encode(t, add_special_tokens=False) for t in (before, picture, after))
-        return next(found), next(found), next(found)
+        ids = (encode(t, add_special_tokens=False) for t in (before, picture, after))
+        return next(ids), next(ids), next(ids)
 
     def batch(self, asked: Sequence[Sequence[Exchange]]) -> Batch:
         """Rows for the questions about each picture."""
@@ -250,7 +250,7 @@ def tune(
         answers = tuner.loss(tuner.batch(asked), features)
         words, _ = tuner.aligner.loss(features, pool.words.reshape(-1, TOKENS_PER_TILE))
         optimisers.step(answers + settings.alignment * words, rate(step, settings.steps, warmup=10))
-        progress(step + 1, settings.steps)
+        progress("tuning", step + 1, settings.steps)
         recent.append(float(answers.detach()))
         if step % 10 == 9 or step + 1 == settings.steps:
             log.append(

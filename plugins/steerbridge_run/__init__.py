@@ -1,5 +1,5 @@
-"""`steerbridge run -- COMMAND`: a steering package inside unmodified llama.cpp programs.
+"""`steerbridge run -- COMMAND`: steers unmodified llama.cpp programs.
 
-A preloaded library (`native/`) stands between a program and the llama.cpp that it loads; this
-package looks at the program, starts it with that library, and reads what it tells.
+A preloaded library (`native/`) intercepts the calls of a program to the llama.cpp that it loads;
+this package inspects the program, starts it with that library, and reads the library's events.
 """

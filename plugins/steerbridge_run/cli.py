@@ -12,8 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from steerbridge import gguf_model
-from steerbridge.cli import common
+from steerbridge import command_line, gguf_model
 from steerbridge.errors import SteerbridgeError
 from steerbridge.package import SteeringPackage, load
 from steerbridge_run import preload, programs, supervisor
@@ -37,7 +36,7 @@ def run(
         int | None, typer.Option(help="Loopback port for Prometheus.", min=1, max=65535)
     ] = None,
     also: Also = [],
-    ignore: common.Ignore = [],
+    ignore: command_line.Ignore = [],
 ) -> None:
     """Run an unmodified llama.cpp program with a package inside it.
 
@@ -82,11 +81,11 @@ def doctor(
     command: Command = [],
     package: PackageOption = "",
     also: Also = [],
-    ignore: common.Ignore = [],
-    json: common.Json = False,
+    ignore: command_line.Ignore = [],
+    json: command_line.Json = False,
 ) -> None:
     """Say what `run` finds, and why it would or would not work. Exit code 1 if not."""
-    found: dict[str, Any] = {}
+    facts: dict[str, Any] = {}
     steps: dict[str, Callable[[], Any]] = {
         "preload": lambda: str(preload.library()),
         "package": lambda: _describe(load(package)) if package else None,
@@ -97,15 +96,15 @@ def doctor(
     problems = []
     for name, look in steps.items():
         try:
-            found[name] = look()
+            facts[name] = look()
         except (SteerbridgeError, FileNotFoundError) as error:
-            found[name] = None
+            facts[name] = None
             problems.append(f"{name}: {error}")
-    found["problems"] = problems
+    facts["problems"] = problems
     if json:
-        common.print_json(found)
+        command_line.print_json(facts)
     else:
-        for name, value in found.items():
+        for name, value in facts.items():
             if value:
                 print(f"{name:10} {value}")
         print("would work" if not problems else "would not work")
@@ -118,10 +117,10 @@ def _describe(package: SteeringPackage) -> dict[str, Any]:
     return {"name": package.spec.name, "base_model": base.name, "width": base.hidden_size}
 
 
-def _program(found: programs.Program) -> dict[str, Any]:
-    runs = found.runs
+def _program(program: programs.Program) -> dict[str, Any]:
+    runs = program.runs
     libraries = [n for n in runs.libraries if n.startswith(("libllama", "libggml", "libmtmd"))]
-    return {"path": str(found.path), "runs": str(runs.path), "libraries": libraries}
+    return {"path": str(program.path), "runs": str(runs.path), "libraries": libraries}
 
 
 def _model(command: list[str], package: str, ignore: list[str]) -> dict[str, Any] | None:

@@ -17,7 +17,7 @@ from steerbridge.package import SteeringPackage
 from steerbridge.spec import HeadMatrix, PromptEnd
 from steerbridge_run.programs import RUNTIME
 
-# Of a system: the variable that names libraries to load first, and ours.
+# By system: the variable that names libraries to preload, and our library.
 _PRELOADS: Final = {
     "linux": ("LD_PRELOAD", "libsteerpreload.so"),
     "darwin": ("DYLD_INSERT_LIBRARIES", "libsteerpreload.dylib"),
@@ -43,24 +43,26 @@ def library() -> Path:
     path = Path(__file__).with_name(_preload()[1])
     if not path.is_file():
         raise UnsupportedFeature(
-            RUNTIME, f"{path.name} was not built", "reinstall steerbridge where a C compiler is"
+            RUNTIME, f"{path.name} was not built", "reinstall steerbridge with a C compiler"
         )
     return path
 
 
 def _preload() -> tuple[str, str]:
     if sys.platform not in _PRELOADS:
-        raise UnsupportedFeature(RUNTIME, f"{sys.platform}: only Linux and macOS have preloads")
+        raise UnsupportedFeature(
+            RUNTIME, f"{sys.platform}: only Linux and macOS support preloading"
+        )
     return _PRELOADS[sys.platform]
 
 
 def named_models(command: Sequence[str], environment: Mapping[str, str]) -> Models:
-    """The models that llama.cpp's own programs would open; files that do not exist are left out."""
+    """The models that llama.cpp's own programs would open; missing files are left out."""
     main = [*_values(command, _MODEL), environment.get("LLAMA_ARG_MODEL", "")]
     drafts = [*_values(command, _DRAFT), environment.get("LLAMA_ARG_SPEC_DRAFT_MODEL", "")]
-    found = [Path(name) for name in main if name and Path(name).is_file()]
+    models = [Path(name) for name in main if name and Path(name).is_file()]
     return Models(
-        found[0] if found else None,
+        models[0] if models else None,
         tuple(Path(name) for name in drafts if name and Path(name).is_file()),
     )
 
@@ -81,14 +83,14 @@ def environment(
     *,
     ignore: Sequence[str] = (),
 ) -> dict[str, str]:
-    """Variables of the program: the preload, its settings, what llama-server must do, and what
-    other plugins need for programs that are not llama.cpp's.
+    """The program's variables: the preload and its settings, settings of llama-server, and those
+    of other plugins for programs other than llama.cpp's.
 
     Args:
         file: the package as GGUF, which stays unchanged while the program runs.
-        events: a socket or file that takes one JSON line an event.
+        events: a socket or file for one JSON line per event.
         unsteered: GGUF models that may run beside the steered one (drafts, embeddings).
-        before: the environment without us.
+        before: the environment without Steerbridge.
         ignore: fields of the base model that may differ.
     """
     spec = package.spec
@@ -103,8 +105,8 @@ def environment(
         "STEERBRIDGE_IGNORE": ",".join(ignore),
         "STEERBRIDGE_FILE_TYPES": ";".join(_file_types(package)),
     }
-    # llama-server reads these: rows of several sequences must stay in order, and a state taken
-    # from its store of prompts brings rows that no mean has seen, or that a layer was steered in.
+    # Read by llama-server: rows of several sequences must stay in order, and a state restored from
+    # its prompt cache holds rows that no mean has read, or that were steered at a layer.
     made["LLAMA_ARG_KV_UNIFIED"] = "1"
     if _needs_whole_cache(package):
         made["LLAMA_ARG_CACHE_RAM"] = "0"

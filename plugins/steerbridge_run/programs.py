@@ -1,4 +1,4 @@
-"""What kind of program a command starts, and why a preload would not reach it."""
+"""What kind of program a command starts, and whether a preloaded library would work in it."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from steerbridge.errors import UnsupportedFeature
 
 RUNTIME: Final = "steerbridge run"
 _ENTRY: Final = "llama_decode"
-# A word of llama.cpp's loader that is in every build of it, stripped or not.
+# A string of llama.cpp's loader that every build contains, stripped or not.
 _TRACE: Final = b"llama_model_loader"
 _ELF: Final = b"\x7fELF"
-# Apple's own programs and what they start lose every DYLD variable.
+# macOS removes every DYLD variable from Apple's programs and from what they start.
 _PROTECTED: Final = ("/bin/", "/sbin/", "/usr/bin/", "/usr/sbin/", "/usr/libexec/", "/System/")
 _STATIC: Final = "a control vector or LoRA of it may do (see docs/run.md)"
 
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """A program as it will be started. `interpreter`: who runs it, if it is a script.
+    """A program as it will be started. `interpreter` runs it, if it is a script.
 
-    `libraries` are those it names itself; it may load others later.
+    `libraries` are those it is linked to; it may load others later.
     """
 
     path: Path
@@ -45,12 +45,12 @@ class Program:
 
     @property
     def runs(self) -> Program:
-        """The binary that is started in the end."""
+        """The binary that is started: the program itself, or its interpreter."""
         return self.interpreter.runs if self.interpreter else self
 
     @property
     def names_llama(self) -> bool:
-        """True if it is linked to libllama, so that it surely runs models."""
+        """True if it is linked to libllama, so it certainly runs models."""
         return _names_llama(self.libraries)
 
 
@@ -67,12 +67,12 @@ def inspect(command: str, system: str = sys.platform) -> Program:
     Raises:
         FileNotFoundError: there is no such command.
         UnsupportedFeature: the dynamic linker would ignore a preload, or llama.cpp is linked
-            into the program, where nothing can stand in between.
+            into the program, so its calls cannot be intercepted.
     """
-    found = shutil.which(command)
-    if found is None:
+    located = shutil.which(command)
+    if located is None:
         raise FileNotFoundError(f"no command {command!r}")
-    return _look(Path(found).resolve(), system, depth=0)
+    return _look(Path(located).resolve(), system, depth=0)
 
 
 def _look(path: Path, system: str, depth: int) -> Program:
@@ -93,14 +93,14 @@ def _look(path: Path, system: str, depth: int) -> Program:
 
 
 def _which(name: str, script: Path) -> str:
-    found = shutil.which(name)
-    if found is None:
+    path = shutil.which(name)
+    if path is None:
         raise FileNotFoundError(f"no interpreter {name!r} for {script}")
-    return found
+    return path
 
 
 def _check_privileges(path: Path, system: str) -> None:
-    """The dynamic linker ignores preloads in programs with privileges of their own."""
+    """Refuse programs with elevated privileges: the dynamic linker ignores preloads there."""
     raised = path.stat().st_mode & (stat.S_ISUID | stat.S_ISGID)
     if system == "linux":
         with contextlib.suppress(OSError):  # a file system without attributes
@@ -108,17 +108,17 @@ def _check_privileges(path: Path, system: str) -> None:
     if system == "darwin" and str(path).startswith(_PROTECTED):
         raise UnsupportedFeature(
             RUNTIME,
-            f"{path} belongs to macOS, which takes preloads from it and all that it starts",
-            "start the interpreter itself, one that is not Apple's",
+            f"{path} belongs to macOS, which removes preloads from it and from what it starts",
+            "start an interpreter directly, one that is not Apple's",
         )
     if raised:
         raise UnsupportedFeature(
-            RUNTIME, f"{path} has privileges of its own, so the linker ignores preloads"
+            RUNTIME, f"{path} has elevated privileges, so the linker ignores preloads"
         )
 
 
 def _libraries(path: Path) -> tuple[str, ...]:
-    """Libraries that a binary names; refuses one with llama.cpp inside."""
+    """Libraries that a binary is linked to; refuses a binary that contains llama.cpp."""
     with path.open("rb") as file:
         elf = file.read(4) == _ELF
     needed, defines = _of_elf(path) if elf else _of_mach_o(path)
@@ -146,7 +146,7 @@ def _of_elf(path: Path) -> tuple[tuple[str, ...], bool]:
 
 
 def _of_mach_o(path: Path) -> tuple[tuple[str, ...], bool]:
-    """The same; a Mach-O program's own symbols may be stripped, so they are not asked."""
+    """The same; symbols are not checked, as a Mach-O program's own may be stripped."""
     read: Any = MachO
     kinds = read(str(path)).headers  # one for each kind of processor
     return tuple(name for kind in kinds for _, _, name in kind.walkRelocatables()), False

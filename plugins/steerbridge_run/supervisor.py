@@ -1,4 +1,4 @@
-"""Runs the program, and passes on what its preload tells: a log of JSON lines, metrics, notes."""
+"""Runs the program and forwards the events of its preload: JSON log, metrics, notes."""
 
 from __future__ import annotations
 
@@ -27,15 +27,19 @@ class Metrics:
     def __init__(self) -> None:
         own = self.registry = CollectorRegistry()
         self._contexts = Gauge("steerbridge_contexts", "Steered contexts opened", registry=own)
-        self._verdicts = Counter("steerbridge_verdicts", "Prompts judged", ["fired"], registry=own)
+        self._verdicts = Counter(
+            "steerbridge_verdicts", "Verdicts on prompts", ["fired"], registry=own
+        )
         self._rules = Counter("steerbridge_rules_fired", "Rules fired", ["rule"], registry=own)
-        self._ended = Counter("steerbridge_stopped", "Not answered", ["event"], registry=own)
+        self._ended = Counter(
+            "steerbridge_stopped", "Requests not answered", ["event"], registry=own
+        )
         self._scores = Histogram(
             "steerbridge_score", "Scores of probes", ["probe"], buckets=_SCORES, registry=own
         )
 
     def count(self, event: Mapping[str, Any]) -> None:
-        """Take one event into account."""
+        """Count one event."""
         kind = event["event"]
         if kind == "active":
             self._contexts.inc()
@@ -50,12 +54,12 @@ class Metrics:
             self._ended.labels(kind).inc()
 
     def serve(self, port: int) -> None:
-        """Answer scrapes on the loopback address."""
+        """Serve the metrics on the loopback address."""
         start_http_server(port, addr="127.0.0.1", registry=self.registry)
 
 
 def open_log(where: str) -> TextIO:
-    """A file to append to, or `unix:PATH`, a socket on which somebody listens.
+    """A file to append to, or `unix:PATH`, a listening socket.
 
     Raises:
         OSError: it cannot be opened.
@@ -72,8 +76,8 @@ class Supervisor:
     """Listens to the preloads of a program and its children.
 
     Args:
-        address: where the socket shall be; `STEERBRIDGE_EVENTS` of the program.
-        log: takes every event as a JSON line; None: nothing does.
+        address: path of the socket to create; `STEERBRIDGE_EVENTS` of the program.
+        log: receives every event as a JSON line; None: no log.
     """
 
     def __init__(self, address: Path, log: TextIO | None, metrics: Metrics) -> None:
@@ -105,7 +109,7 @@ class Supervisor:
         try:
             event = json.loads(line)
         except ValueError:
-            return  # the program was killed within a line
+            return  # the program was killed while writing a line
         with self._lock:
             if event["event"] == "active":
                 self.active += 1
@@ -114,7 +118,7 @@ class Supervisor:
             self._write(line)
 
     def _write(self, line: str) -> None:
-        """A log that fails is given up: events must be read, or the program would wait."""
+        """Close a log that fails: events must still be read, or the program would block."""
         if self._log is None:
             return
         try:
@@ -127,21 +131,21 @@ class Supervisor:
             note(f"the log is given up: {error}")
 
     def close(self, seconds: float = 2.0) -> None:
-        """Read what was told before the program ended."""
+        """Read the events sent before the program ended."""
         self._socket.close()
         for reader in self._readers:
             reader.join(seconds)
 
 
 def note(text: str) -> None:
-    """A line on standard error, which the program shares."""
+    """Print a line to standard error, which the program shares."""
     print(f"steerbridge: {text}", file=sys.stderr, flush=True)
 
 
 def run(command: Sequence[str], environment: Mapping[str, str]) -> int:
     """Run the program to its end and return its exit code (128 + n for a signal n).
 
-    Signals that ask us to end go to the program, which ends as it would without us.
+    Termination signals are forwarded to the program, which ends as it would without Steerbridge.
     """
     with ExitStack() as stack:
         child = subprocess.Popen(command, env=environment)

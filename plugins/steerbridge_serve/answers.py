@@ -1,4 +1,4 @@
-"""From tokens to text: characters that are whole, stop sequences, and the two dialects."""
+"""From tokens to text and response bodies: characters, stop sequences, the two dialects."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from steerbridge_serve.engines import Ended, Token
 
 
 class Text:
-    """The text of an answer as its tokens come.
+    """The text of an answer, built token by token.
 
-    What may be the beginning of a stop sequence is held back. With `includes` the sequence that
-    ended the answer is a part of it (TGI), else it is not (OpenAI).
+    Text that may begin a stop sequence is held back. With `includes`, the stop sequence that ended
+    the answer is part of it (TGI), else it is not (OpenAI).
     """
 
     def __init__(self, stop: Sequence[str], includes: bool) -> None:
@@ -27,29 +27,29 @@ class Text:
         self.stopped = False
 
     def add(self, token: Token) -> str:
-        """What can be told after this token; nothing once a stop sequence was found."""
+        """The text that can be sent after this token; empty after a stop sequence."""
         if self.stopped or token.special:
             return ""
         self._held += self._decode(token.text)
         at = [self._held.find(s) + len(s) * self._includes for s in self._stop if s in self._held]
         if at:
             self.stopped = True
-            return self._tell(min(at))
+            return self._release(min(at))
         longest = max((_overlap(self._held, s) for s in self._stop), default=0)
-        return self._tell(len(self._held) - longest)
+        return self._release(len(self._held) - longest)
 
     def end(self) -> str:
-        """What was held back, if no stop sequence came of it."""
-        return "" if self.stopped else self._tell(len(self._held)) + self._rest()
+        """The text that was held back, unless a stop sequence ended the answer."""
+        return "" if self.stopped else self._release(len(self._held)) + self._rest()
 
     def _rest(self) -> str:
         self._held = self._decode(b"", True)
-        return self._tell(len(self._held))
+        return self._release(len(self._held))
 
-    def _tell(self, count: int) -> str:
-        told, self._held = self._held[:count], self._held[count:]
-        self.whole += told
-        return told
+    def _release(self, count: int) -> str:
+        released, self._held = self._held[:count], self._held[count:]
+        self.whole += released
+        return released
 
 
 def _overlap(text: str, stop: str) -> int:
@@ -59,7 +59,7 @@ def _overlap(text: str, stop: str) -> int:
 
 
 def steering(outcome: Outcome | None) -> dict[str, Any] | None:
-    return None if outcome is None else outcome.as_json()
+    return None if outcome is None else outcome.to_json()
 
 
 # ---------------------------------------------------------------- TGI
@@ -99,7 +99,7 @@ class Chat:
     def chunk(
         self, delta: dict[str, Any], outcome: Outcome | None, finish: str | None = None
     ) -> dict[str, Any]:
-        # The client `text-generation` asks for each of these names.
+        # The client `text-generation` requires each of these fields.
         whole = {"role": "assistant", "content": None, "tool_calls": None, **delta}
         choice = {"index": 0, "delta": whole, "finish_reason": finish, "logprobs": None}
         return {
@@ -110,7 +110,7 @@ class Chat:
         }
 
     def usage(self, ended: Ended, count: int) -> dict[str, Any]:
-        """The last chunk, without choices, where a client asked for it."""
+        """The last chunk, without choices, sent if the client asked for it."""
         return {
             **self._head,
             "object": "chat.completion.chunk",

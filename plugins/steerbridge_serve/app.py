@@ -1,4 +1,4 @@
-"""The HTTP interfaces: TGI's and OpenAI's, with the verdict in every answer; and a page.
+"""The HTTP interfaces: TGI's and OpenAI's, with the verdict in every answer, and a web page.
 
 Field `steering` of an answer (and of each event of a stream), header `X-Steerbridge-Fired`.
 """
@@ -33,7 +33,7 @@ from steerbridge_serve.worker import Job, Overloaded, Step, Worker
 
 FIRED: Final = "X-Steerbridge-Fired"
 PAGE: Final = Path(__file__).with_name("page")
-# The page is its own three files; nothing of an answer can make it load or run anything.
+# The page consists of its own three files; text of an answer cannot load or run anything.
 PAGE_HEADERS: Final = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
     "img-src 'self' data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
@@ -41,12 +41,12 @@ PAGE_HEADERS: Final = {
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
-POLL: Final = 0.25  # seconds between looks whether a client is still there
+POLL: Final = 0.25  # seconds between checks that a client is still connected
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a request may be."""
+    """Upper limits of one request."""
 
     body_bytes: int = 8 << 20
     image_pixels: int = 16_000_000
@@ -60,10 +60,14 @@ class Metrics:
         self.requests = Counter(
             "steerbridge_requests", "Requests by status", ["status"], registry=own
         )
-        self.verdicts = Counter("steerbridge_verdicts", "Prompts judged", ["fired"], registry=own)
+        self.verdicts = Counter(
+            "steerbridge_verdicts", "Verdicts on prompts", ["fired"], registry=own
+        )
         self.tokens = Counter("steerbridge_tokens", "Tokens generated", registry=own)
-        self.seconds = Histogram("steerbridge_request_seconds", "From arrival to end", registry=own)
-        waiting = Gauge("steerbridge_waiting", "Requests that wait", registry=own)
+        self.seconds = Histogram(
+            "steerbridge_request_seconds", "Seconds from arrival to end", registry=own
+        )
+        waiting = Gauge("steerbridge_waiting", "Requests in the queue", registry=own)
         waiting.set_function(lambda: worker.waiting)
 
 
@@ -97,11 +101,11 @@ def create_app(
     api_key: str = "",
     unsteered: bool = False,
 ) -> FastAPI:
-    """The application around a worker; it is closed with the application.
+    """The application around a worker, which is closed with it.
 
     Args:
-        api_key: what clients must send as bearer token; "": nothing.
-        unsteered: whether a chat may ask for the answer without the package.
+        api_key: clients must send it as a bearer token; "": no key is required.
+        unsteered: whether a chat may request an answer without the package.
     """
 
     @asynccontextmanager
@@ -164,13 +168,13 @@ def _add_errors(app: FastAPI) -> None:
         return answer
 
     @app.exception_handler(HTTPException)
-    async def plain(request: Request, error: HTTPException) -> JSONResponse:
+    async def http_error(request: Request, error: HTTPException) -> JSONResponse:
         kind = "authorization" if error.status_code == 401 else "validation"
         return problem(request, error.status_code, kind, error.detail)
 
 
 def _status(error: BaseException) -> tuple[int, str]:
-    """HTTP status and TGI's name of a kind of error."""
+    """HTTP status, and TGI's name for the kind of error."""
     if isinstance(error, Overloaded):
         return 429, "overloaded"
     if isinstance(error, DataError | UnsupportedFeature):
@@ -189,7 +193,7 @@ class _Server:
         self._spec = worker.engine.package.spec
         self._metrics = Metrics(worker)
 
-    # -------------------------------------------------------- what is served
+    # -------------------------------------------------------- server and model
 
     async def info(self) -> dict[str, Any]:
         engine = self._worker.engine
@@ -265,7 +269,7 @@ class _Server:
 
         async def events(first: Step, rest: AsyncIterator[Step | Ended]) -> AsyncIterator[Any]:
             text, count, step = Text(body.parameters.stop or [], includes=True), 0, first
-            # Each token is told when the next event has come: the last one carries the text.
+            # Each token is sent once the next event is known: the last one carries the text.
             while True:
                 count += 1
                 told = text.add(step.token)
@@ -354,7 +358,7 @@ class _Server:
         return job
 
     async def _counted(self, job: Job) -> AsyncIterator[Step | Ended]:
-        """The job's events; it is cancelled if nobody reads them to the end."""
+        """The job's events, counted; the job is cancelled if they are not read to the end."""
         start, status = time.perf_counter(), "cancelled"
         try:
             async for event in job.events():
@@ -375,7 +379,7 @@ class _Server:
             self._metrics.seconds.observe(time.perf_counter() - start)
 
     async def _present(self, job: Job, request: Request) -> AsyncIterator[Step | Ended]:
-        """The job's events, as long as the client is there."""
+        """The job's events, while the client is connected."""
         events = self._counted(job)
 
         async def watch() -> None:
@@ -397,8 +401,8 @@ class _Server:
         events: Callable[[Step, AsyncIterator[Step | Ended]], AsyncIterator[Any]],
         failure: Callable[[str, str], dict[str, Any]],
     ) -> EventSourceResponse:
-        """Answer when the first token is there: then the verdict is known, and errors have a
-        status of their own. An error behind it is an event."""
+        """Respond once the first token exists: the verdict is then known, and an earlier error
+        has its own HTTP status. A later error is sent as an event."""
         rest = self._counted(job)
         first = await anext(rest)
         assert isinstance(first, Step)

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Annotated, Final
 
 import typer
+import uvicorn
 
-from steerbridge.cli import common
+from steerbridge import command_line
 from steerbridge.errors import SteerbridgeError
 from steerbridge.package import load
+from steerbridge.runtime import model_path
 from steerbridge_serve.app import Limits, create_app
 from steerbridge_serve.engines import open_engine
 from steerbridge_serve.worker import Worker
@@ -23,9 +25,9 @@ def serve(
     package: Annotated[
         str, typer.Option("--package", "-p", help="Package that steers; none: a demo for smollm2.")
     ] = "",
-    model: common.Model = "smollm2",
-    runtime: common.Runtime = "llama.cpp",
-    mmproj: common.Mmproj = "",
+    model: command_line.Model = "smollm2",
+    runtime: command_line.Runtime = "llama.cpp",
+    mmproj: command_line.Mmproj = "",
     context: Annotated[int, typer.Option(help="Tokens of prompt and answer.", min=16)] = 4096,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port; 0: a free one.", min=0, max=65535)] = 8080,
@@ -36,18 +38,16 @@ def serve(
         bool,
         typer.Option(help="Let chats ask for the answer without the package (`steering: false`)."),
     ] = False,
-    ignore: common.Ignore = [],
+    ignore: command_line.Ignore = [],
 ) -> None:
     """Serve a steered model to clients of TGI and OpenAI, and a page to try it.
 
-    STEERBRIDGE_API_KEY in the environment is asked of clients, if it is set.
+    If STEERBRIDGE_API_KEY is set in the environment, clients must send it as a bearer token.
     """
-    import uvicorn
-
     if not package and model != "smollm2":
         raise SteerbridgeError(f"{model}: name the package made for it with --package")
     loaded = load(package or DEMO)
-    path = str(common.smollm2()) if model == "smollm2" else model
+    path = str(model_path(model))
     engine = open_engine(runtime, path, loaded, mmproj=mmproj, context=context, ignore=ignore)
     limits = Limits(max_body_mib << 20, max_pixels)
     key = os.environ.get("STEERBRIDGE_API_KEY", "")

@@ -32,9 +32,9 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What a request asks: messages of a chat, or a prompt that is taken as it is.
+    """What a request asks: messages of a chat, or a prompt used verbatim.
 
-    `steered` is False for the answer that the model would give without the package.
+    `steered` is False for an answer without the package.
     """
 
     messages: tuple[Message, ...] = ()
@@ -49,7 +49,7 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How tokens are chosen; temperature 0 takes the likeliest one."""
+    """How tokens are chosen; temperature 0 takes the most likely one."""
 
     max_new_tokens: int
     temperature: float = 0.0
@@ -62,7 +62,7 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """One token of an answer. `text` may be a part of a character."""
+    """One token of an answer. `text` may be part of a character."""
 
     id: int
     text: bytes
@@ -76,10 +76,10 @@ class Ended:
 
     finish: str
     prompt_tokens: int
-    outcome: Outcome | None  # None for a question that was not to be steered
+    outcome: Outcome | None  # None for an unsteered question
 
 
-Emit = Callable[[Token, Outcome | None], bool]  # False: no more tokens, please
+Emit = Callable[[Token, Outcome | None], bool]  # returns False to stop
 
 
 class Engine(Protocol):
@@ -91,7 +91,7 @@ class Engine(Protocol):
     package: SteeringPackage  # with the thresholds for this runtime
 
     def answer(self, question: Question, sampling: Sampling, emit: Emit) -> Ended:
-        """Emit tokens until the answer ends; the verdict comes with a token once it is known.
+        """Emit tokens until the answer ends, each with the outcome once it is known.
 
         Raises:
             DataError: a prompt that does not fit, an image that cannot be read.
@@ -123,8 +123,9 @@ def open_engine(
 
 def _check_room(tokens: int, sampling: Sampling, context: int) -> None:
     if sampling.max_new_tokens >= context:
-        found = str(sampling.max_new_tokens)
-        raise DataError(Problem("max_new_tokens", f"{context - 1} at most", found))
+        raise DataError(
+            Problem("max_new_tokens", f"{context - 1} at most", str(sampling.max_new_tokens))
+        )
     if tokens + sampling.max_new_tokens > context:
         want = f"{context - sampling.max_new_tokens} tokens at most, for the answer asked for"
         raise DataError(Problem("inputs", want, str(tokens)))
@@ -132,10 +133,10 @@ def _check_room(tokens: int, sampling: Sampling, context: int) -> None:
 
 @contextlib.contextmanager
 def _attached(session: Attachment, steered: bool) -> Iterator[None]:
-    """The package is attached while a steered question is answered, else it is not.
+    """Attach the package for a steered question; detach it for an unsteered one.
 
-    It is attached anew before every steered one, which costs nothing where it is: whatever
-    happened to the answer before, none is left unsteered by it.
+    `apply` is called before every steered question, at no cost if the package is attached, so a
+    failure in an earlier answer cannot leave a later one unsteered.
     """
     if steered:
         session.apply()
@@ -168,11 +169,13 @@ class _LlamaCpp:
             with _attached(self._session, question.steered):
                 return self._answer(question, sampling, emit)
         except Exception:
-            self._llama.reset()  # a session that failed starts anew
+            self._llama.reset()  # recovers a failed session
             raise
 
     def _answer(self, question: Question, sampling: Sampling, emit: Emit) -> Ended:
-        tokens = self._model.evaluated_chat(_plain(question), question.images, question.prompt)
+        tokens = self._model.evaluated_chat(
+            _chat_messages(question), question.images, question.prompt
+        )
         _check_room(len(tokens), sampling, self.context)
         if sampling.seed is not None:
             self._llama.set_seed(sampling.seed)
@@ -193,7 +196,7 @@ class _LlamaCpp:
                 if sampling.logprobs:
                     logprob = self._model.log_probability(id)
                 token = Token(id, self._model.piece(id), finish == "eos_token", logprob)
-                outcome = self._session.outcomes[0] if question.steered else None
+                outcome = self._session.current if question.steered else None
                 if not emit(token, outcome):
                     finish = "stopped"
                 if finish != "length" or count == sampling.max_new_tokens:
@@ -250,7 +253,7 @@ class _Transformers:
         return Ended(stream.finish, length, self._session.outcomes[0] if session else None)
 
     def _inputs(self, question: Question) -> Any:
-        model, messages = self._model, _plain(question)
+        model, messages = self._model, _chat_messages(question)
         pictures = [_picture(image) for image in question.images]
         if pictures and model.processor is None:
             raise UnsupportedFeature("hf", "images: this model has no processor")
@@ -265,16 +268,16 @@ class _Transformers:
 
 
 class _Stream:
-    """A streamer of `generate` that emits, and stops it when nobody wants more."""
+    """A streamer for `generate` that emits tokens, and stops it when `emit` returns False."""
 
     def __init__(self, model: Any, session: Any, emit: Emit, logprobs: bool) -> None:
         self._model, self._session, self._emit = model, session, emit
         self._ends = model.stop_tokens()
         self._logits: Any = None
         self._logprobs = logprobs
-        self._prompt = True  # it is put first
+        self._prompt = True  # the first value is the prompt
         self._ids: list[int] = []
-        self._told = 0  # characters
+        self._emitted = 0  # characters
         self.finish = "length"
 
     def keep(self, ids: Any, scores: Any) -> Any:  # noqa: ARG002 - as transformers calls it
@@ -296,12 +299,12 @@ class _Stream:
             self.finish = "eos_token"
 
     def _written(self, id: int) -> str:
-        """What this token adds to the text; nothing until a character is whole."""
+        """The text that this token adds; empty while a character is incomplete."""
         self._ids.append(id)
         text = self._model.tokenizer.decode(self._ids, skip_special_tokens=True)
         if text.endswith("\N{REPLACEMENT CHARACTER}"):
             return ""
-        added, self._told = text[self._told :], len(text)
+        added, self._emitted = text[self._emitted :], len(text)
         return str(added)
 
     def end(self) -> None:
@@ -314,9 +317,9 @@ class _Stream:
         return torch.full((ids.shape[0],), done, device=ids.device, dtype=torch.bool)
 
 
-def _plain(question: Question) -> list[dict[str, Any]]:
-    """Messages as chat templates take them: text, or parts if there are images."""
-    found = []
+def _chat_messages(question: Question) -> list[dict[str, Any]]:
+    """Messages in the form of chat templates: text, or parts if there are images."""
+    messages = []
     for message in question.messages:
         images = any(part.image is not None for part in message.parts)
         parts = [
@@ -324,8 +327,8 @@ def _plain(question: Question) -> list[dict[str, Any]]:
             for part in message.parts
         ]
         text = "".join(part.text for part in message.parts)
-        found.append({"role": message.role, "content": parts if images else text})
-    return found
+        messages.append({"role": message.role, "content": parts if images else text})
+    return messages
 
 
 def _picture(image: bytes) -> Image.Image:

@@ -1,7 +1,7 @@
-"""Bodies of requests in the two dialects, and what is made of them.
+"""Request bodies in the two dialects, and their conversion to questions.
 
-Fields that change nothing here are ignored; those that ask for what this server does not do are
-errors, never silently dropped.
+Fields without effect here are ignored; fields that request unsupported behaviour are errors, never
+silently dropped.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 def refuse(body: BaseModel, **idle: tuple[Any, ...]) -> None:
-    """Raise ValueError for a field that asks for something this server does not do."""
+    """Raise ValueError for a field that requests unsupported behaviour."""
     for name, values in idle.items():
-        found = getattr(body, name)
-        if found is not None and found not in values:
+        value = getattr(body, name)
+        if value is not None and value not in values:
             want = f"{values[0]!r} or nothing" if values else "nothing"
-            raise ValueError(f"{name}: expected {want}, found {found!r}")
+            raise ValueError(f"{name}: expected {want}, found {value!r}")
 
 
 class Parameters(BaseModel):
@@ -73,7 +73,7 @@ class Parameters(BaseModel):
 
     @property
     def sampling(self) -> Sampling:
-        """As TGI reads them: any setting of sampling turns it on."""
+        """As in TGI, any sampling parameter turns sampling on."""
         warm = self.do_sample or any(
             value is not None for value in (self.temperature, self.top_k, self.top_p)
         )
@@ -170,7 +170,7 @@ class ChatCompletion(BaseModel):
 
     @property
     def sampling(self) -> Sampling:
-        """OpenAI's temperature is 1 unless given."""
+        """As in OpenAI's API, the temperature is 1 unless given."""
         return Sampling(
             max_new_tokens=self.max_completion_tokens or self.max_tokens or DEFAULT_NEW_TOKENS,
             temperature=1.0 if self.temperature is None else self.temperature,
@@ -201,18 +201,18 @@ def _parts(content: str | list[TextPart | ImagePart], max_pixels: int) -> tuple[
 
 
 def _image(url: str, max_pixels: int) -> bytes:
-    """The bytes of an image, which are looked at before a model sees them."""
+    """The bytes of an image, checked before they reach the model."""
     head, comma, body = url.partition(",")
     if not comma or not head.startswith("data:image/") or not head.endswith(";base64"):
         want = "a URL `data:image/...;base64,...` (nothing is fetched)"
         raise DataError(Problem("image_url", want, repr(url[:40])))
     try:
-        found = base64.b64decode(body, validate=True)
-        with Image.open(io.BytesIO(found)) as picture:
+        content = base64.b64decode(body, validate=True)
+        with Image.open(io.BytesIO(content)) as picture:
             pixels = picture.width * picture.height
             if pixels > max_pixels:
                 raise DataError(Problem("image_url", f"{max_pixels} pixels at most", str(pixels)))
             picture.load()
     except (binascii.Error, UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
         raise DataError(Problem("image_url", "an image that Pillow reads", str(error))) from error
-    return found
+    return content

@@ -1,4 +1,4 @@
-"""One thread owns the model; a bounded queue stands before it."""
+"""One thread owns the model; jobs wait for it in a bounded queue."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Overloaded(SteerbridgeError):
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A token and, once known, the verdict."""
+    """A token, and the outcome once it is known."""
 
     token: Token
     outcome: Outcome | None
@@ -30,7 +30,7 @@ Event = Step | Ended | BaseException
 
 @dataclass(slots=True)
 class Job:
-    """A request under way. Its events are read on the loop it was made on."""
+    """A request in progress. Its events are read on the event loop that created it."""
 
     question: Question
     sampling: Sampling
@@ -39,19 +39,19 @@ class Job:
     _cancelled: threading.Event = field(default_factory=threading.Event)
 
     def cancel(self) -> None:
-        """Nobody waits any more: it ends at its next token, or is never begun."""
+        """Cancel: the job stops at its next token, or never starts."""
         self._cancelled.set()
 
     @property
     def cancelled(self) -> bool:
         return self._cancelled.is_set()
 
-    def tell(self, event: Event) -> None:
-        """From the worker's thread."""
+    def put(self, event: Event) -> None:
+        """Add an event; called on the worker's thread."""
         self._loop.call_soon_threadsafe(self._events.put_nowait, event)
 
     async def events(self) -> AsyncIterator[Step | Ended]:
-        """Steps, and `Ended` as the last one.
+        """The steps, then `Ended`.
 
         Raises: what the engine raised.
         """
@@ -65,7 +65,7 @@ class Job:
 
 
 class Worker:
-    """Answers jobs one after the other.
+    """Answers jobs one at a time.
 
     Args:
         waiting: jobs that may wait while one is answered.
@@ -89,7 +89,7 @@ class Worker:
         """Queue a job.
 
         Raises:
-            Overloaded: as many as may wait do so.
+            Overloaded: the queue is full.
         """
         try:
             self._queue.put_nowait(job)
@@ -97,7 +97,7 @@ class Worker:
             raise Overloaded("the queue is full") from None
 
     def close(self) -> None:
-        """End the thread after the jobs that wait."""
+        """End the thread after the queued jobs."""
         self._queue.put(None)
         self._thread.join()
 
@@ -108,10 +108,10 @@ class Worker:
 
     def _answer(self, job: Job) -> None:
         def emit(token: Token, outcome: Outcome | None) -> bool:
-            job.tell(Step(token, outcome))
+            job.put(Step(token, outcome))
             return not job.cancelled
 
         try:
-            job.tell(self.engine.answer(job.question, job.sampling, emit))
-        except Exception as error:  # the next job may do better
-            job.tell(error)
+            job.put(self.engine.answer(job.question, job.sampling, emit))
+        except Exception as error:  # reported to the client; the next job is not affected
+            job.put(error)

@@ -1,5 +1,5 @@
-"""Attach a package to the model of a `TextGenerationService`: checks, hooks, and the wraps that say
-which rows a pass holds. Only these objects are touched, no class of the server.
+"""Attach a package to the model of a `TextGenerationService`: checks, hooks, and wrappers that
+record which rows a pass holds. Only these objects are changed, no class of the server.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from steerbridge.spec import HeadMatrix, ImageMean, PromptEnd, Reading
 from steerbridge_hf.adapter import quantisation
 from steerbridge_tgi import rows
 from steerbridge_tgi.gates import Arguments, Gates
+from steerbridge_tgi.reporter import Reporter
 from steerbridge_tgi.rows import Part
 from steerbridge_tgi.sites import RUNTIME, facts, locate, stream, takes_residual
-from steerbridge_tgi.tell import Teller
 
 _PADDED: Final = "CausalLM"
 _FLAT: Final = "FlashCausalLM"
-# Known to lay out batches in a way that `rows` does not know, or not to run at all.
+# These lay out batches in a way that `rows` does not support, or do not run at all.
 _REFUSED: Final = ("Mamba", "Seq2SeqLM", "IdeficsCausalLM", "TransformersFlashVlmCausalLM")
-_STATIC_ROWS: Final = 1024  # of an eager pass; more are served without the static buffer
+_STATIC_ROWS: Final = 1024  # of an eager pass; larger passes do not use the static buffer
 _RPCS: Final = ("Prefill", "Decode", "FilterBatch", "ClearCache")
 
 
 def attach(service: Any, package: str) -> Gates:
-    """Steer every request of a service, from before its warm-up on.
+    """Steer every request of a service; called before its warm-up.
 
     Raises:
         ModelMismatch: the package was made for another model.
-        UnsupportedFeature: the model's class, or how the server is set up.
+        UnsupportedFeature: the model's class, or a setting of the server.
     """
     model = service.model
     loaded = load(package)
@@ -51,31 +51,31 @@ def attach(service: Any, package: str) -> Gates:
     size = max(_STATIC_ROWS, _graph_rows())
     gates = Gates(steered, torch.device(model.device), size, _share(model))
     _hook(gates, model)
-    teller = Teller(model, known)
-    (_wrap_padded if layout == _PADDED else _wrap_flat)(gates, model, teller)
+    reporter = Reporter(model, known)
+    (_wrap_padded if layout == _PADDED else _wrap_flat)(gates, model, reporter)
     _wrap_warmup(gates, model)
     _wrap_rpcs(gates, service)
-    teller.active(calibrated=steered is not loaded)
+    reporter.active(calibrated=steered is not loaded)
     return gates
 
 
-# ---------------------------------------------------------------- what is served
+# ---------------------------------------------------------------- checks
 
 
 def _layout(model: Any) -> str:
     names = [kind.__name__ for kind in type(model).__mro__]
     refused = [name for name in _REFUSED if name in names]
-    found = [name for name in (_FLAT, _PADDED) if name in names]
-    if refused or not found:
+    layouts = [name for name in (_FLAT, _PADDED) if name in names]
+    if refused or not layouts:
         raise UnsupportedFeature(RUNTIME, f"models of the class {names[0]}")
-    return found[0]
+    return layouts[0]
 
 
 def _check(package: SteeringPackage, model: Any, layout: str) -> None:
-    """Refuse what this server cannot do for every request.
+    """Refuse a package that this server cannot apply to every request.
 
     Raises:
-        UnsupportedFeature: with the setting that helps, if there is one.
+        UnsupportedFeature: with the setting to change, if there is one.
     """
     spec = package.spec
     cached = layout == _FLAT and _flag("PREFIX_CACHING")
@@ -86,7 +86,7 @@ def _check(package: SteeringPackage, model: Any, layout: str) -> None:
     if layers and cached:
         raise UnsupportedFeature(
             RUNTIME,
-            f"{layers[0]}: writes before the head would stay in the cache of prefixes",
+            f"{layers[0]}: writes before the head would stay in the prefix cache",
             "PREFIX_CACHING=0",
         )
     speculates = bool(getattr(model, "speculate", 0)) or bool(_speculation())
@@ -101,12 +101,12 @@ def _check_reading(
     last = isinstance(position, PromptEnd) and position.offset == 0
     if cached and not last:
         raise UnsupportedFeature(
-            RUNTIME, f"{probe}: {reading} needs rows that a cached prefix hides", "PREFIX_CACHING=0"
+            RUNTIME, f"{probe}: {reading} needs rows that a cached prefix skips", "PREFIX_CACHING=0"
         )
     if spec.depth(reading.site) > spec.base_model.num_layers and not last and layout == _FLAT:
-        raise UnsupportedFeature(RUNTIME, f"{probe}: {reading}: the head sees last rows alone")
+        raise UnsupportedFeature(RUNTIME, f"{probe}: {reading}: the head gets only the last rows")
     if isinstance(position, ImageMean) and type(model).__name__ == "MllamaCausalLM":
-        raise UnsupportedFeature(RUNTIME, f"{probe}: {reading}: images are no rows of this model")
+        raise UnsupportedFeature(RUNTIME, f"{probe}: {reading}: images are not rows in this model")
 
 
 def _flag(name: str) -> bool:
@@ -116,12 +116,12 @@ def _flag(name: str) -> bool:
 def _speculation() -> int:
     from text_generation_server.utils.speculate import get_speculate
 
-    found: int = get_speculate()
-    return found
+    speculated: int = get_speculate()
+    return speculated
 
 
 def _graph_rows() -> int:
-    """Rows of the largest pass that may be captured."""
+    """Rows of the largest pass that may be captured as a CUDA graph."""
     from text_generation_server.models import globals as settings
 
     sizes = getattr(settings, "CUDA_GRAPHS", None) or [0]
@@ -129,7 +129,7 @@ def _graph_rows() -> int:
 
 
 def _share(model: Any) -> Callable[[Tensor], Tensor]:
-    """The first rank's values for all: every rank decides alike, whatever rounding does."""
+    """Broadcast from rank 0, so that rounding cannot make ranks decide differently."""
     import torch.distributed
 
     if not torch.distributed.is_initialized() or model.world_size == 1:
@@ -143,7 +143,7 @@ def _share(model: Any) -> Callable[[Tensor], Tensor]:
     return share
 
 
-# ---------------------------------------------------------------- hooks and wraps
+# ---------------------------------------------------------------- hooks and wrappers
 
 
 def _hook(gates: Gates, model: Any) -> None:
@@ -154,7 +154,7 @@ def _hook(gates: Gates, model: Any) -> None:
     watched.setdefault(head, Stop(head, (), (), (), ()))
     for depth, stop in watched.items():
         module = sites.at_depth(depth)
-        # First of all hooks: those of a sharded module turn its input into something else.
+        # Before all other hooks: those of a sharded module transform its input.
         module.register_forward_pre_hook(
             functools.partial(_at_site, gates, stop, takes_residual(module)),
             prepend=True,
@@ -177,7 +177,7 @@ def _at_site(
 def _passing(
     gates: Gates,
     model: Any,
-    teller: Teller,
+    reporter: Reporter,
     parts: Sequence[Part],
     size: int,
     images: Tensor | None,
@@ -187,37 +187,37 @@ def _passing(
     try:
         yield
         replayed = bool(getattr(model, "cuda_graphs", None))
-        for request, found in gates.end(replayed):
-            teller.verdict(request, found)
+        for request, verdict in gates.end(replayed):
+            reporter.verdict(request, verdict)
     finally:
         gates.drop()
 
 
-def _wrap_padded(gates: Gates, model: Any, teller: Teller) -> None:
+def _wrap_padded(gates: Gates, model: Any, reporter: Reporter) -> None:
     original = model.generate_token
 
     @functools.wraps(original)
     def generate_token(batch: Any) -> Any:
         if gates.idle:
             return original(batch)
-        # The forward pass is the first thing that it does; sampling follows.
+        # It runs the forward pass first, then samples.
         model.forward = functools.partial(forward, batch)
         try:
             return original(batch)
         finally:
             del model.forward
 
-    plain = model.forward
+    original_forward = model.forward
 
     def forward(batch: Any, *args: Any, **kwargs: Any) -> Any:
         size = batch.input_ids.numel()
-        with _passing(gates, model, teller, rows.padded(batch), size, None):
-            return plain(*args, **kwargs)
+        with _passing(gates, model, reporter, rows.padded(batch), size, None):
+            return original_forward(*args, **kwargs)
 
     model.generate_token = generate_token
 
 
-def _wrap_flat(gates: Gates, model: Any, teller: Teller) -> None:
+def _wrap_flat(gates: Gates, model: Any, reporter: Reporter) -> None:
     original, images = model.forward, _Images(model)
 
     @functools.wraps(original)
@@ -226,14 +226,14 @@ def _wrap_flat(gates: Gates, model: Any, teller: Teller) -> None:
             return original(batch, *args, **kwargs)
         parts = rows.flattened(batch)
         size = sum(part.count for part in parts)
-        with _passing(gates, model, teller, parts, size, images.taken()):
+        with _passing(gates, model, reporter, parts, size, images.taken()):
             return original(batch, *args, **kwargs)
 
     model.forward = forward
 
 
 class _Images:
-    """Which rows of the next pass are an image's: noted where the model mixes them in."""
+    """Which rows of the next pass are an image's: recorded where the model inserts them."""
 
     def __init__(self, model: Any) -> None:
         self._rows: Tensor | None = None
@@ -257,8 +257,8 @@ class _Images:
         model.get_inputs_embeds = get_inputs_embeds
 
     def taken(self) -> Tensor | None:
-        found, self._rows = self._rows, None
-        return found
+        image_rows, self._rows = self._rows, None
+        return image_rows
 
 
 def _wrap_warmup(gates: Gates, model: Any) -> None:
@@ -276,7 +276,7 @@ def _wrap_warmup(gates: Gates, model: Any) -> None:
 
 
 def _wrap_rpcs(gates: Gates, service: Any) -> None:
-    """After every call only requests of cached batches live on: others ended or were cancelled."""
+    """After each call, forget requests of no cached batch: they ended or were cancelled."""
 
     def wrapped(original: Any) -> Any:
         @functools.wraps(original)

@@ -1,9 +1,9 @@
-"""What is known of each request, and what one forward pass reads, decides and rewrites.
+"""State of each request, and what one forward pass reads, decides and rewrites.
 
-State belongs to request ids: batches are concatenated, filtered and reordered between passes. A
-prompt may come in several passes; it is judged in the one that holds its last token, before the
-head sees that row. What a rule of a fired request does in later passes comes from a static buffer,
-one strength for each rule and row, which the graph that TGI captured reads when it is replayed.
+State is keyed by request id: batches are concatenated, filtered and reordered between passes. A
+prompt may be evaluated in several passes; it is decided in the one that holds its last token,
+before the head gets that row. In later passes the strengths come from a static buffer, one for
+each rule and row, which the graph that TGI captured reads when it is replayed.
 
 Shapes: N rows of a pass, D hidden size, E requests whose prompt ends in it.
 """
@@ -28,7 +28,7 @@ from steerbridge_hf.decisions import decide, outcome
 from steerbridge_tgi.rows import HEALTH, Part
 from steerbridge_tgi.sites import Stream
 
-Share = Callable[[Tensor], Tensor]  # the first rank's values, on every rank
+Share = Callable[[Tensor], Tensor]  # rank 0's values, on every rank
 Key = tuple[int, int]  # (probe, reading)
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -39,14 +39,14 @@ class State:
 
     rows: int  # of its prompt seen so far, cached ones included
     strengths: dict[int, float]
-    read: dict[Key, Tensor] = field(default_factory=dict)  # a row [D], or the sum of some
-    images: Tensor | int = 0  # how many of them were an image's
+    read: dict[Key, Tensor] = field(default_factory=dict)  # a row [D], or a sum of rows
+    images: Tensor | int = 0  # how many of its rows were an image's
     outcome: Outcome | None = None
 
 
 @dataclass(slots=True)
 class Pass:
-    """One forward pass under way. `rows` is N; `images` [N] are the rows of images."""
+    """A forward pass in progress. `rows` is N; `images` [N] are the rows of images."""
 
     parts: tuple[Part, ...]
     rows: int
@@ -57,7 +57,7 @@ class Pass:
 
     @property
     def prompts(self) -> bool:
-        """True if rows of a prompt are among its own."""
+        """True if it holds rows of a prompt."""
         return any(part.prompt is not None for part in self.parts)
 
     @property
@@ -73,7 +73,7 @@ class Gates:
         package: with the thresholds of this runtime.
         device: where the model is.
         rows: of the largest pass that a captured graph may replay.
-        share: makes every rank of a sharded model see the scores of the first one.
+        share: gives every rank of a sharded model the scores of rank 0.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Gates:
         self._package, self._share = package, share
         self._weights = kernels.Weights(package)
         for name in package.tensors:
-            self._weights(name, device)  # nothing may be copied while a graph is captured
+            self._weights(name, device)  # no copies are allowed during graph capture
         self._static = torch.zeros(len(package.spec.rules), rows, device=device)
         self._steers = False  # some strength in the static buffer is not 0
         self._requests: dict[int, State] = {}
@@ -97,14 +97,14 @@ class Gates:
         """A forward pass of `rows` rows starts.
 
         Raises:
-            RowMappingLost: rows of a request that was never judged, or that do not follow on.
+            RowMappingLost: rows of a request without a verdict, or not the request's next rows.
         """
         now = Pass(tuple(p for p in parts if p.request != HEALTH), rows, images)
         for part in now.parts:
             self._enter(part)
             if images is not None and part.prompt is not None:
-                found = images[part.first : part.first + part.count].sum()
-                self._requests[part.request].images += found
+                count = images[part.first : part.first + part.count].sum()
+                self._requests[part.request].images += count
         for rule in self.plan.unconditional:
             now.held[rule] = torch.ones(len(now.ending), dtype=torch.bool)
         self._fill(now)
@@ -129,11 +129,11 @@ class Gates:
         state.rows += part.count
 
     def _unconditional(self) -> dict[int, float]:
-        found = {}
+        strengths = {}
         for rule in self.plan.unconditional:
             _, strength = decide(self._package.spec, rule, {}, 1)
-            found[rule] = float(strength[0])
-        return found
+            strengths[rule] = float(strength[0])
+        return strengths
 
     def _check_cached(self, part: Part) -> None:
         assert part.prompt is not None
@@ -148,7 +148,7 @@ class Gates:
                     )
 
     def _fill(self, now: Pass) -> None:
-        """The static buffer, for a pass of answers alone: a graph may be replayed with it."""
+        """Fill the static buffer for a pass of answers only: a graph may be replayed with it."""
         steers = not now.prompts and any(self._strengths_of(p) for p in now.parts)
         if self._steers or steers:
             self._static.zero_()
@@ -164,7 +164,7 @@ class Gates:
         return self._requests[part.request].strengths
 
     def end(self, replayed: bool) -> list[tuple[int, Outcome]]:
-        """The pass has ended: the verdicts on its prompts, by request.
+        """End the pass and return the verdicts on its prompts, by request.
 
         Args:
             replayed: a captured graph may have run in place of the hooks.
@@ -180,14 +180,13 @@ class Gates:
             raise HookLost(f"sites at depths {sorted(lost)} were not reached")
         verdicts = []
         for e, part in enumerate(now.ending):
-            found = outcome(self._package.spec, now.scores, now.held, e)
             state = self._requests[part.request]
-            state.outcome, state.read = found, {}
-            verdicts.append((part.request, found))
+            state.outcome, state.read = outcome(self._package.spec, now.scores, now.held, e), {}
+            verdicts.append((part.request, state.outcome))
         return verdicts
 
     def drop(self) -> None:
-        """Forget the pass under way: it failed."""
+        """Forget the pass in progress: it failed."""
         self._now = None
 
     def keep(self, requests: Collection[int]) -> None:
@@ -202,7 +201,7 @@ class Gates:
 
         Raises:
             HookLost: rows that belong to no pass.
-            RowMappingLost: other rows than the batch has.
+            RowMappingLost: the rows do not match those of the batch.
         """
         now = self._now
         if now is None:
@@ -211,12 +210,12 @@ class Gates:
             return self._act(stop, stream, None)
         now.seen.add(stop.depth)
         if now.ending or (now.prompts and stop.readings):
-            self._judge(now, stop, stream)
+            self._decide(now, stop, stream)
         if stop.acts and any(self._strengths_of(p) for p in now.parts):
             return self._act(stop, stream, now)
         return None
 
-    def _judge(self, now: Pass, stop: Stop, stream: Stream) -> None:
+    def _decide(self, now: Pass, stop: Stop, stream: Stream) -> None:
         if stop.readings:
             rows = stream.rows()
             at_head = stop.depth == self.plan.head_depth
@@ -259,8 +258,8 @@ class Gates:
         return reading
 
     def _score(self, now: Pass, index: int) -> Tensor:
-        """Scores [E] of a probe, on the CPU. A row before the prompt's first one is no number: such
-        a probe fires."""
+        """Scores [E] of a probe, on the CPU. A reading before the prompt's first row is NaN, so the
+        probe fires."""
         probe = self._package.spec.probes[index]
         states = [self._requests[part.request] for part in now.ending]
         inputs = []
@@ -277,14 +276,14 @@ class Gates:
 
     def _value(self, state: State, part: Part, probe: int, at: int, reading: Reading) -> Tensor:
         assert part.prompt is not None
-        found = state.read.get(self.plan.source[probe, at])
+        read = state.read.get(self.plan.source[probe, at])
         if isinstance(reading.position, PromptEnd):
-            return self._row(math.nan) if found is None else found
+            return self._row(math.nan) if read is None else read
         if isinstance(reading.position, ImageMean):
             images = int(state.images)
-            return self._row(0.0) if found is None or not images else (found / images).float()
-        assert found is not None
-        return (found / part.prompt).float()
+            return self._row(0.0) if read is None or not images else (read / images).float()
+        assert read is not None
+        return (read / part.prompt).float()
 
     def _row(self, value: float) -> Tensor:
         width = self._package.spec.base_model.hidden_size
@@ -293,8 +292,8 @@ class Gates:
     # -------------------------------------------------------- acts
 
     def _act(self, stop: Stop, stream: Stream, now: Pass | None) -> Arguments | None:
-        """Rewrite the rows of requests whose rule holds. Without a pass: as a graph is captured,
-        with strengths that are read when it runs."""
+        """Rewrite the rows of requests whose rule holds. Without a pass (graph capture), the
+        strengths are read from the static buffer when the graph runs."""
         spec = self._package.spec
         rows = stream.rows()
         changed, touched = rows, torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
@@ -314,7 +313,7 @@ class Gates:
     def _strengths(
         self, stop: Stop, rule: int, intervention: Any, rows: int, now: Pass | None
     ) -> Tensor | None:
-        """One strength a row [N], 0 where nothing is done; None: for no row."""
+        """One strength per row [N], 0 for rows that stay; None: all rows stay."""
         if now is None or not now.prompts:
             if rows <= self._static.shape[1]:
                 return self._static[rule, :rows]

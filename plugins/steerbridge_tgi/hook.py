@@ -1,8 +1,8 @@
-"""Waits for the server's module, and attaches the package when its service is made.
+"""Waits for the server's module, and attaches the package when its service is created.
 
 `TextGenerationService(model, cache, urls)` is the one place where the final model (LoRA loaded) and
 the cache of batches are both known, before warm-up captures CUDA graphs. An error here ends the
-shard before its socket is there, so an unsteered server never answers.
+shard before its socket exists, so an unsteered server never answers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SERVER: Final = "text_generation_server.server"
 
 
 def install() -> None:
-    """Watch for the import of the server. Costs nothing in a process that never does it."""
+    """Watch for the import of the server; no effect in a process that never imports it."""
     sys.meta_path.insert(0, _Finder())
 
 
@@ -34,7 +34,7 @@ class _Finder(importlib.abc.MetaPathFinder):
     ) -> ModuleSpec | None:
         if name != SERVER:
             return None
-        sys.meta_path.remove(self)  # the others find it
+        sys.meta_path.remove(self)  # the other finders load it
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.loader is not None:
             spec.loader = _Loader(spec.loader)
@@ -60,11 +60,11 @@ def wrap(server: Any) -> None:
     original = service.__init__
 
     @functools.wraps(original)
-    def made(self: Any, model: Any, cache: Any, *args: Any, **kwargs: Any) -> None:
+    def init_and_attach(self: Any, model: Any, cache: Any, *args: Any, **kwargs: Any) -> None:
         original(self, model, cache, *args, **kwargs)
-        # Not before: it imports torch.
+        # Imported late because it imports torch.
         from steerbridge_tgi.attach import attach
 
         attach(self, os.environ["STEERBRIDGE_PACKAGE"])
 
-    service.__init__ = made
+    service.__init__ = init_and_attach

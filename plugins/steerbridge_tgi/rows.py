@@ -1,8 +1,8 @@
 """Which rows of a forward pass belong to which request of a batch of TGI.
 
-Both layouts are told by Python lists alone, so nothing waits for a device. `CausalLM` pads on the
-left: row s of request i is i * S + s. The flash classes put rows one after the other; a pass may
-hold answers, whole prompts, parts of prompts and drafts to verify.
+Both layouts are computed from Python lists only, so nothing waits for a device. `CausalLM` pads on
+the left: row s of request i is i * S + s. The flash classes concatenate rows; a pass may hold
+answers, whole prompts, parts of prompts and drafts to verify.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ HEALTH: Final = 2**64 - 1  # the request id of the router's own check
 class Part:
     """The rows of one request in one pass.
 
-    `first` and `count` say which of the pass; `position` is the first one's place in the prompt.
+    `first` and `count` are a range of the pass's rows; `position` is that of the first row in the
+    prompt.
     `prompt` is the prompt's length in tokens, None for rows of an answer. `head` are the rows
     whose logits are sampled from, among those that reach the output embedding.
     """
@@ -36,7 +37,7 @@ class Part:
 
     @property
     def goes_on(self) -> bool:
-        """True if the prompt has more rows in a later pass: what the head says is not used."""
+        """True if the prompt has more rows in a later pass: the logits are not used."""
         return self.prompt is not None and not self.ends
 
 

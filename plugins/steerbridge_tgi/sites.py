@@ -1,4 +1,4 @@
-"""Where the sites of a spec are in the models of TGI, and how to read and write them.
+"""Locates the sites of a spec in TGI's models, and reads and writes them.
 
 Its flash models keep the residual stream in two tensors, `hidden_states` and `residual`, whose sum
 enters a block; fused norms then overwrite them, so both are read before the block runs. Models
@@ -21,7 +21,7 @@ from steerbridge.fingerprint import ModelFacts
 RUNTIME: Final = "tgi"
 _NORMS: Final = ("norm", "ln_f", "final_layer_norm", "norm_f")
 _HEAD: Final = "SpeculativeHead"  # TGI's name for an output embedding
-# GPT-2's block is handed a residual that it does not add.
+# GPT-2's block gets a residual argument but does not add it.
 _WHOLE_STREAM: Final = ("FlashGPT2Layer",)
 
 
@@ -51,21 +51,21 @@ def locate(model: Any) -> Sites:
     """Find the parts of `model.model`.
 
     Raises:
-        UnsupportedFeature: they cannot be found for certain.
+        UnsupportedFeature: they cannot be located unambiguously.
     """
     config = text_config(model)
-    found = [
+    candidates = [
         (parent, child)
         for parent, child in _lists(model.model)
         if len(child) == config.num_hidden_layers
     ]
-    if len(found) != 1:
+    if len(candidates) != 1:
         raise UnsupportedFeature(
             RUNTIME,
-            f"{type(model.model).__name__} has {len(found)} lists of "
+            f"{type(model.model).__name__} has {len(candidates)} lists of "
             f"{config.num_hidden_layers} blocks",
         )
-    [(decoder, blocks)] = found
+    [(decoder, blocks)] = candidates
     norms = [getattr(decoder, name) for name in _NORMS if hasattr(decoder, name)]
     if len(norms) != 1:
         raise UnsupportedFeature(
@@ -75,7 +75,7 @@ def locate(model: Any) -> Sites:
 
 
 def _lists(model: nn.Module) -> Iterator[tuple[nn.Module, nn.ModuleList]]:
-    """Lists of modules and who owns them, those of a vision tower left out."""
+    """Lists of modules with their parents, those of a vision tower excluded."""
     for name, module in model.named_modules():
         if "vision" not in name:
             for child in module.children():
@@ -96,7 +96,7 @@ def _head(model: nn.Module) -> nn.Module:
 
 
 def facts(model: Any) -> ModelFacts:
-    """Fingerprint of a loaded model; tokenizer and template are not looked at."""
+    """Fingerprint of a loaded model, without tokenizer and template."""
     config = text_config(model)
     return ModelFacts(
         model_type=config.model_type,
@@ -131,7 +131,7 @@ class Stream:
     def replaced(self, rows: Tensor, chosen: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments with new hidden states [N, D] in the chosen rows [N] (bool).
 
-        Other rows keep their very bits in both tensors, so nothing rounds differently.
+        Other rows are bit-identical in both tensors.
         """
         old, mask = self.hidden, chosen[:, None]
         hidden = torch.where(mask, rows, old.reshape(rows.shape)).reshape(old.shape)
@@ -157,5 +157,5 @@ def stream(args: tuple[Any, ...], kwargs: dict[str, Any], takes: bool) -> Stream
     """The stream in the arguments of a call."""
     residual = args[1] if takes and len(args) > 1 else None
     if takes and kwargs.get("residual") is not None:
-        raise UnsupportedFeature(RUNTIME, "a residual handed over by name")
+        raise UnsupportedFeature(RUNTIME, "a residual passed as a keyword argument")
     return Stream(args, kwargs, residual)

@@ -1,5 +1,1 @@
-"""The command line: one file per command, `main` ties them together."""
-
-from steerbridge.cli.app import main
-
-__all__ = ["main"]
+"""The command line: one file per command, listed in `commands`, called by `app`."""

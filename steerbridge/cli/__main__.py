@@ -1,5 +1,5 @@
 """`python -m steerbridge.cli`."""
 
-from steerbridge.cli import main
+from steerbridge.cli.app import main
 
 main()

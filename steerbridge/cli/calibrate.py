@@ -7,52 +7,50 @@ from typing import Annotated, Any
 
 import typer
 
-from steerbridge import calibration
-from steerbridge.cli import common
+from steerbridge import calibration, command_line
 from steerbridge.errors import DataError, Problem
 from steerbridge.package import load
 
 
 def calibrate(
-    package: common.Package,
-    model: common.Model = "smollm2",
-    runtime: common.Runtime = "llama.cpp",
-    mmproj: common.Mmproj = "",
-    data: common.Data = [],
-    corpus: common.Corpus = "none",
-    fpr: common.Fpr = 0.01,
-    borderline_fpr: common.BorderlineFpr = 0.02,
+    package: command_line.Package,
+    model: command_line.Model = "smollm2",
+    runtime: command_line.Runtime = "llama.cpp",
+    mmproj: command_line.Mmproj = "",
+    data: command_line.Data = [],
+    corpus: command_line.Corpus = "none",
+    fpr: command_line.Fpr = 0.01,
+    borderline_fpr: command_line.BorderlineFpr = 0.02,
     baseline: Annotated[
-        str, typer.Option(help="Runtime to compare the scores with, on the same model.")
+        str, typer.Option(help="Runtime to compare the scores with, for the same model.")
     ] = "",
     out: Annotated[
-        Path | None, typer.Option(help="Write here instead of over the package.")
+        Path | None, typer.Option(help="Write here instead of overwriting the package.")
     ] = None,
-    json: common.Json = False,
+    json: command_line.Json = False,
 ) -> None:
     """Fit the thresholds again on this runtime's hidden states and record them in the package.
 
     Use prompts that the package was not trained on; `steerbridge inspect` shows the result.
     """
     steering = load(package)
-    prompts = common.examples(data, corpus)
+    prompts = command_line.examples(data, corpus)
     if not prompts:
         raise DataError(Problem("--data or --corpus", "prompts to calibrate on", "none"))
     elsewhere = None
     if baseline:
-        other = common.open_model(model, baseline)
+        other = command_line.open_model(model, baseline)
         steering.check(other.facts, ignore=("model_type",))
-        elsewhere = calibration.scores(other, steering, prompts, common.progress(baseline))
-    loaded = common.open_model(model, runtime, mmproj)
+        elsewhere = calibration.scores(other, steering, prompts, command_line.progress())
+    loaded = command_line.open_model(model, runtime, mmproj)
     steering.check(loaded.facts, ignore=("model_type",))
     fitted = calibration.fit(
         loaded,
-        runtime,
         steering,
         prompts,
-        common.targets(fpr, borderline_fpr),
+        command_line.targets(fpr, borderline_fpr),
         baseline=elsewhere,
-        progress=common.progress("capture"),
+        progress=command_line.progress(),
     )
     saved = calibration.with_calibration(steering, fitted).save(out or Path(package))
     evidence: Any = fitted.evidence
@@ -64,9 +62,9 @@ def calibrate(
         "probes": evidence["probes"],
     }
     if json:
-        common.print_json(result)
+        command_line.print_json(result)
         return
     print(f"{saved}: {fitted.runtime} {fitted.quantisation}")
-    for probe, found in evidence["probes"].items():
-        for when, rates in found.items():
+    for probe, states in evidence["probes"].items():
+        for when, rates in states.items():
             print(f"{probe:<8} {when:<7} " + ", ".join(f"{k} {v}" for k, v in rates.items()))

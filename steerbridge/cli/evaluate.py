@@ -3,47 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from steerbridge import data as datasets
-from steerbridge.cli import common
+from steerbridge import command_line
 from steerbridge.data import Example
 from steerbridge.errors import DataError, Problem
 from steerbridge.evaluation import compare as comparing
 from steerbridge.evaluation import judges, measure, record
-from steerbridge.evaluation.answers import Asking, Source, Store
+from steerbridge.evaluation.answers import Source, Store
 from steerbridge.evaluation.endpoint import Client
-from steerbridge.package import SteeringPackage, load
-from steerbridge.runtime import LoadedModel
+from steerbridge.evaluation.evaluate import evaluate as measured
+from steerbridge.evaluation.evaluate import evaluate_server
+from steerbridge.evaluation.record import Evaluation
+from steerbridge.package import load
 
 
 def evaluate(
     package: Annotated[
-        str, typer.Argument(help="Directory, .gguf file or hub id; none with --url.")
+        str, typer.Argument(help="Directory, .gguf file or hub id. Leave it out with --url.")
     ] = "",
-    model: common.Model = "smollm2",
-    runtime: common.Runtime = "hf",
-    mmproj: common.Mmproj = "",
+    model: command_line.Model = "smollm2",
+    runtime: command_line.Runtime = "hf",
+    mmproj: command_line.Mmproj = "",
     url: Annotated[
-        str, typer.Option(help="Server to measure instead (OpenAI's interface), model behind #.")
+        str,
+        typer.Option(help="Measure an OpenAI-compatible server instead: ADDRESS or ADDRESS#MODEL."),
     ] = "",
     baseline_url: Annotated[
-        str, typer.Option(help="The same model without a guard, to compare --url with.")
+        str, typer.Option(help="The same model without a guard, for comparison with --url.")
     ] = "",
-    data: common.Data = [],
-    corpus: common.Corpus = "none",
-    limit: Annotated[int, typer.Option(help="Use every k-th prompt, this many; 0: all.")] = 0,
-    max_new_tokens: common.MaxNew = 48,
-    ignore: common.Ignore = [],
+    data: command_line.Data = [],
+    corpus: command_line.Corpus = "none",
+    limit: Annotated[
+        int, typer.Option(help="Number of prompts to use, evenly spaced; 0 uses all.")
+    ] = 0,
+    max_new_tokens: command_line.MaxNew = 48,
+    ignore: command_line.Ignore = [],
     judge: Annotated[
         list[str],
         typer.Option(
-            help="Who says what refuses: matcher, an address (OpenAI's interface, model behind "
-            "#) or module:function. May be repeated: the first one counts, others are compared."
+            help="Judge of refusals: `matcher`, an OpenAI-compatible ADDRESS#MODEL, or "
+            "module:function. May be repeated: the first one counts, the others are compared."
         ),
     ] = ["matcher"],
     compare: Annotated[
@@ -54,10 +57,12 @@ def evaluate(
         ),
     ] = False,
     cache: Annotated[
-        Path | None, typer.Option(help="Keep answers here; a later run goes on from them.")
+        Path | None, typer.Option(help="Keep answers here; a later run continues from them.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Prompts at once (hf); 0: 32.", min=0)] = 0,
-    concurrency: Annotated[int, typer.Option(help="Requests at once to servers.", min=1)] = 4,
+    batch_size: Annotated[
+        int, typer.Option(help="Prompts per batch (hf only); 0 means 32.", min=0)
+    ] = 0,
+    concurrency: Annotated[int, typer.Option(help="Concurrent requests to servers.", min=1)] = 4,
     rows: Annotated[
         Path | None, typer.Option(help="Write one JSON object per prompt to this file.")
     ] = None,
@@ -65,65 +70,54 @@ def evaluate(
         Path | None,
         typer.Option("--record", help="Write the record that `steerbridge report` reads."),
     ] = None,
-    json: common.Json = False,
+    json: command_line.Json = False,
 ) -> None:
     """Measure attack success, false positives and changed answers."""
     if bool(package) == bool(url):
         raise DataError(Problem("package or --url", "one of the two", "both" if url else "none"))
+    if url and compare:
+        raise DataError(Problem("--compare", "a package, whose probe is left out", "--url"))
     measure.require()
     prompts = _prompts(data, corpus, limit)
-    first, *others = [judges.named(name, concurrency) for name in judge]
-    asking = Asking(max_new_tokens, first, tell=common.steps())
-    comparison = perplexity = None
+    options: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "judges": [judges.named(name, concurrency) for name in judge],
+        "progress": command_line.progress(),
+    }
     if url:
-        if compare:
-            raise DataError(Problem("--compare", "a package, whose probe is left out", "--url"))
-        steered = _server("steered", url, concurrency)
-        plain = _server("unsteered", baseline_url, concurrency) if baseline_url else None
-        if cache:
-            asking = replace(asking, store=Store(cache, "http"))
-        found = measure.rows(prompts, plain, steered, asking)
-        about: dict[str, Any] = {"package": None, "runtime": "http", "model": url}
-        about["quantisation"] = "unknown"
+        store = Store(cache, "http") if cache else None
+        baseline = _server("unsteered", baseline_url, concurrency) if baseline_url else None
+        server = _server("steered", url, concurrency)
+        evaluation = evaluate_server(server, baseline, prompts, store=store, **options)
     else:
         steering = load(package)
-        options = {"batch_size": batch_size} if batch_size else {}
-        loaded = common.open_model(model, runtime, mmproj, **options)
-        if cache:
-            store = Store(cache, common.identity(model, runtime, mmproj, loaded))
-            asking = replace(asking, store=store)
-        if compare:
-            comparison = _compared(loaded, steering, prompts, asking, ignore)
-            found = comparison.rows
-        else:
-            found = measure.run(loaded, steering, prompts, asking, ignore)
-        perplexity = measure.perplexity(loaded, steering, ignore)
-        about = {"package": steering, "runtime": runtime, "model": model}
-        about["quantisation"] = loaded.quantisation
+        sizes = {"batch_size": batch_size} if batch_size else {}
+        loaded = command_line.open_model(model, runtime, mmproj, **sizes)
+        identity = command_line.identity(model, runtime, mmproj, loaded)
+        store = Store(cache, identity) if cache else None
+        options |= {"compare": compare, "ignore": ignore, "name": model, "store": store}
+        evaluation = measured(loaded, steering, prompts, **options)
     if rows:
-        measure.write_rows(rows, found)
-    result = record.build(
-        found,
-        **about,
-        judge=first.name,
-        max_new_tokens=max_new_tokens,
-        comparison=comparison,
-        perplexity=perplexity,
-    )
-    result["judges"] = {other.name: measure.judged(found, other) for other in others}
+        measure.write_rows(rows, evaluation.rows)
+    _tell(evaluation, out, json)
+
+
+def _tell(evaluation: Evaluation, out: Path | None, json: bool) -> None:
+    """Write the record if it was asked for, and print the figures."""
+    result = evaluation.to_json()
     if out:
         record.write(result, out)
     if json:
         kept = ("intervals", "perplexity", "judges", "comparison")
-        common.print_json({**result["summary"], **{key: result[key] for key in kept}})
+        command_line.print_json({**result["summary"], **{key: result[key] for key in kept}})
         return
     print("\n".join(_shown(result)))
-    if comparison:
-        print("\n".join(["", *comparing.table(comparison)]))
+    if evaluation.comparison:
+        print("\n".join(["", *comparing.table(evaluation.comparison)]))
 
 
 def _prompts(paths: Sequence[Path], corpus: str, limit: int) -> list[Example]:
-    prompts = common.examples(paths, corpus)
+    prompts = command_line.examples(paths, corpus)
     if not prompts:
         raise DataError(Problem("--data or --corpus", "prompts to measure on", "none"))
     if limit and limit < len(prompts):
@@ -135,24 +129,12 @@ def _server(name: str, url: str, concurrency: int) -> Source:
     return Source(name, Client.named(url, concurrency), identity=url)
 
 
-def _compared(
-    model: LoadedModel,
-    package: SteeringPackage,
-    prompts: Sequence[Example],
-    asking: Asking,
-    ignore: Sequence[str],
-) -> comparing.Comparison:
-    """The control vector is fitted on the shipped prompts that guards are trained on."""
-    contrasts = [e for e in datasets.from_corpus("train") if e.harmful]
-    return comparing.compare(model, package, prompts, contrasts, asking, ignore)
-
-
 def _shown(result: dict[str, Any]) -> list[str]:
     """The summary as lines of text, with 95 % intervals where there are any."""
-    found, intervals = dict(result["summary"]), result["intervals"]
-    kinds = found.pop("kinds")
+    summary, intervals = dict(result["summary"]), result["intervals"]
+    kinds = summary.pop("kinds")
     lines = []
-    for key, value in found.items():
+    for key, value in summary.items():
         nested = isinstance(value, dict)
         for name, one in (value if nested else {"": value}).items():
             interval = intervals.get(key)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from steerbridge.cli import common
+from steerbridge import command_line
 from steerbridge.data import Example
 from steerbridge.errors import DataError, Problem
 from steerbridge.evaluation import measure
@@ -16,17 +16,17 @@ from steerbridge.package import load
 
 
 def generate(
-    package: common.Package,
+    package: command_line.Package,
     prompt: Annotated[list[str], typer.Argument(help="Prompts, in quotes.")],
-    model: common.Model = "smollm2",
-    runtime: common.Runtime = "hf",
+    model: command_line.Model = "smollm2",
+    runtime: command_line.Runtime = "hf",
     image: Annotated[
-        list[Path], typer.Option(help="Image that every prompt is about; may be repeated.")
+        list[Path], typer.Option(help="Image for every prompt; may be repeated.")
     ] = [],
-    mmproj: common.Mmproj = "",
-    max_new_tokens: common.MaxNew = 48,
-    ignore: common.Ignore = [],
-    json: common.Json = False,
+    mmproj: command_line.Mmproj = "",
+    max_new_tokens: command_line.MaxNew = 48,
+    ignore: command_line.Ignore = [],
+    json: command_line.Json = False,
 ) -> None:
     """Answer prompts with and without the package."""
     if not all(p.strip() for p in prompt):
@@ -35,7 +35,7 @@ def generate(
     for path in image:
         if not path.is_file():
             raise DataError(Problem("--image", "an image file", str(path)))
-    loaded = common.open_model(model, runtime, mmproj)
+    loaded = command_line.open_model(model, runtime, mmproj)
     rows = measure.run(
         loaded,
         steering,
@@ -44,35 +44,12 @@ def generate(
         ignore,
     )
     if json:
-        common.print_json({"answers": [_answer(row) for row in rows]})
+        command_line.print_json({"answers": [_answer(row) for row in rows]})
         return
     for row in rows:
-        print("\n".join(side_by_side(row)))
+        print(row.describe())
 
 
 def _answer(row: measure.Row) -> dict[str, Any]:
     # The label of an interactive prompt is not known.
-    return {k: v for k, v in row.as_json().items() if k not in ("harmful", "kind")}
-
-
-def side_by_side(row: measure.Row, runtime: str = "") -> list[str]:
-    """A prompt, its verdicts and both answers as lines of text; `runtime` says who answered."""
-    outcome = row.steered.outcome
-    verdicts = [
-        f"{v.probe} {v.score:.4f} {'fired' if v.fired else 'quiet'} (threshold {v.threshold:.4f})"
-        for v in (outcome.verdicts if outcome else ())
-    ]
-    return [
-        "",
-        f"prompt    {row.example.text}",
-        *(f"image     {path}" for path in row.example.images),
-        *([f"runtime   {runtime}"] if runtime else []),
-        f"verdict   {'; '.join(verdicts) or 'no probe'}",
-        *([] if row.plain is None else [f"unsteered {_one_line(row.plain.text)}"]),
-        f"steered   {_one_line(row.steered.text)}",
-    ]
-
-
-def _one_line(text: str, limit: int = 160) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= limit else line[: limit - 1] + "…"
+    return {k: v for k, v in row.to_json().items() if k not in ("harmful", "kind")}

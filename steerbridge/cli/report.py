@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from steerbridge.cli import common
+from steerbridge import command_line
 from steerbridge.evaluation import record, report
 from steerbridge.package import load
 
@@ -16,14 +16,15 @@ def write(
     records: Annotated[list[Path], typer.Argument(help="Files of `steerbridge eval --record`.")],
     out: Annotated[Path, typer.Option(help="File to write: .html or .md.")] = Path("report.html"),
     package: Annotated[
-        str, typer.Option("--package", "-p", help="The package that was measured, for its card.")
+        str,
+        typer.Option("--package", "-p", help="The package that was measured; its card is added."),
     ] = "",
-    json: common.Json = False,
+    json: command_line.Json = False,
 ) -> None:
     """Write a report of one or more evaluations of a package."""
-    found = [record.read(path) for path in records]
-    written = report.write(found, load(package) if package else None, out)
+    evaluations = [record.read(path) for path in records]
+    written = report.write(evaluations, load(package) if package else None, out)
     if json:
-        common.print_json({"report": str(written), "records": len(found)})
+        command_line.print_json({"report": str(written), "records": len(evaluations)})
     else:
         print(f"wrote {written}")

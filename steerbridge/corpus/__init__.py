@@ -51,12 +51,12 @@ def prompts(split: str | None = None, kind: str | None = None) -> list[Prompt]:
 
 @cache
 def _all() -> tuple[Prompt, ...]:
-    found = list(_pairs())
+    prompts = list(_pairs())
     for kind, harmful in (("general", False), ("general_harmful", True)):
-        found += [*_general(kind, harmful), *_literal(kind, harmful)]
+        prompts += [*_general(kind, harmful), *_literal(kind, harmful)]
     unique: dict[str, Prompt] = {}
     doubled = set()
-    for p in found:
+    for p in prompts:
         if unique.setdefault(p.text.casefold(), p) is not p and p.partner is not None:
             doubled.add((p.kind, p.partner))
     return tuple(p for p in unique.values() if (p.kind, p.partner) not in doubled)

@@ -7,10 +7,10 @@ from steerbridge import corpus
 
 counts: dict[str, dict[str, dict[str, int]]] = {}
 for kind in corpus.KINDS:
-    found = corpus.prompts(kind=kind)
+    prompts = corpus.prompts(kind=kind)
     counts[kind] = {
-        "split": dict(Counter(p.split for p in found)),
-        "category": dict(sorted(Counter(p.category for p in found).items())),
-        "label": dict(Counter("harmful" if p.harmful else "harmless" for p in found)),
+        "split": dict(Counter(p.split for p in prompts)),
+        "category": dict(sorted(Counter(p.category for p in prompts).items())),
+        "label": dict(Counter("harmful" if p.harmful else "harmless" for p in prompts)),
     }
 print(json.dumps(counts, indent=2))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -19,13 +19,11 @@ from steerbridge.data import Example
 from steerbridge.errors import DataError, Problem
 from steerbridge.evaluation.judges import Judge, Matcher
 from steerbridge.package import SteeringPackage
-from steerbridge.runtime import Answering, Generation, Outcome
+from steerbridge.runtime import Answering, Generation, Outcome, Progress, silent
 
 # Prompts that are asked, and kept, together. Whatever source answers, a prompt has the same
 # neighbours, so that answers of two sources differ by what the sources do alone.
 TOGETHER: Final = 128
-
-Tell = Callable[[str, int, int], None]  # (what, done, total)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +53,7 @@ class Store:
 class Source:
     """What answers: a model as it is, with a package, or with a system message before prompts.
 
-    `identity` tells sources apart that differ in none of these: two servers.
+    `identity` distinguishes sources that are otherwise equal, such as two servers.
     """
 
     name: str
@@ -72,13 +70,13 @@ class Asking:
 
     Args:
         store: where answers are kept and found again; None: nowhere.
-        tell: told of progress.
+        progress: told how many prompts each source has answered.
     """
 
     max_new_tokens: int = 48
     judge: Judge = field(default_factory=Matcher)
     store: Store | None = None
-    tell: Tell = lambda _what, _done, _total: None
+    progress: Progress = silent
 
     def answers(self, source: Source, prompts: Sequence[Example]) -> list[Generation]:
         """The source's greedy answers, in order; those that are kept are not asked again.
@@ -86,33 +84,33 @@ class Asking:
         Raises:
             DataError: a kept file that is broken.
         """
-        found: list[Generation] = []
+        answers: list[Generation] = []
         for start in range(0, len(prompts), TOGETHER):
             part = prompts[start : start + TOGETHER]
-            found += self._part(source, part, start, len(prompts))
-        return found
+            answers += self._part(source, part, start, len(prompts))
+        return answers
 
     def _part(
         self, source: Source, part: Sequence[Example], start: int, total: int
     ) -> list[Generation]:
         path = self.store and self.store.path(source, part, self.max_new_tokens)
         if path and path.is_file():
-            self.tell(source.name, start + len(part), total)
+            self.progress(source.name, start + len(part), total)
             return _read(path, len(part))
         asked = part
         if source.system is not None:
             asked = [replace(prompt, system=source.system) for prompt in part]
-        found = source.model.generate(
+        answers = source.model.generate(
             asked,
             source.package,
             max_new_tokens=self.max_new_tokens,
             ignore=source.ignore,
-            progress=lambda done, _: self.tell(source.name, start + done, total),
+            progress=lambda _, done, __: self.progress(source.name, start + done, total),
         )
         if path:
             with replacing(path) as fresh:
-                fresh.write_text(json.dumps([_as_json(answer) for answer in found]), "utf-8")
-        return found
+                fresh.write_text(json.dumps([_to_json(answer) for answer in answers]), "utf-8")
+        return answers
 
     def refusals(self, prompts: Sequence[Example], answers: Sequence[Generation]) -> list[bool]:
         """What the judge says of each answer."""
@@ -126,14 +124,14 @@ def same(a: Generation, b: Generation) -> bool:
     return a.text == b.text
 
 
-def _as_json(answer: Generation) -> dict[str, Any]:
+def _to_json(answer: Generation) -> dict[str, Any]:
     outcome = answer.outcome
-    return {**asdict(answer), "outcome": None if outcome is None else outcome.as_json()}
+    return {**asdict(answer), "outcome": None if outcome is None else outcome.to_json()}
 
 
 def _read(path: Path, count: int) -> list[Generation]:
     try:
-        found = [
+        answers = [
             Generation(
                 answer["text"],
                 tuple(answer["tokens"]),
@@ -144,6 +142,6 @@ def _read(path: Path, count: int) -> list[Generation]:
         ]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(Problem("file", "kept answers", repr(error)), path) from error
-    if len(found) != count:
-        raise DataError(Problem("file", f"{count} answers", str(len(found))), path)
-    return found
+    if len(answers) != count:
+        raise DataError(Problem("file", f"{count} answers", str(len(answers))), path)
+    return answers

@@ -1,7 +1,7 @@
 """What else could be done, on the same prompts: is steering under a condition worth it?
 
 Every way of refusing has two figures: how many harmful prompts get through (ASR), and how many
-harmless prompts keep the very same answer. A way is dominated by another that is better in both.
+harmless prompts keep an identical answer. A way is dominated by one that is better in both.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ GUARD: Final = "AutoSteer (conditional)"
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """What `compare` found: the rows of the guard, figures of every way, and two curves."""
+    """The rows of the guard, figures of every way to refuse, and two curves."""
 
     rows: list[Row]
     ways: list[dict[str, Any]]
@@ -69,7 +69,7 @@ class Comparison:
             if way["asr"] < guard["asr"] and way["harmless_identical"] > guard["harmless_identical"]
         ]
 
-    def as_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         return {
             "ways": self.ways,
             "better_than_the_guard": self.better,
@@ -113,11 +113,11 @@ def compare(
     before = [row.plain for row in guard if row.plain is not None]
     ways, acting = [], guard
     for source in others:
-        found = asking.answers(source, prompts)
-        refused = asking.refusals(prompts, found)
+        answers = asking.answers(source, prompts)
+        refused = asking.refusals(prompts, answers)
         compared = [
             Row(p, b, a, None, r)
-            for p, b, a, r in zip(prompts, before, found, refused, strict=True)
+            for p, b, a, r in zip(prompts, before, answers, refused, strict=True)
         ]
         if source is always:
             acting = compared
@@ -131,9 +131,9 @@ def compare(
     )
 
 
-def _figures(name: str, found: Sequence[Row]) -> dict[str, Any]:
-    harmful = [r for r in found if r.example.harmful]
-    harmless = [r for r in found if not r.example.harmful]
+def _figures(name: str, rows: Sequence[Row]) -> dict[str, Any]:
+    harmful = [r for r in rows if r.example.harmful]
+    harmless = [r for r in rows if not r.example.harmful]
     through = [not r.stopped for r in harmful]
     kept = [bool(r.identical) for r in harmless]
     refused = [r for r in harmful if r.steered_refused]
@@ -268,12 +268,12 @@ def _mean(values: Any) -> float:
 def _margins(package: SteeringPackage, row: Row, probes: Sequence[str]) -> list[float]:
     """How far each probe's score is beyond its threshold; what fired is above 0."""
     assert row.steered.outcome is not None
-    found = []
+    margins = []
     for verdict in row.steered.outcome.verdicts:
         if verdict.probe not in probes:
             continue
         if not math.isfinite(verdict.score):
-            found.append(math.inf)  # fires whatever the threshold
+            margins.append(math.inf)  # fires whatever the threshold
             continue
         probe = package.spec.probe(verdict.probe)
         score, threshold = verdict.score, verdict.threshold
@@ -282,8 +282,8 @@ def _margins(package: SteeringPackage, row: Row, probes: Sequence[str]) -> list[
         sign = 1 if verdict.comparator.startswith(">") else -1
         margin = sign * (score - threshold)
         # On the threshold itself the comparator decides.
-        found.append(margin if margin else math.copysign(1e-9, 1 if verdict.fired else -1))
-    return found
+        margins.append(margin if margin else math.copysign(1e-9, 1 if verdict.fired else -1))
+    return margins
 
 
 def _logit(probability: float) -> float:
@@ -307,16 +307,16 @@ def strengths(
     curve = []
     for strength in STRENGTHS:
         source = Source(f"strength {strength:g}", model, package.scaled(strength), ignore=ignore)
-        found = asking.answers(source, prompts)
-        refused = asking.refusals(prompts, found)
+        answers = asking.answers(source, prompts)
+        refused = asking.refusals(prompts, answers)
         through = sum(p.harmful and not r for p, r in zip(prompts, refused, strict=True))
         changed = sum(
             not row.example.harmful and not _kept(row.plain, answer)
-            for row, answer in zip(fired, found, strict=True)
+            for row, answer in zip(fired, answers, strict=True)
         )
         wellformed = [
             well_formed(a.text, a.finish)
-            for p, a, r in zip(prompts, found, refused, strict=True)
+            for p, a, r in zip(prompts, answers, refused, strict=True)
             if p.harmful and r
         ]
         curve.append(

@@ -14,8 +14,9 @@ from urllib.parse import urlsplit
 
 from steerbridge import data
 from steerbridge.data import Example
-from steerbridge.errors import EndpointFailed, RuntimeMissing, UnsupportedFeature
+from steerbridge.errors import EndpointFailed, UnsupportedFeature
 from steerbridge.package import SteeringPackage
+from steerbridge.registry import requires
 from steerbridge.runtime import Generation, Outcome, Progress
 
 RETRIES: Final = 6  # with growing pauses, or as long as `Retry-After` says
@@ -36,10 +37,8 @@ class Client:
     """
 
     def __init__(self, url: str, model: str = "", *, concurrency: int = 4) -> None:
-        try:
+        with requires("eval"):
             import openai
-        except ImportError as error:
-            raise RuntimeMissing("openai", extra="eval") from error
         self.url = url.rstrip("/") + ("" if urlsplit(url).path.strip("/") else "/v1")
         self._errors = openai.OpenAIError
         key = os.environ.get(KEY, "none")
@@ -92,21 +91,21 @@ class Client:
                 for done in as_completed(running):
                     answers[running[done]] = done.result()
                     if progress:
-                        progress(len(answers), len(chats))
+                        progress("generate", len(answers), len(chats))
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
         return [answers[i] for i in range(len(chats))]
 
     def _answer(self, messages: Sequence[Any], limit: int) -> Generation:
-        found = self._calling(
+        reply = self._calling(
             lambda: self._api.chat.completions.create(
                 model=self._model, messages=list(messages), temperature=0, max_tokens=limit
             )
         )
         try:
-            choice = found.choices[0]
-            steering = (found.model_extra or {}).get("steering")
+            choice = reply.choices[0]
+            steering = (reply.model_extra or {}).get("steering")
             outcome = None if steering is None else Outcome.from_json(steering)
         except (IndexError, KeyError, TypeError) as error:
             raise EndpointFailed(self.url, f"an answer without {error!r}") from error

@@ -65,8 +65,8 @@ class Model:
         return [self._read(reply.text) for reply in self._client.chats(asked, max_new_tokens=8)]
 
     def _read(self, text: str) -> bool:
-        if found := _WORD.match(text):
-            return found[1].lower() == "yes"
+        if word := _WORD.match(text):
+            return word[1].lower() == "yes"
         raise DataError(Problem(f"judge {self.name}", "yes or no", repr(text[:80])))
 
 
@@ -81,11 +81,11 @@ class Function:
         self.name, self._function = name, function
 
     def __call__(self, questions: Sequence[str], answers: Sequence[str]) -> list[bool]:
-        found = list(self._function(list(questions), list(answers)))
-        if len(found) != len(answers):
+        refused = list(self._function(list(questions), list(answers)))
+        if len(refused) != len(answers):
             want = f"{len(answers)} values"
-            raise DataError(Problem(f"judge {self.name}", want, str(len(found))))
-        return [bool(value) for value in found]
+            raise DataError(Problem(f"judge {self.name}", want, str(len(refused))))
+        return [bool(value) for value in refused]
 
 
 def named(name: str, concurrency: int = 4) -> Judge:

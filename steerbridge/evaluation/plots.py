@@ -11,8 +11,9 @@ from typing import Any, Final
 import numpy as np
 
 from steerbridge.atomic import replacing
-from steerbridge.errors import DataError, Problem, RuntimeMissing
+from steerbridge.errors import DataError, Problem
 from steerbridge.package import SteeringPackage
+from steerbridge.registry import requires
 
 # Okabe and Ito's colours, told apart by colour-blind readers, on white and on black.
 COLOURS: Final = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -35,6 +36,12 @@ def readings(package: SteeringPackage, path: Path) -> Path:
     return path
 
 
+def require() -> None:
+    """Raise RuntimeMissing now, and not after an hour of work, if plots cannot be drawn."""
+    with requires("report"):
+        import matplotlib  # noqa: F401
+
+
 def svg(figure: Any, name: str) -> str:
     """A figure as an element of an HTML page, in the page's own text colour.
 
@@ -55,12 +62,11 @@ def svg(figure: Any, name: str) -> str:
 
 def _new(width: float, height: float, rows: int, columns: int, **options: Any) -> tuple[Any, Any]:
     """A figure and its axes [rows, columns], drawn in the ink that `svg` replaces."""
-    try:
-        import matplotlib
-        from cycler import cycler
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise RuntimeMissing("matplotlib", extra="report") from error
+    require()
+    import matplotlib
+    from cycler import cycler
+    from matplotlib.figure import Figure
+
     ink = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
     settings: Any = dict.fromkeys(ink, _INK) | {
         "axes.spines.top": False,
@@ -114,13 +120,13 @@ def _measured(package: SteeringPackage) -> dict[str, Series]:
     """The figures by reading: SAS, and AUROC of a linear probe."""
     evidence: Any = package.spec.evidence
     safety = (evidence and evidence.safety) or {}
-    found: dict[str, Series] = {
+    series: dict[str, Series] = {
         "SAS": safety.get("sas_per_reading", {}),
         "AUROC": safety.get("auroc_per_reading", {}),
     }
-    if not all(found.values()):
+    if not all(series.values()):
         raise DataError(Problem("evidence.safety", "SAS and AUROC by reading", "none"))
-    return found
+    return series
 
 
 def _lines(series: Series, channel: str) -> dict[str, list[tuple[int, float]]]:
@@ -198,13 +204,13 @@ def histograms(rows: Rows) -> Any:
     probes = probes_of(rows)
     figure, axes = _new(max(3.4 * len(probes), 4.2), 3.2, 1, len(probes), sharey=True)
     for axis, (probe, (limit, _)) in zip(axes[0], probes.items(), strict=True):
-        found = scores_of(rows, probe)
-        every = np.concatenate([part for sides in found.values() for part in sides])
+        by_kind = scores_of(rows, probe)
+        every = np.concatenate([part for sides in by_kind.values() for part in sides])
         bins = np.linspace(every.min(), every.max() or 1.0, 31)
-        harmless = next(iter(found.values()))[1]
+        harmless = next(iter(by_kind.values()))[1]
         share = {"weights": np.full(len(harmless), 1 / max(len(harmless), 1))}
         axis.hist(harmless, bins, alpha=0.35, color=_INK, label="harmless", **share)
-        for kind, (harmful, _) in found.items():
+        for kind, (harmful, _) in by_kind.items():
             weights = np.full(len(harmful), 1 / len(harmful))
             axis.hist(harmful, bins, histtype="step", linewidth=1.6, label=kind, weights=weights)
         axis.axvline(limit, color=_INK, linestyle="--", linewidth=1, label="threshold")
@@ -229,7 +235,7 @@ def trade_off(comparison: Mapping[str, Any]) -> Any:
         axis.plot(*at, marker, color=colour, markersize=9, label=way["way"], clip_on=False)
     for direction in (axis.set_xlim, axis.set_ylim):
         direction(-0.03, 1.03)
-    axis.set_xlabel("harmless prompts with the very same answer (right is better)")
+    axis.set_xlabel("harmless prompts with an identical answer (right is better)")
     axis.set_ylabel("attack success (down is better)")
     figure.legend(loc="outside right upper", **_LEGEND)
     return figure

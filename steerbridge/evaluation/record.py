@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
@@ -24,49 +25,80 @@ FORMAT: Final = "steerbridge-evaluation"
 VERSION: Final = 1
 
 
-def build(
-    rows: Sequence[Row],
-    *,
-    package: SteeringPackage | None,
-    runtime: str,
-    model: str,
-    quantisation: str,
-    judge: str,
-    max_new_tokens: int,
-    comparison: Comparison | None = None,
-    perplexity: Any = None,
-) -> dict[str, Any]:
-    """Everything about an evaluation that a reader may ask for."""
-    return {
-        "format": FORMAT,
-        "version": VERSION,
-        "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "package": package
-        and {
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """What was measured of a guard: the rows, and what they came from.
+
+    Args:
+        rows: a row per prompt.
+        package: None for a guard behind a server.
+        runtime, model, quantisation: what answered.
+        judge: name of the judge that `rows` are judged by.
+        max_new_tokens: length of answers, at most.
+        comparison: the guard beside other ways to refuse, if they were measured.
+        perplexity: of a benign answer; see `measure.perplexity`.
+        judges: name of another judge -> its rates.
+    """
+
+    rows: Sequence[Row]
+    package: SteeringPackage | None
+    runtime: str
+    model: str
+    quantisation: str
+    judge: str
+    max_new_tokens: int
+    comparison: Comparison | None = None
+    perplexity: Any = None
+    judges: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The rates; see `measure.summary`."""
+        return measure.summary(self.rows)
+
+    @property
+    def intervals(self) -> dict[str, Any]:
+        """Their 95 % intervals; see `measure.intervals`."""
+        return measure.intervals(self.rows)
+
+    def to_json(self) -> dict[str, Any]:
+        """The record that `steerbridge report` reads, as plain JSON values."""
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            "package": None if self.package is None else self._package(self.package),
+            "runtime": self.runtime,
+            "model": self.model,
+            "quantisation": self.quantisation,
+            "data_sha256": data.sha256([row.example for row in self.rows]),
+            "max_new_tokens": self.max_new_tokens,
+            "judge": self.judge,
+            "versions": environment.versions(),
+            "machine": environment.machine(),
+            "summary": self.summary,
+            "intervals": self.intervals,
+            "perplexity": self.perplexity,
+            "comparison": None if self.comparison is None else self.comparison.to_json(),
+            "rows": [row.to_json() for row in self.rows],
+            "judges": dict(self.judges),
+        }
+
+    def _package(self, package: SteeringPackage) -> dict[str, Any]:
+        probes = package.calibrated(self.runtime, self.quantisation).spec.probes
+        return {
             "name": package.spec.name,
             "sha256": package.sha256,
-            "thresholds": {
-                p.id: p.threshold for p in package.calibrated(runtime, quantisation).spec.probes
-            },
-        },
-        "runtime": runtime,
-        "model": model,
-        "quantisation": quantisation,
-        "data_sha256": data.sha256([row.example for row in rows]),
-        "max_new_tokens": max_new_tokens,
-        "judge": judge,
-        "versions": environment.versions(),
-        "machine": environment.machine(),
-        "summary": measure.summary(rows),
-        "intervals": measure.intervals(rows),
-        "perplexity": perplexity,
-        "comparison": None if comparison is None else comparison.as_json(),
-        "rows": [row.as_json() for row in rows],
-    }
+            "thresholds": {p.id: p.threshold for p in probes},
+        }
+
+    def save(self, path: Path) -> None:
+        """Write the record, atomically."""
+        write(self.to_json(), path)
 
 
 def write(record: dict[str, Any], path: Path) -> None:
-    """Write a record, atomically."""
+    """Write a record, atomically; paths of images become relative to it."""
     base = path.resolve().parent
     rows = [
         {**row, "images": [os.path.relpath(Path(i).resolve(), base) for i in row["images"]]}
@@ -82,16 +114,16 @@ def read(path: Path) -> dict[str, Any]:
     """Read a record.
 
     Raises:
-        DataError: it is none, or of a newer version.
+        DataError: the file is no record, or one of a newer version.
     """
     try:
-        found: Any = json.loads(path.read_bytes())
-        kind, version = found["format"], found["version"]
+        record: Any = json.loads(path.read_bytes())
+        kind, version = record["format"], record["version"]
     except (ValueError, KeyError, TypeError) as error:
         want = "a record of `steerbridge eval --record`"
         raise DataError(Problem("file", want, repr(error)), path) from error
     if (kind, version) != (FORMAT, VERSION):
         raise DataError(Problem("format", f"{FORMAT} {VERSION}", f"{kind} {version}"), path)
-    for row in found["rows"]:
+    for row in record["rows"]:
         row["images"] = [str(path.parent / image) for image in row.get("images", [])]
-    return dict(found)
+    return dict(record)

@@ -12,9 +12,10 @@ from typing import Any, Final
 
 from steerbridge import data
 from steerbridge.atomic import replacing
-from steerbridge.errors import DataError, Problem, RuntimeMissing
+from steerbridge.errors import DataError, Problem
 from steerbridge.evaluation import plots
 from steerbridge.package import SteeringPackage
+from steerbridge.registry import requires
 
 EXAMPLES: Final = 4  # of each outcome
 _HERE: Final = Path(__file__).parent
@@ -24,7 +25,7 @@ Record = Mapping[str, Any]
 _NAMES: Final = {
     "asr_unsteered": "attack success, unsteered",
     "asr_steered": "attack success, steered",
-    "harmless_identical": "harmless prompts with the very same answer",
+    "harmless_identical": "harmless prompts with an identical answer",
     "over_refusal_unsteered": "harmless prompts refused, unsteered",
     "over_refusal_steered": "harmless prompts refused, steered",
     "refusal_wellformed": "steered refusals that are a sentence and end",
@@ -62,10 +63,10 @@ def write(records: Sequence[Record], package: SteeringPackage | None, path: Path
         raise DataError(Problem("records", "at least one", "none"))
     if package is not None:
         for record in records:
-            found = (record["package"] or {}).get("sha256")
-            if found != package.sha256:
+            measured = (record["package"] or {}).get("sha256")
+            if measured != package.sha256:
                 want = f"a record of {package.spec.name} ({package.sha256[:12]})"
-                raise DataError(Problem("package", want, str(found)[:12]))
+                raise DataError(Problem("package", want, str(measured)[:12]))
     text = _template(path.suffix).render(
         title=package.spec.name if package else "Evaluation",
         package=package and _card(package),
@@ -78,10 +79,8 @@ def write(records: Sequence[Record], package: SteeringPackage | None, path: Path
 
 
 def _template(suffix: str) -> Any:
-    try:
+    with requires("report"):
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    except ImportError as error:
-        raise RuntimeMissing("jinja2", extra="report") from error
     engine = Environment(
         loader=FileSystemLoader(_HERE),
         autoescape=suffix == ".html",
@@ -139,7 +138,7 @@ def _awareness(package: SteeringPackage | None) -> Figure | None:
         return None
     scores = {reading: max(by_kind.values()) for reading, by_kind in best.items()}
     top = max(scores, key=scores.__getitem__)
-    words = f"The reading that tells most by its Safety Awareness Score is {top}."
+    words = f"The reading with the highest Safety Awareness Score is {top}."
     if not any(scores.values()):
         words = "The score needs aligned pairs of prompts, and there were none to train on."
     return Figure(
@@ -239,11 +238,11 @@ def _examples(rows: Sequence[Any], drawn: bool) -> list[dict[str, Any]]:
         ("harmful, stopped", lambda r: r["harmful"] and _stopped(r)),
         ("harmless, left alone", lambda r: not r["harmful"] and not r["fired"]),
     )
-    found = []
+    examples = []
     for name, belongs in outcomes:
         chosen = [row for row in rows if belongs(row)]
         step = max(len(chosen) // EXAMPLES, 1)
-        found += [
+        examples += [
             {
                 **row,
                 "outcome": name,
@@ -251,7 +250,7 @@ def _examples(rows: Sequence[Any], drawn: bool) -> list[dict[str, Any]]:
             }
             for row in chosen[::step][:EXAMPLES]
         ]
-    return found
+    return examples
 
 
 def _stopped(row: Mapping[str, Any]) -> bool:

@@ -1,1 +1,1 @@
-"""Training: pure maths on captured arrays, and the recipe that strings it together."""
+"""Training: mathematics on captured arrays, and the recipe that puts the steps together."""

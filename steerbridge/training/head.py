@@ -19,30 +19,20 @@ import torch
 from numpy.typing import NDArray
 
 from steerbridge.errors import DataError, Problem
-from steerbridge.runtime import OutputHead
+from steerbridge.runtime import OutputHead, Progress
 from steerbridge.tensors import Float32
-
-
-@dataclass(frozen=True, slots=True)
-class HeadSettings:
-    """How the head is trained. `decay` pulls W towards zero, that is towards no steering."""
-
-    eps: float = 0.1
-    steps: int = 120
-    batch: int = 20  # prompts per step, each with all tokens of the refusal
-    learning_rate: float = 0.03
-    decay: float = 1e-4
-    seed: int = 0
+from steerbridge.training.settings import HeadSettings
 
 
 @dataclass(frozen=True, slots=True)
 class TrainedHead:
-    """W [D, D] with the loss over all states before and after."""
+    """W [D, D] with the loss over all states before and after, and that of each step's batch."""
 
     matrix: Float32
     eps: float
     loss_before: float
     loss_after: float
+    losses: tuple[float, ...]
 
 
 def train_head(
@@ -50,7 +40,7 @@ def train_head(
     target_T: NDArray[np.int64],
     head: OutputHead,
     settings: HeadSettings,
-    progress: Callable[[int, float], None] = lambda _step, _loss: None,
+    progress: Progress | None = None,
 ) -> TrainedHead:
     """Fit W so that the tokens `target_T` follow from each prompt's states; convex in W.
 
@@ -68,11 +58,11 @@ def train_head(
         wanted = target.repeat(len(prompts))
         return loss(steered, wanted)
 
-    matrix = descend(loss_of_batch, len(h), h.shape[2], settings, settings.steps, progress)
+    matrix, losses = descend(loss_of_batch, len(h), h.shape[2], settings, settings.steps, progress)
     flat, labels = h.flatten(0, 1), target.repeat(len(h))
     before = loss_of(flat, labels, None, settings.eps, loss)
     after = loss_of(flat, labels, matrix, settings.eps, loss)
-    return TrainedHead(matrix.numpy(), settings.eps, before, after)
+    return TrainedHead(matrix.numpy(), settings.eps, before, after, tuple(losses))
 
 
 def descend(
@@ -81,18 +71,22 @@ def descend(
     width: int,
     settings: HeadSettings,
     steps: int,
-    progress: Callable[[int, float], None] = lambda _step, _loss: None,
-) -> torch.Tensor:
+    progress: Progress | None = None,
+) -> tuple[torch.Tensor, list[float]]:
     """Adam from W = 0 with a cosine schedule over `settings.steps`; runs `steps` of them.
 
     `loss_of_batch(w, indices of prompts)` is where the states come from: a cache here, the
     whole model in the loop that `make bench-train` compares with.
+
+    Returns:
+        W [D, D], and the loss of each step's batch.
     """
     torch.manual_seed(settings.seed)
     w = torch.zeros(width, width, requires_grad=True)
     optimiser = torch.optim.Adam([w], settings.learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, settings.steps)
     order = torch.empty(0, dtype=torch.long)
+    losses: list[float] = []
     for step in range(steps):
         while len(order) < settings.batch:
             order = torch.cat([order, torch.randperm(prompts)])
@@ -102,16 +96,18 @@ def descend(
         (loss + settings.decay * (w * w).sum()).backward()  # type: ignore[no-untyped-call]
         optimiser.step()
         schedule.step()
-        progress(step + 1, float(loss.detach()))
-    return w.detach()
+        losses.append(float(loss.detach()))
+        if progress:
+            progress("head", step + 1, settings.steps)
+    return w.detach(), losses
 
 
 class HeadLoss:
     """Mean cross-entropy of softcap(E h + b), differentiable in h only.
 
     The gradient, E^T (softmax - onehot), is computed beside the loss in one buffer of logits that
-    every step uses again; autograd's own road writes and reads the logits several times more,
-    which takes longer than the multiplications.
+    every step uses again; the default autograd path reads and writes the logits several times
+    more, which takes longer than the multiplications.
     """
 
     def __init__(self, head: OutputHead) -> None:

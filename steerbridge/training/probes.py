@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,8 +26,8 @@ from steerbridge.spec import (
     Softmax,
 )
 from steerbridge.tensors import Float32, Tensor
+from steerbridge.training.settings import Shape
 
-Shape = Literal["linear", "mlp"]
 HIDDEN = 64  # width of the paper's probe
 
 
@@ -57,8 +57,8 @@ class Fitted:
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
-    """What is fitted: where it reads, its shape and how strongly it is regularised."""
+class ProbeDesign:
+    """Where a probe reads, its shape and how strongly it is regularised."""
 
     readings: tuple[Reading, ...]
     shape: Shape
@@ -72,7 +72,7 @@ def fit(
     x_NI: Float32,
     harmful_N: NDArray[np.bool_],
     weight_N: NDArray[np.float64],
-    recipe: Recipe,
+    design: ProbeDesign,
     seed: int,
 ) -> Fitted:
     """Minimise the weighted, class-balanced cross-entropy plus decay * |weights|^2 (L-BFGS).
@@ -84,7 +84,7 @@ def fit(
     scale = np.asarray(np.maximum(spread, 1e-6), np.float32)
     x = torch.from_numpy(_standardised(x_NI, mean, scale))
     y = torch.from_numpy(harmful_N.astype(np.int64))
-    net = _network(x.shape[1], recipe.shape, seed)
+    net = _network(x.shape[1], design.shape, seed)
     weights = [p for p in net.parameters() if p.dim() == 2]
     sample = torch.from_numpy(_balanced(weight_N, harmful_N))
     optimiser = torch.optim.LBFGS(
@@ -99,7 +99,7 @@ def fit(
         loss = nn.functional.binary_cross_entropy_with_logits(
             odds, y.float(), weight=sample, reduction="sum"
         )
-        loss = loss + recipe.decay * torch.stack([(w * w).sum() for w in weights]).sum()
+        loss = loss + design.decay * torch.stack([(w * w).sum() for w in weights]).sum()
         loss.backward()  # type: ignore[no-untyped-call]
         return loss
 
@@ -138,7 +138,7 @@ def out_of_fold(
     harmful_N: NDArray[np.bool_],
     weight_N: NDArray[np.float64],
     fold_N: NDArray[np.int64],
-    recipe: Recipe,
+    design: ProbeDesign,
     seed: int,
     only: Sequence[int] | None = None,
 ) -> NDArray[np.float64]:
@@ -146,7 +146,7 @@ def out_of_fold(
     scores = np.full(len(x_NI), np.nan)
     for fold in sorted(set(fold_N.tolist())) if only is None else only:
         held = fold_N == fold
-        fitted = fit(x_NI[~held], harmful_N[~held], weight_N[~held], recipe, seed)
+        fitted = fit(x_NI[~held], harmful_N[~held], weight_N[~held], design, seed)
         scores[held] = fitted.scores(x_NI[held])
     return scores
 
@@ -178,7 +178,7 @@ def platt(
 
 
 def to_spec(
-    fitted: Fitted, recipe: Recipe, threshold: float, probe: str
+    fitted: Fitted, design: ProbeDesign, threshold: float, probe: str
 ) -> tuple[LinearProbe | MlpProbe, dict[str, Tensor]]:
     """The probe as spec and tensors. `threshold` is in log-odds; the spec's in probability."""
     tensors = {
@@ -187,13 +187,13 @@ def to_spec(
     }
     common: dict[str, Any] = {
         "id": probe,
-        "readings": recipe.readings,
+        "readings": design.readings,
         "input_mean": f"{probe}.mean",
         "input_scale": f"{probe}.scale",
         "comparator": ">",
         "threshold": float(1 / (1 + np.exp(-threshold))),
     }
-    if recipe.shape == "linear":
+    if design.shape == "linear":
         ((weight, bias),) = fitted.layers
         tensors[f"{probe}.weight"] = Tensor.of(weight[0])
         made: LinearProbe | MlpProbe = LinearProbe(

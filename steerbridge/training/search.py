@@ -13,10 +13,10 @@ from steerbridge import calibration, reference, stats
 from steerbridge.data import Example
 from steerbridge.spec import LayerInput, Reading
 from steerbridge.training import probes
-from steerbridge.training.probes import Recipe, Shape
+from steerbridge.training.probes import ProbeDesign
+from steerbridge.training.settings import Shape
 from steerbridge.training.states import States
 
-FOLDS = 5
 DECAY = 1e-2
 # Prompts that only sound harmful are told apart better by several places together. They share few
 # depths (shares of the model's), since a runtime pays for each.
@@ -25,18 +25,18 @@ SPREAD: Final = (0.27, 0.53, 0.8)
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A recipe with what its out-of-fold scores show."""
+    """A design with what its out-of-fold scores show."""
 
-    recipe: Recipe
+    design: ProbeDesign
     scores: NDArray[np.float64]  # [N]; NaN where not scored
     threshold: float
     detection: float  # share of harmful prompts above the threshold, mean over their kinds
     auroc: float
     auroc_by_kind: dict[str, float]  # harmful prompts of each kind against all harmless ones
 
-    def report(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         return {
-            "probe": str(self.recipe),
+            "probe": str(self.design),
             "detection": round(self.detection, 4),
             "auroc": round(self.auroc, 5),
         }
@@ -51,7 +51,7 @@ class Awareness:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class SearchResult:
     """The chosen candidate and the evidence of the search."""
 
     best: Candidate
@@ -60,8 +60,8 @@ class Found:
 
 
 @dataclass(frozen=True, slots=True)
-class Problem:
-    """What every candidate is judged on. Harmful prompts of weight 0 are not meant to be caught."""
+class Task:
+    """What every candidate is judged on. Harmful prompts of weight 0 need not be caught."""
 
     states: States
     examples: Sequence[Example]
@@ -71,11 +71,11 @@ class Problem:
     target: Mapping[str, float]
     seed: int
 
-    def judge(self, recipe: Recipe, only: Sequence[int] | None = None) -> Candidate:
+    def judge(self, design: ProbeDesign, only: Sequence[int] | None = None) -> Candidate:
         """Fit on folds, score out of fold, calibrate, measure."""
-        x = self.states.of(recipe.readings)
+        x = self.states.of(design.readings)
         scores = probes.out_of_fold(
-            x, self.harmful, self.weights, self.folds, recipe, self.seed, only
+            x, self.harmful, self.weights, self.folds, design, self.seed, only
         )
         seen = ~np.isnan(scores)
         kinds = [e.kind for e in self.examples]
@@ -87,12 +87,12 @@ class Problem:
         harm = calibration.by_kind(scores, kinds, meant)
         threshold = within_gap(threshold, harm.values())
         return Candidate(
-            recipe,
+            design,
             scores,
             threshold,
             float(np.mean([(s > threshold).mean() for s in harm.values()])),
             stats.auroc(scores[meant], calm),
-            {kind: round(stats.auroc(found, calm), 5) for kind, found in harm.items()},
+            {kind: round(stats.auroc(part, calm), 5) for kind, part in harm.items()},
         )
 
 
@@ -108,11 +108,11 @@ def within_gap(threshold: float, harmful: Iterable[NDArray[np.float64]]) -> floa
 
 
 def search(
-    problem: Problem,
+    task: Task,
     sas: Awareness,
     shape: Shape,
-    progress: Callable[[str], None] = lambda _: None,
-) -> Found:
+    tried: Callable[[Candidate], None] = lambda _candidate: None,
+) -> SearchResult:
     """Choose readings by detection at the target false-positive rates.
 
     First round: every reading alone, on one fold, with a linear probe. Second, on all folds, as
@@ -121,22 +121,22 @@ def search(
     highest mean SAS (the paper's criterion) win, then the higher AUROC.
     """
 
-    def judged(recipe: Recipe, only: Sequence[int] | None = None) -> Candidate:
-        found = problem.judge(recipe, only)
-        progress(str(recipe))
-        return found
+    def judged(design: ProbeDesign, only: Sequence[int] | None = None) -> Candidate:
+        candidate = task.judge(design, only)
+        tried(candidate)
+        return candidate
 
-    first = [judged(Recipe((r,), "linear", DECAY), only=[0]) for r in problem.states.readings]
-    second = [judged(Recipe(readings, shape, DECAY)) for readings in _sets(first)]
-    meant = int((problem.harmful & (problem.weights > 0)).sum())
-    return Found(_pick(second, sas.whole, meant), tuple(first), tuple(second))
+    first = [judged(ProbeDesign((r,), "linear", DECAY), only=[0]) for r in task.states.readings]
+    second = [judged(ProbeDesign(readings, shape, DECAY)) for readings in _sets(first)]
+    meant = int((task.harmful & (task.weights > 0)).sum())
+    return SearchResult(_pick(second, sas.whole, meant), tuple(first), tuple(second))
 
 
 def _sets(first: Sequence[Candidate]) -> list[tuple[Reading, ...]]:
     """Sets of readings worth a closer look, without repetition."""
     ranked = sorted(first, key=lambda c: (c.auroc, c.detection), reverse=True)
-    singles = [c.recipe.readings[0] for c in ranked]
-    sets = [(singles[0],), tuple(_spread([c.recipe.readings[0] for c in first]))]
+    singles = [c.design.readings[0] for c in ranked]
+    sets = [(singles[0],), tuple(_spread([c.design.readings[0] for c in first]))]
     return list(dict.fromkeys(sets))
 
 
@@ -154,7 +154,7 @@ def _pick(candidates: Sequence[Candidate], sas: Mapping[str, float], harmful: in
     close = [c for c in candidates if c.detection >= best - error]
     return max(
         close,
-        key=lambda c: (np.mean([sas[str(r)] for r in c.recipe.readings]), c.auroc),
+        key=lambda c: (np.mean([sas[str(r)] for r in c.design.readings]), c.auroc),
     )
 
 
@@ -171,8 +171,8 @@ def awareness(states: States, examples: Sequence[Example]) -> Awareness:
     # Both sides of a twin share a pair, not a kind; the harmful side names it.
     kinds = {kind: [p for p in pairs if examples[p[0]].kind == kind] for kind in _kinds(examples)}
     whole = _awareness(states, pairs)
-    each = {kind: _awareness(states, found) for kind, found in kinds.items() if len(found) > 1}
-    return Awareness(whole, {r: {kind: found[r] for kind, found in each.items()} for r in whole})
+    each = {kind: _awareness(states, some) for kind, some in kinds.items() if len(some) > 1}
+    return Awareness(whole, {r: {kind: sas[r] for kind, sas in each.items()} for r in whole})
 
 
 def _kinds(examples: Sequence[Example]) -> list[str]:
@@ -180,11 +180,11 @@ def _kinds(examples: Sequence[Example]) -> list[str]:
 
 
 def _awareness(states: States, pairs: Sequence[tuple[int, int]]) -> dict[str, float]:
-    found = {}
+    scores = {}
     harmful, harmless = [p[0] for p in pairs], [p[1] for p in pairs]
     for k, reading in enumerate(states.readings):
         a, b = states.array[harmful, k], states.array[harmless, k]
         present = ~(np.isnan(a) | np.isnan(b)).any(axis=1)
         enough = int(present.sum()) > 1
-        found[str(reading)] = reference.sas(a[present], b[present]) if enough else 0.0
-    return found
+        scores[str(reading)] = reference.sas(a[present], b[present]) if enough else 0.0
+    return scores

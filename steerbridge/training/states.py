@@ -121,7 +121,7 @@ def capture(
         at = end
         _write(note, {**want, "done": at})
         if progress:
-            progress(at, len(examples))
+            progress("capture", at, len(examples))
     return States(array, tuple(readings))
 
 
@@ -129,10 +129,10 @@ def _done(note: Path, want: dict[str, Any]) -> int | None:
     """How many prompts an earlier run captured; None if there was none."""
     if not note.is_file():
         return None
-    found = json.loads(note.read_text())
-    done = int(found.pop("done"))
-    if found != want:
-        differs = sorted(key for key in want if found.get(key) != want[key])
+    earlier = json.loads(note.read_text())
+    done = int(earlier.pop("done"))
+    if earlier != want:
+        differs = sorted(key for key in want if earlier.get(key) != want[key])
         raise DataError(
             Problem("capture", "one of these prompts, model and readings", f"other {differs}"),
             note,

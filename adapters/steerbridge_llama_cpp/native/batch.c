@@ -1,4 +1,4 @@
-/* Batches: whose rows they hold, and whether all of them were seen. */
+/* Batches: which requests their rows belong to, and whether every row was seen. */
 #include <stdlib.h>
 #include <string.h>
 
@@ -77,7 +77,7 @@ static bool same_state(const steerhook_session *s, const sh_request *a, const sh
 }
 
 /* Two requests may share a row if the row means the same to both. Past their prompts they need
- * equal rules only. Before, they must have gone hand in hand: equal at the start of the batch,
+ * equal rules only. Before, they must have advanced together: equal at the start of the batch,
  * and since then each row of one was a row of the other (equal `last_row` at every shared row
  * says so by induction). */
 static bool may_share(const steerhook_session *s, const sh_request *a, const sh_request *b) {

@@ -20,13 +20,13 @@ static size_t write_path(const sh_place *at, char *path, size_t size) {
 
 bool sh_refuse(const sh_place *at, const char *want, const char *got, ...) {
     char path[128];
-    char found[128];
+    char got_text[128];
     va_list arguments;
     va_start(arguments, got);
-    vsnprintf(found, sizeof found, got, arguments);
+    vsnprintf(got_text, sizeof got_text, got, arguments);
     va_end(arguments);
     return sh_fail(at->error, write_path(at, path, sizeof path) ? path : "spec", want, "%s",
-                   found);
+                   got_text);
 }
 
 static const char *type_names(unsigned types) {
@@ -42,19 +42,19 @@ static const char *type_names(unsigned types) {
 }
 
 bool sh_field(const sh_place *in, const char *name, unsigned types, unsigned flags,
-              sh_place *found) {
+              sh_place *place) {
     const sh_json_node *node = sh_json_member(in->json, in->node, name);
-    *found = (sh_place){.up = in, .name = name, .json = in->json, .error = in->error};
+    *place = (sh_place){.up = in, .name = name, .json = in->json, .error = in->error};
     if (node == NULL) {
-        return (flags & SH_OPTIONAL) != 0 || sh_refuse(found, "this field", "nothing");
+        return (flags & SH_OPTIONAL) != 0 || sh_refuse(place, "this field", "nothing");
     }
     if (node->type == SH_JSON_NULL && (flags & SH_NULLABLE) != 0) {
         return true;
     }
     if ((node->type & types) == 0) {
-        return sh_refuse(found, type_names(types), "%s", type_names(node->type));
+        return sh_refuse(place, type_names(types), "%s", type_names(node->type));
     }
-    found->node = node;
+    place->node = node;
     return true;
 }
 

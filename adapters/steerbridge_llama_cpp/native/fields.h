@@ -24,9 +24,9 @@ __attribute__((format(printf, 3, 4)))
 bool sh_refuse(const sh_place *at, const char *want, const char *got, ...);
 
 /* The field `name` of the object `in`. `types` is a set of sh_json_type. With SH_OPTIONAL it may
- * be absent, with SH_NULLABLE null: `found->node` is then NULL. */
+ * be absent, with SH_NULLABLE null: `place->node` is then NULL. */
 bool sh_field(const sh_place *in, const char *name, unsigned types, unsigned flags,
-              sh_place *found);
+              sh_place *place);
 
 /* Walks an array: `item` starts zeroed and is the next item as long as true is returned. */
 bool sh_next(const sh_place *array, sh_place *item);

@@ -274,7 +274,7 @@ const sh_gguf_tensor *sh_gguf_tensor_named(const sh_gguf *gguf, sh_text name) {
                                           order_tensors);
 }
 
-/* ---- the whole ---- */
+/* ---- the file ---- */
 
 static bool read_header(cursor *c, sh_gguf *gguf) {
     const unsigned char *magic = NULL;
@@ -298,7 +298,7 @@ static bool read_header(cursor *c, sh_gguf *gguf) {
         !take_u64(c, MAX_KEYS, "metadata count", &entries)) {
         return false;
     }
-    /* An entry takes 13 bytes at least, a tensor 24: no more memory than the file deserves. */
+    /* An entry takes 13 bytes at least, a tensor 24: memory is bounded by the file's size. */
     if (entries > (c->size - c->at) / 13 || tensors > (c->size - c->at) / 24) {
         return sh_fail(c->error, "tensor and metadata counts", "what the file can hold", "more");
     }

@@ -1,7 +1,7 @@
 /* A bounded reader of GGUF (versions 2 and 3, little endian) over bytes in memory.
  *
- * Every count, length and offset is compared with the bytes that are there before it is used or
- * multiplied: the files come from strangers. Format:
+ * Every count, length and offset is checked against the size of the data before it is used or
+ * multiplied: files are untrusted. Format:
  * https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
  */
 #ifndef STEERHOOK_GGUF_H

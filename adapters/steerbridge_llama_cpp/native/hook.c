@@ -72,7 +72,7 @@ static bool reads_row(const steerhook_session *s, const sh_site_plan *site, int3
 
 typedef enum { IDLE, ACTS, UNDECIDED } act_state;
 
-/* Sequences that share a row have equal rules (see may_share), so the first one speaks. */
+/* Sequences that share a row have equal rules (see may_share), so the first one is used. */
 static act_state act_on(const steerhook_session *s, const sh_act *act, int32_t row) {
     const sh_member *member = &s->batch.members[s->batch.first_member[row]];
     const sh_request *request = &s->requests[member->seq];
@@ -83,7 +83,7 @@ static act_state act_on(const steerhook_session *s, const sh_act *act, int32_t r
     if (!rule->decided) {
         return UNDECIDED;
     }
-    /* Times zero changes nothing: leave the row's bits alone. */
+    /* A factor of 0 has no effect: leave the row bit-identical. */
     bool acts = rule->fired && (float)(rule->strength * act->intervention->factor) != 0.0F;
     return acts ? ACTS : IDLE;
 }
@@ -243,7 +243,7 @@ static void advance(sh_site_plan *site, int32_t rows) {
     site->chunk++;
 }
 
-/* ask = true: counts the node's rows; true if it must be computed now and shown to us. */
+/* ask = true: counts the node's rows; true if it must be computed now and passed to us. */
 static bool announce(steerhook_session *s, sh_site_plan *site, const struct ggml_tensor *node) {
     size_t row_bytes = (size_t)s->package->n_embd * sizeof(float);
     size_t bytes = s->ggml.nbytes(node);

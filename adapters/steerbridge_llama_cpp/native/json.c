@@ -20,8 +20,8 @@ typedef struct {
     const sh_error *error;
 } parser;
 
-static bool fail(const parser *p, const char *found) {
-    return sh_fail(p->error, p->what, "JSON in UTF-8", "%s at byte %zu", found,
+static bool fail(const parser *p, const char *problem) {
+    return sh_fail(p->error, p->what, "JSON in UTF-8", "%s at byte %zu", problem,
                    (size_t)(p->at - p->start));
 }
 
@@ -135,11 +135,11 @@ static bool escape(parser *p, char **out) {
     if (c == 'u') {
         return unicode_escape(p, out);
     }
-    const char *found = c == '\0' ? NULL : strchr(names, c);
-    if (found == NULL) {
+    const char *name = c == '\0' ? NULL : strchr(names, c);
+    if (name == NULL) {
         return fail(p, "an unknown escape");
     }
-    *(*out)++ = values[found - names];
+    *(*out)++ = values[name - names];
     return true;
 }
 
@@ -361,7 +361,7 @@ bool sh_json_parse(sh_json *json, sh_text document, const char *what, const sh_e
         }
         return fail(&p, "no memory");
     }
-    /* The program around us may write 0,5: strtod must not follow it. For this thread only. */
+    /* The host program's locale may use a decimal comma; strtod must not. This thread only. */
     locale_t before = uselocale(c_locale);
     bool ok = read_document(&p);
     uselocale(before);

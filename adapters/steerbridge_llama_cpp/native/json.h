@@ -1,7 +1,7 @@
 /* A strict, bounded JSON reader: the same documents as Python's steerbridge._json, and a few
  * less (nesting of 64, a million values, numbers of 255 characters, no number beyond double).
- * Two readers that understand one document differently are a way around a guard, so duplicate
- * keys, lone surrogates and numbers such as NaN are errors.
+ * If two readers disagree on a document, a guard can be bypassed; so duplicate keys, lone
+ * surrogates and numbers such as NaN are errors.
  */
 #ifndef STEERHOOK_JSON_H
 #define STEERHOOK_JSON_H

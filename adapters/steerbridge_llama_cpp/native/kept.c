@@ -1,5 +1,5 @@
-/* Rows of the KV cache that readings need again: of means when a later prompt begins with them,
- * of places before a prompt's end when its last rows come in a batch of their own. */
+/* Rows of the KV cache that readings need again: means, when a later prompt begins with these
+ * rows; positions before a prompt's end, when its last rows are in a separate batch. */
 #include <stdlib.h>
 #include <string.h>
 

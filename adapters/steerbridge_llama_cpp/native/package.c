@@ -112,7 +112,7 @@ steerhook_package *steerhook_package_load(const char *path, char *error, size_t 
     return package;
 }
 
-/* Only the count of a shared package ever changes, so `const` is cast away for it alone. */
+/* Only the reference count of a shared package changes; `const` is cast away for it only. */
 void sh_package_share(const steerhook_package *package) {
     atomic_fetch_add_explicit(&((steerhook_package *)(uintptr_t)package)->references, 1,
                               memory_order_relaxed);

@@ -171,6 +171,9 @@ bool sh_plan(steerhook_session *s, const sh_error *error) {
     s->thresholds = need(s, probes, sizeof *s->thresholds, error);
     s->first_slot = need(s, probes, sizeof *s->first_slot, error);
     s->requests = need(s, (size_t)s->model.n_seq_max, sizeof *s->requests, error);
+    for (int32_t i = 0; s->requests != NULL && i < s->model.n_seq_max; i++) {
+        s->requests[i].first_steered = SH_NO_ROW;
+    }
     return s->thresholds != NULL && s->first_slot != NULL && s->requests != NULL &&
            number_sites(s, error) && fill_sites(s, error) && check_constants(s, error) &&
            make_buffers(s, error);

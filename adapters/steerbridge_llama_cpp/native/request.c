@@ -68,8 +68,8 @@ int64_t sh_first_row(const sh_reading *reading, int64_t n_prompt) {
     return reading->position == SH_PROMPT_END ? n_prompt - 1 + reading->offset : 0;
 }
 
-/* Whether no reading needs a row that is cached or before the prompt. An endless prompt has its
- * end still to come. */
+/* Whether no reading needs a row that is cached or before the prompt. The end of an
+ * open-ended prompt is not known yet. */
 static steerhook_status check_readings(steerhook_session *s, const sh_request *request,
                                        int32_t n_cached, int64_t n_prompt) {
     for (int32_t p = 0; p < s->package->n_probes; p++) {
@@ -108,16 +108,16 @@ static steerhook_status check_prompt(steerhook_session *s, const sh_request *req
     return check_readings(s, request, n_cached, n_prompt);
 }
 
-/* Starts a request whose prompt was found good. */
+/* Starts a request whose prompt passed check_prompt. */
 static steerhook_status start(steerhook_session *s, sh_request *request, int32_t n_cached,
                               int32_t n_prompt) {
-    if (request->clean > 0 && n_cached >= request->clean) {
+    if (request->first_steered != SH_NO_ROW && n_cached > request->first_steered) {
         return sh_session_refuse(s, STEERHOOK_STEERED,
                                  "prompt: expected %ld cached rows at most, found %ld; later ones "
                                  "were steered for another prompt",
-                                 (long)request->clean - 1, (long)n_cached);
+                                 (long)request->first_steered, (long)n_cached);
     }
-    request->clean = 0;
+    request->first_steered = SH_NO_ROW;
     request->open = true;
     request->open_ended = n_prompt == SH_ENDLESS;
     request->ends_in_batch = request->early = false;
@@ -125,7 +125,7 @@ static steerhook_status start(steerhook_session *s, sh_request *request, int32_t
     request->n_prompt = n_prompt;
     request->count = request->batch_count = n_cached;
     request->last_row = -1;
-    request->kept_shift = 0; /* what is kept is numbered as the cache is now */
+    request->kept_shift = 0; /* kept rows are numbered as in the cache now */
     sh_kept_sums(s, request);
     request->n_kept = request->n_kept < n_cached ? request->n_kept : n_cached;
     steerhook_status status = request->open_ended ? STEERHOOK_OK : sh_kept_ends(s, request);
@@ -206,8 +206,8 @@ static steerhook_status check_batch_holds(steerhook_session *s, const sh_request
     return STEERHOOK_OK;
 }
 
-/* A probe that looks further back than the prompt reaches cannot be read: it fires, as one with a
- * score that is no number does. Programs try a context with two tokens; no chat is that short. */
+/* A probe that reads a row before the first of the prompt has no score: it fires, as a probe with
+ * score NaN does. Programs warm a context up with two tokens; no chat prompt is that short. */
 static steerhook_status fire_unread(steerhook_session *s, sh_request *request) {
     for (int32_t p = 0; p < s->package->n_probes; p++) {
         const sh_probe *probe = &s->package->probes[p];
@@ -258,15 +258,17 @@ steerhook_status steerhook_rows_restored(steerhook_session *s, int32_t seq) {
         sh_request *request = &s->requests[seq];
         request->open = request->acting = false;
         request->n_kept = 0;
-        request->clean = steerhook_package_describe(s->package).steers_layers ? 1 : 0;
+        bool steers_layers = steerhook_package_describe(s->package).steers_layers;
+        request->first_steered = steers_layers ? 0 : SH_NO_ROW;
     }
     return status;
 }
 
-/* The lower of two marks, 0 being none. */
-static void keep_mark(sh_request *request, int32_t clean) {
-    if (clean > 0 && (request->clean == 0 || clean < request->clean)) {
-        request->clean = clean;
+/* The cache of a sequence got rows of another one, steered from `first_steered` on. */
+static void add_steered_rows(sh_request *request, int32_t first_steered) {
+    bool before = request->first_steered == SH_NO_ROW || first_steered < request->first_steered;
+    if (first_steered != SH_NO_ROW && before) {
+        request->first_steered = first_steered;
     }
 }
 
@@ -279,7 +281,7 @@ steerhook_status steerhook_request_copy(steerhook_session *s, int32_t from, int3
     const sh_request *source = &s->requests[from];
     sh_request *target = &s->requests[to];
     target->open = target->acting = false;
-    keep_mark(target, source->clean); /* the target may hold steered rows of its own */
+    add_steered_rows(target, source->first_steered); /* it may hold steered rows of its own */
     if (!sh_kept_copy(s, source, target)) {
         return sh_session_refuse(s, STEERHOOK_MEMORY, "copy: no memory");
     }
@@ -291,7 +293,7 @@ steerhook_status steerhook_request_copy(steerhook_session *s, int32_t from, int3
         return sh_session_refuse(s, STEERHOOK_MEMORY, "request: no memory");
     }
     sh_request copy = *source;
-    copy.clean = target->clean;
+    copy.first_steered = target->first_steered;
     size_t slots = (size_t)s->n_slots;
     copy.values = target->values;
     copy.progress = target->progress;
@@ -311,10 +313,11 @@ steerhook_status steerhook_request_copy(steerhook_session *s, int32_t from, int3
 
 static void cut(const steerhook_session *s, sh_request *request, int64_t from, int64_t to) {
     sh_kept_cut(s, request, from, to);
-    if (to < 0 && from < request->clean) {
-        request->clean = 0; /* the steered rows went */
-    } else if (to > from && from < request->clean) {
-        request->clean = (int32_t)from + 1; /* rows behind the gap move up, steered ones too */
+    bool before_steered = request->first_steered != SH_NO_ROW && from <= request->first_steered;
+    if (before_steered && to < 0) {
+        request->first_steered = SH_NO_ROW; /* the steered rows were removed */
+    } else if (before_steered && to > from) {
+        request->first_steered = (int32_t)from; /* rows behind the gap move up, steered ones too */
     }
     bool tail = to < 0 || to >= request->count;
     if (!request->open || from >= request->count || (!tail && to <= from)) {
@@ -418,7 +421,7 @@ steerhook_status sh_decide_rules(steerhook_session *s, sh_request *request) {
         }
         request->acting = true;
         if (leaves_rows(s, rule)) {
-            request->clean = request->n_prompt;
+            request->first_steered = request->n_prompt - 1;
         }
     }
     return STEERHOOK_OK;

@@ -50,7 +50,7 @@ const char *steerhook_session_error(const steerhook_session *s) {
     return s == NULL ? "no session" : s->error;
 }
 
-/* ---- life ---- */
+/* ---- create, clear, free ---- */
 
 static bool check_model(const steerhook_package *package, const steerhook_model *model,
                         const sh_error *error) {
@@ -130,7 +130,8 @@ steerhook_status steerhook_session_clear(steerhook_session *s) {
     for (int32_t i = 0; i < s->model.n_seq_max; i++) {
         sh_request *request = &s->requests[i];
         request->open = request->acting = false;
-        request->clean = request->n_kept = 0;
+        request->first_steered = SH_NO_ROW;
+        request->n_kept = 0;
         if (request->probes != NULL) {
             memset(request->probes, 0, (size_t)s->package->n_probes * sizeof *request->probes);
             memset(request->rules, 0, (size_t)s->package->n_rules * sizeof *request->rules);
@@ -185,7 +186,7 @@ steerhook_status steerhook_set_threshold(steerhook_session *s, const char *probe
 }
 
 steerhook_status steerhook_calibrate(steerhook_session *s, const char *runtime,
-                                     const char *quantisation, bool *found) {
+                                     const char *quantisation, bool *calibrated) {
     steerhook_status status = sh_session_check(s);
     if (status != STEERHOOK_OK) {
         return status;
@@ -201,13 +202,13 @@ steerhook_status steerhook_calibrate(steerhook_session *s, const char *runtime,
             s->thresholds[c->probes[j]] = c->thresholds[j];
         }
     }
-    if (found != NULL) {
-        *found = match;
+    if (calibrated != NULL) {
+        *calibrated = match;
     }
     return STEERHOOK_OK;
 }
 
-/* ---- what was decided ---- */
+/* ---- decisions ---- */
 
 static bool has_sequence(const steerhook_session *s, int32_t seq) {
     return seq >= 0 && seq < s->model.n_seq_max;
@@ -250,7 +251,7 @@ int32_t steerhook_rules(const steerhook_session *s, int32_t seq, steerhook_rule_
 }
 
 int32_t steerhook_first_steered(const steerhook_session *s, int32_t seq) {
-    return s == NULL || !has_sequence(s, seq) ? -1 : s->requests[seq].clean - 1;
+    return s == NULL || !has_sequence(s, seq) ? SH_NO_ROW : s->requests[seq].first_steered;
 }
 
 int64_t steerhook_readings(const steerhook_session *s, int32_t seq, const char *probe,

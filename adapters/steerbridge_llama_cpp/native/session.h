@@ -24,7 +24,7 @@ typedef struct {
     int32_t n_reads, n_acts;
     sh_read *reads;
     sh_act *acts; /* in the order in which they apply */
-    /* How far the micro-batches of the open batch have come at this node. */
+    /* Progress of the open batch's micro-batches at this node. */
     int32_t next_row; /* in the batch, or among its outputs */
     int32_t chunk;    /* micro-batches seen */
 } sh_site_plan;
@@ -41,7 +41,7 @@ typedef struct {
     double strength;
 } sh_rule_state;
 
-/* How a reading stands: rows that went into it, and whether no more will come. */
+/* Progress of a reading: how many rows it has taken, and whether it is complete. */
 typedef struct {
     int32_t rows;
     bool complete;
@@ -51,14 +51,15 @@ typedef struct {
     bool open;
     bool acting; /* a fired rule may rewrite rows of this sequence */
     bool open_ended;     /* n_prompt is not known yet: SH_ENDLESS */
-    bool ends_in_batch;  /* it was found in the open batch */
-    bool early;          /* and something was decided before its rows were seen */
+    bool ends_in_batch;  /* n_prompt became known in the open batch */
+    bool early;          /* ... and something was decided before its rows were seen */
     int32_t n_cached, n_prompt;
     int64_t count;        /* rows so far, cached ones included */
     int64_t batch_count;  /* the same after the open batch */
     int32_t last_row;     /* its latest row in the batch being begun; -1: none */
-    int32_t clean;        /* cached rows before the first steered one; 0: no row is steered.
-                             Belongs to the cache, so it outlives the request. */
+    /* First row in the cache that was steered at a layer; SH_NO_ROW: none was. Belongs to the
+     * cache, so it outlives the request. In zeroed memory it would mean that every row was. */
+    int32_t first_steered;
     double *values;       /* readings, n_embd each; sums while a mean is running */
     /* Rows in the cache as the readings saw them, [n_kept][n_kept_readings][n_embd], and which of
      * them are an image's. They belong to the cache too. Row r of the request is kept at
@@ -80,7 +81,7 @@ typedef struct {
 
 typedef struct {
     bool open, image;
-    bool idle; /* no row of it is read or rewritten: its nodes need not be looked at */
+    bool idle; /* no row of it is read or rewritten: its nodes can be skipped */
     int32_t n_rows, n_outputs, n_members;
     int32_t row_capacity, member_capacity;
     int32_t *first_member; /* by row, and one after the last */
@@ -100,7 +101,7 @@ struct steerhook_session {
     int32_t n_kept_readings;
     int32_t *kept_of; /* slot -> its number among the kept readings, or -1 */
     bool *sums;       /* slot -> whether it reads a mean */
-    bool *image_only; /* slot -> whether it reads rows of images alone */
+    bool *image_only; /* slot -> whether it reads rows of images only */
     char error[256];
     double *thresholds;
     int32_t n_slots; /* readings of all probes */
@@ -121,6 +122,8 @@ struct steerhook_session {
 
 enum { SH_ENDLESS = INT32_MAX };
 
+enum { SH_NO_ROW = -1 };
+
 enum { SH_SPAN = 32 }; /* rows that are copied from or to a backend at a time */
 
 /* Writes the text and returns `status`. sh_session_fail makes the session failed as well. */
@@ -139,8 +142,8 @@ steerhook_status sh_session_fail(steerhook_session *session, steerhook_status st
 bool sh_wants(const steerhook_session *session, const sh_read *read, const sh_request *request,
               int64_t position);
 
-/* Whether a row of a prompt, or of an answer, is kept for later readings, whatever this prompt
- * takes from it now. */
+/* Whether a row of a prompt, or of an answer, is kept for later readings, even if the current
+ * prompt does not read it. */
 bool sh_keeps(const steerhook_session *session, const sh_read *read, bool prompt);
 
 /* Where a reading's value of a row is kept. */
@@ -150,7 +153,8 @@ float *sh_kept(const steerhook_session *session, const sh_request *request, int3
 /* Room for the rows that the open batch adds; false without memory. */
 bool sh_keep_room(const steerhook_session *session, sh_request *request);
 
-/* What a cut, a copy of the cache and the begin of a request with cached rows do to them. */
+/* Update the kept rows: after a cut, after a copy of the cache, and when a request begins with
+ * cached rows. */
 void sh_kept_cut(const steerhook_session *session, sh_request *request, int64_t from, int64_t to);
 bool sh_kept_copy(const steerhook_session *session, const sh_request *from, sh_request *to);
 void sh_kept_sums(const steerhook_session *session, sh_request *request);
@@ -191,7 +195,7 @@ steerhook_status sh_decide_rules(steerhook_session *session, sh_request *request
 /* The plan of the package's sites; see plan.c. */
 bool sh_plan(steerhook_session *session, const sh_error *error);
 
-/* A null session, a failed one, or OK. */
+/* OK, or the error of a null or failed session. */
 steerhook_status sh_session_check(const steerhook_session *session);
 
 #endif

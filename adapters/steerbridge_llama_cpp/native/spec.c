@@ -260,7 +260,7 @@ static bool compile_calibration(const sh_compiler *c, const sh_place *at, sh_cal
     return true;
 }
 
-/* ---- the whole ---- */
+/* ---- the spec ---- */
 
 static bool compile_probe_item(const sh_compiler *c, const sh_place *at) {
     sh_probe *probe = &c->package->probes[at->index];

@@ -24,7 +24,7 @@ static void write_size(char *out, size_t size, int64_t value) {
 }
 
 static bool refuse_shape(const sh_place *at, int64_t rows, int64_t cols,
-                         const sh_gguf_tensor *found) {
+                         const sh_gguf_tensor *stored) {
     char first[24];
     char second[24];
     char want[80];
@@ -33,7 +33,8 @@ static bool refuse_shape(const sh_place *at, int64_t rows, int64_t cols,
     snprintf(want, sizeof want, rows == SH_VECTOR ? "shape [%.0s%s]" : "shape [%s, %s]", first,
              second);
     return sh_refuse(at, want, "%s with %" PRIu32 " dimensions, rows %" PRIu64 ", columns %" PRIu64,
-                     sh_quote(found->name).text, found->n_dims, found->shape[1], found->shape[0]);
+                     sh_quote(stored->name).text, stored->n_dims, stored->shape[1],
+                     stored->shape[0]);
 }
 
 static bool fits(int64_t want, uint64_t got) {
@@ -50,17 +51,17 @@ bool sh_tensor_field(const sh_compiler *c, const sh_place *in, const char *name,
         return true;
     }
     sh_text text = sh_json_text(at.node);
-    const sh_gguf_tensor *found = sh_gguf_tensor_named(c->gguf, text);
-    if (found == NULL) {
+    const sh_gguf_tensor *stored = sh_gguf_tensor_named(c->gguf, text);
+    if (stored == NULL) {
         return sh_refuse(&at, "the name of a tensor in the package", "%s", sh_quote(text).text);
     }
     bool vector = rows == SH_VECTOR;
-    if (found->n_dims != (vector ? 1U : 2U) || !fits(cols, found->shape[0]) ||
-        !fits(vector ? 1 : rows, found->shape[1])) {
-        return refuse_shape(&at, rows, cols, found);
+    if (stored->n_dims != (vector ? 1U : 2U) || !fits(cols, stored->shape[0]) ||
+        !fits(vector ? 1 : rows, stored->shape[1])) {
+        return refuse_shape(&at, rows, cols, stored);
     }
-    *tensor = (sh_tensor){.data = found->data, .rows = (int64_t)found->shape[1],
-                          .cols = (int64_t)found->shape[0], .dtype = found->dtype};
+    *tensor = (sh_tensor){.data = stored->data, .rows = (int64_t)stored->shape[1],
+                          .cols = (int64_t)stored->shape[0], .dtype = stored->dtype};
     return true;
 }
 

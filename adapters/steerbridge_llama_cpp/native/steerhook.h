@@ -2,7 +2,7 @@
  *
  * The library watches the nodes of a ggml graph through the scheduler's evaluation callback,
  * reads the rows that the package's probes want, decides once per request, and rewrites the
- * rows that a fired rule steers. It knows no struct of ggml or llama.cpp and needs libc only.
+ * rows that a fired rule steers. It uses no struct of ggml or llama.cpp and needs only libc.
  *
  *     package = steerhook_package_load("guard.gguf", error, sizeof error);
  *     session = steerhook_session_new(package, &model, &ggml, error, sizeof error);
@@ -54,7 +54,7 @@ typedef enum {
     STEERHOOK_ARGUMENT,   /* a null pointer, an unknown id, a number out of range */
     STEERHOOK_MEMORY,     /* out of memory */
     STEERHOOK_MODEL,      /* the package was made for another width or depth */
-    STEERHOOK_SITE,       /* a site that llama.cpp does not show (layer_input[0]) */
+    STEERHOOK_SITE,       /* a site that llama.cpp does not expose (layer_input[0]) */
     STEERHOOK_SEQUENCE,   /* a sequence id outside 0..n_seq_max-1, or twice in a row */
     STEERHOOK_NO_REQUEST, /* rows of a sequence without an open request */
     STEERHOOK_CACHED,     /* a reading needs a prompt row that is in the cache already */
@@ -68,7 +68,7 @@ typedef enum {
     STEERHOOK_ORDER       /* calls in the wrong order (a batch in a batch, ...) */
 } steerhook_status;
 
-/* The name of a status as it is spelt above, without the prefix; never NULL. */
+/* The name of a status as above, without the prefix; never NULL. */
 STEERHOOK_API const char *steerhook_status_name(steerhook_status status);
 
 /* ---- packages ---- */
@@ -152,10 +152,11 @@ STEERHOOK_API steerhook_status steerhook_set_threshold(steerhook_session *sessio
                                                        const char *probe, double threshold);
 
 /* The thresholds that the package calibrated for a runtime and a quantisation; the last matching
- * entry counts, and without one nothing changes. `found` may be NULL. */
+ * entry counts, and without one nothing changes. `calibrated` (whether there is one) may be
+ * NULL. */
 STEERHOOK_API steerhook_status steerhook_calibrate(steerhook_session *session,
                                                    const char *runtime, const char *quantisation,
-                                                   bool *found);
+                                                   bool *calibrated);
 
 /* ---- requests ---- */
 
@@ -182,15 +183,15 @@ STEERHOOK_API steerhook_stage steerhook_request_stage(const steerhook_session *s
  * has ended, and if the package steers layers the rows count as steered. */
 STEERHOOK_API steerhook_status steerhook_rows_restored(steerhook_session *session, int32_t seq);
 
-/* The request of `from` as it stands also for `to` (beams, n > 1): what llama_memory_seq_cp does
- * to the cache. Ends an older request of `to`. */
+/* Copies the request of `from` to `to` (beams, n > 1), as llama_memory_seq_cp does with the
+ * cache. Ends an older request of `to`. */
 STEERHOOK_API steerhook_status steerhook_request_copy(steerhook_session *session, int32_t from,
                                                       int32_t to);
 
-/* Rows `from` to `to` - 1 of a sequence leave the cache (`to` < 0: all from `from` on; `seq` < 0:
- * of every sequence): what llama_memory_seq_rm and llama_memory_clear do. A request that loses rows
- * of its prompt has ended, unless its prompt was complete and rows behind the gap stay (a context
- * shift). */
+/* Rows `from` to `to` - 1 of a sequence were removed from the cache (`to` < 0: all from `from` on;
+ * `seq` < 0: every sequence), as llama_memory_seq_rm and llama_memory_clear do. A request that
+ * loses rows of its prompt has ended, unless its prompt was complete and rows behind the gap stay
+ * (a context shift). */
 STEERHOOK_API steerhook_status steerhook_request_cut(steerhook_session *session, int32_t seq,
                                                      int32_t from, int32_t to);
 
@@ -211,7 +212,7 @@ typedef struct {
     bool image;                    /* the rows are the tokens of an image */
 } steerhook_batch;
 
-/* Before llama_decode, with the very batch that it will get. The arrays are not kept. */
+/* Before llama_decode, with the same batch. The arrays are not kept. */
 STEERHOOK_API steerhook_status steerhook_batch_begin(steerhook_session *session,
                                                      const steerhook_batch *batch);
 
@@ -222,7 +223,7 @@ STEERHOOK_API steerhook_status steerhook_batch_end(steerhook_session *session);
  * forgotten and may be tried again; otherwise the session has failed. */
 STEERHOOK_API steerhook_status steerhook_batch_cancel(steerhook_session *session);
 
-/* ---- what was decided ---- */
+/* ---- decisions ---- */
 
 typedef struct {
     const char *probe; /* lives as long as the package */

@@ -73,12 +73,12 @@ bool sh_fail(const sh_error *error, const char *field, const char *want, const c
     if (error->text == NULL || error->size == 0) {
         return false;
     }
-    char found[160];
+    char got_text[160];
     va_list arguments;
     va_start(arguments, got);
-    vsnprintf(found, sizeof found, got, arguments);
+    vsnprintf(got_text, sizeof got_text, got, arguments);
     va_end(arguments);
-    snprintf(error->text, error->size, "%s: expected %s, found %s", field, want, found);
+    snprintf(error->text, error->size, "%s: expected %s, found %s", field, want, got_text);
     return false;
 }
 

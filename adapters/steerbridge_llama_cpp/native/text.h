@@ -33,8 +33,8 @@ __attribute__((format(printf, 4, 5)))
 #endif
 bool sh_fail(const sh_error *error, const char *field, const char *want, const char *got, ...);
 
-/* The text in quotes, cut and with unprintable bytes as '?': files come from strangers and error
- * texts end in terminals and logs. */
+/* The text in quotes, cut and with unprintable bytes as '?': files are untrusted, and error texts
+ * are printed in terminals and logs. */
 typedef struct {
     char text[72];
 } sh_quoted;

@@ -42,8 +42,8 @@ static int connect_to(const char *path) {
 }
 
 static int open_sink(const char *path) {
-    struct stat found;
-    if (stat(path, &found) == 0 && S_ISSOCK(found.st_mode)) {
+    struct stat status;
+    if (stat(path, &status) == 0 && S_ISSOCK(status.st_mode)) {
         return connect_to(path);
     }
     return open(path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600);
@@ -71,7 +71,7 @@ static void write_all(const char *text, size_t length) {
     while (descriptor >= 0 && length > 0) {
         struct stat kind;
         bool socket = fstat(descriptor, &kind) == 0 && S_ISSOCK(kind.st_mode);
-        /* A reader that went away must not kill the program with SIGPIPE. */
+        /* A closed reader must not kill the program with SIGPIPE. */
         ssize_t n = socket ? send(descriptor, text, length, MSG_NOSIGNAL)
                            : write(descriptor, text, length);
         if (n < 0 && errno == EINTR) {
@@ -113,7 +113,7 @@ static void append_quoted(sb_event *event, const char *text) {
     append(event, "\"", 1);
 }
 
-/* A field that did not fit is left out whole, and so is all that follows. */
+/* A field that does not fit is omitted entirely, and so are the fields after it. */
 static void finish(sb_event *event, size_t before) {
     event->length = event->full ? before : event->length;
 }
@@ -159,7 +159,7 @@ void sb_event_text(sb_event *event, const char *field, const char *format, ...) 
 
 void sb_event_number(sb_event *event, const char *field, double value) {
     char text[40];
-    /* JSON has no NaN and no infinity; a score that is neither is told as null. */
+    /* JSON has no NaN and no infinity; such a score is written as null. */
     int length = isfinite(value) ? snprintf(text, sizeof text, "%.17g", value)
                                  : snprintf(text, sizeof text, "null");
     size_t before = event->length;

@@ -1,4 +1,4 @@
-/* What the preload tells: one JSON line an event, to the socket or file of STEERBRIDGE_EVENTS.
+/* Events of the preload: one JSON line per event, to the socket or file of STEERBRIDGE_EVENTS.
  * Internal. */
 #ifndef SB_EVENTS_H
 #define SB_EVENTS_H
@@ -12,8 +12,8 @@
 #define SB_PRINTF(a, b)
 #endif
 
-/* A line being written: {"event": ..., "pid": ..., "time": ...} and more. Too long a line is cut
- * off at a field, never within one. */
+/* A line being written: {"event": ..., "pid": ..., "time": ...} and more. A line that is too
+ * long is truncated between fields, never within one. */
 typedef struct {
     char text[8192];
     size_t length;
@@ -33,8 +33,8 @@ void sb_event_send(sb_event *event);
 /* A note on standard error, and an event with the same `reason`. */
 SB_PRINTF(2, 3) void sb_tell(const char *name, const char *format, ...);
 
-/* The same as event `stopped`, then the process ends with code 78: no answer rather than one that
- * nobody watched. */
+/* The same as event `stopped`, then the process ends with code 78: no answer is better than an
+ * unguarded one. */
 SB_PRINTF(1, 2) _Noreturn void sb_fatal(const char *format, ...);
 
 #endif

@@ -1,5 +1,5 @@
-/* What the preload knows of llama.cpp: names of exported C functions and the few types that cross
- * them by value. None of these types changed between llama.cpp b3950 (October 2024, which took
+/* What the preload uses of llama.cpp: names of exported C functions and the few types that they
+ * pass by value. None of these types changed between llama.cpp b3950 (October 2024, which took
  * three fields from the end of llama_batch) and the version of llama-cpp-python 0.3.36. No header
  * of llama.cpp is used, so one binary serves them all. Internal. */
 #ifndef SB_LLAMA_ABI_H

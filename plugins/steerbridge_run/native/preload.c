@@ -2,7 +2,7 @@
  *
  * A program that calls one of these through the dynamic linker gets ours; a program that looks it
  * up (dlsym: ctypes, JNA, P/Invoke) gets ours too, because dlsym is among them. Each does its work
- * and calls the program's own. Nothing here knows the version of llama.cpp; see llama_abi.h.
+ * and calls the original. Nothing here depends on the version of llama.cpp; see llama_abi.h.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -30,8 +30,8 @@ static void *theirs(const char *name, void *ours);
 #define REAL(name)                                                                 \
     static __typeof__(&OURS(name)) real;                                           \
     if (real == NULL) {                                                            \
-        void *found = theirs(#name, (void *)&OURS(name));                          \
-        memcpy(&real, &found, sizeof real);                                        \
+        void *function = theirs(#name, (void *)&OURS(name));                       \
+        memcpy(&real, &function, sizeof real);                                     \
     }
 
 /* ---- decoding ---- */
@@ -49,7 +49,7 @@ EXPORT int32_t OURS(llama_process)(llama_context *context, int type, llama_batch
     sb_watch *watch = sb_watch_of(context);
     sb_rows rows = {0};
     if (sb_steers(watch) && !sb_shadow_rows(batch, &rows)) {
-        sb_tell("refused", "a batch whose rows were not all seen, or are partly an image's");
+        sb_tell("refused", "a batch with rows that were not seen, or that mixes text and image rows");
         return SB_ERROR;
     }
     if (sb_steers(watch) && type != LLAMA_PROCESS_DECODE) {
@@ -78,7 +78,7 @@ EXPORT void OURS(ggml_backend_sched_set_eval_callback)(ggml_backend_sched *sched
     switch (sb_current(&ours, &session)) {
     case SB_STEERED:
         if (callback != NULL && callback != ours) {
-            sb_fatal("evaluation callback: expected none, the program has one of its own");
+            sb_fatal("evaluation callback: expected none, found the program's own");
         }
         real(sched, ours, session);
         return;
@@ -165,7 +165,7 @@ EXPORT bool OURS(llama_batch_ext_set_pos)(llama_batch_ext *batch, int32_t index,
 
 /* ---- the KV cache: one set of functions, three names of it over the years ---- */
 
-/* Some versions implement one name by another: only the outermost call is told. */
+/* Some versions implement one name by another: only the outermost call is reported. */
 static _Thread_local int nested;
 
 #define CACHE(clear_name, prefix, memory_type, CLEAR_ARGUMENTS, CLEAR_VALUES)                \
@@ -206,7 +206,7 @@ static _Thread_local int nested;
     EXPORT void OURS(prefix##_seq_div)(memory_type *memory, int32_t seq, int32_t p0, int32_t p1,   \
                                  int d) {                                                    \
         REAL(prefix##_seq_div)                                                               \
-        sb_broken(memory, #prefix "_seq_div: positions no longer tell rows");                \
+        sb_broken(memory, #prefix "_seq_div: positions no longer identify rows");                \
         real(memory, seq, p0, p1, d);                                                        \
     }
 
@@ -320,13 +320,13 @@ EXPORT void *OURS(dlsym)(void *handle, const char *name) {
     if (special(handle) || (strncmp(name, "llama_", 6) != 0 && strncmp(name, "ggml_", 5) != 0)) {
         return sb_real_dlsym(handle, name);
     }
-    void *found = sb_real_dlsym(handle, name);
-    for (size_t i = 0; found != NULL && i < sizeof replaced / sizeof *replaced; i++) {
+    void *function = sb_real_dlsym(handle, name);
+    for (size_t i = 0; function != NULL && i < sizeof replaced / sizeof *replaced; i++) {
         if (strcmp(name, replaced[i].name) == 0) {
             return replaced[i].ours;
         }
     }
-    return found;
+    return function;
 }
 
 #ifdef __APPLE__

@@ -40,24 +40,24 @@ void *sb_find(const char *name, const void *ours) {
         sb_fatal("no memory");
     }
     sb_libraries_loaded(list);
-    void *found = sb_real_dlsym(RTLD_NEXT, name);
-    found = found == ours ? NULL : found;
+    void *function = sb_real_dlsym(RTLD_NEXT, name);
+    function = function == ours ? NULL : function;
     for (size_t i = 0; i < list->count; i++) {
         void *other = in_library(list->paths[i], name, ours);
-        if (found != NULL && other != NULL && other != found) {
+        if (function != NULL && other != NULL && other != function) {
             sb_fatal("%s: expected one loaded llama.cpp, found two", name);
         }
-        found = found == NULL ? other : found;
+        function = function == NULL ? other : function;
         free(list->paths[i]);
     }
     free(list);
-    return found;
+    return function;
 }
 
 void *sb_need(const char *name, const void *ours) {
-    void *found = sb_find(name, ours);
-    if (found == NULL) {
+    void *function = sb_find(name, ours);
+    if (function == NULL) {
         sb_fatal("%s: expected it in the loaded llama.cpp, found none", name);
     }
-    return found;
+    return function;
 }

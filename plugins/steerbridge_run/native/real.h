@@ -1,4 +1,4 @@
-/* Finding the functions of the llama.cpp that is loaded, past our own of the same names. Internal. */
+/* Finds the functions of the loaded llama.cpp behind our own of the same names. Internal. */
 #ifndef SB_REAL_H
 #define SB_REAL_H
 
@@ -6,13 +6,13 @@
 #include <stddef.h>
 
 /* The function of that name in the loaded llama.cpp, or NULL. `ours` is skipped. Ends the process if
- * two loaded libraries define it: which one a context belongs to could not be told. */
+ * two loaded libraries define it: which one a context belongs to is then unknown. */
 void *sb_find(const char *name, const void *ours);
 
-/* The same, where its absence ends the process. */
+/* The same, but its absence ends the process. */
 void *sb_need(const char *name, const void *ours);
 
-/* What the program's own dlsym would have answered. */
+/* The result of the program's own dlsym. */
 void *sb_real_dlsym(void *handle, const char *name);
 
 /* ---- what differs by system: real_linux.c, real_macos.c ---- */

@@ -11,16 +11,16 @@ typedef void *(*dlsym_function)(void *, const char *);
 
 /* glibc's dlsym, by a way that is not interposed; its version differs by machine and age. */
 static dlsym_function real_dlsym(void) {
-    static dlsym_function found;
+    static dlsym_function function;
     static const char *const versions[] = {"GLIBC_2.34", "GLIBC_2.17", "GLIBC_2.2.5"};
-    for (size_t i = 0; found == NULL && i < sizeof versions / sizeof *versions; i++) {
+    for (size_t i = 0; function == NULL && i < sizeof versions / sizeof *versions; i++) {
         void *symbol = dlvsym(RTLD_NEXT, "dlsym", versions[i]);
-        memcpy(&found, &symbol, sizeof found);
+        memcpy(&function, &symbol, sizeof function);
     }
-    if (found == NULL) {
+    if (function == NULL) {
         sb_fatal("dlsym: expected glibc's, found none");
     }
-    return found;
+    return function;
 }
 
 void *sb_real_dlsym(void *handle, const char *name) {

@@ -73,8 +73,8 @@ static bool imports(const struct mach_header *header, intptr_t slide, const char
 static void added(const struct mach_header *header, intptr_t slide) {
     if (launched && &ggml_backend_sched_set_eval_callback == NULL &&
         imports(header, slide, NEEDED)) {
-        sb_fatal("llama.cpp was loaded after the program's start, where macOS lets nothing stand in "
-                 "between: put its libraries into DYLD_INSERT_LIBRARIES");
+        sb_fatal("llama.cpp was loaded after the program's start, where macOS cannot "
+                 "intercept it: put its libraries into DYLD_INSERT_LIBRARIES");
     }
 }
 

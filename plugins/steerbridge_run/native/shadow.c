@@ -27,17 +27,17 @@ static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
 static shadow *find(const llama_batch_ext *batch, bool make) {
     pthread_mutex_lock(&lock);
-    shadow *found = shadows;
-    while (found != NULL && found->batch != batch) {
-        found = found->next;
+    shadow *item = shadows;
+    while (item != NULL && item->batch != batch) {
+        item = item->next;
     }
-    if (found == NULL && make && (found = calloc(1, sizeof *found)) != NULL) {
-        found->batch = batch;
-        found->next = shadows;
-        shadows = found;
+    if (item == NULL && make && (item = calloc(1, sizeof *item)) != NULL) {
+        item->batch = batch;
+        item->next = shadows;
+        shadows = item;
     }
     pthread_mutex_unlock(&lock);
-    return found;
+    return item;
 }
 
 static bool grow(void **array, int32_t count, size_t size) {

@@ -58,12 +58,12 @@ sb_graph sb_current(eval_callback *callback, void **data) {
     return SB_STEERED;
 }
 
-/* ---- what a model says of itself ---- */
+/* ---- facts of a model ---- */
 
 /* A function under one of two names, the older one second; NULL if there is neither. */
 static void *either(const char *name, const char *older) {
-    void *found = sb_find(name, NULL);
-    return found != NULL || older == NULL ? found : sb_find(older, NULL);
+    void *function = sb_find(name, NULL);
+    return function != NULL || older == NULL ? function : sb_find(older, NULL);
 }
 
 typedef int32_t (*of_model)(const llama_model *);
@@ -73,11 +73,11 @@ typedef const llama_model *(*model_of)(const llama_context *);
 #define CALL(type, name, older) ((type)needed(name, older))
 
 static void *needed(const char *name, const char *older) {
-    void *found = either(name, older);
-    if (found == NULL) {
+    void *function = either(name, older);
+    if (function == NULL) {
         sb_fatal("%s: expected it in the loaded llama.cpp, found none", name);
     }
-    return found;
+    return function;
 }
 
 static bool is(const char *function, const llama_model *model) {
@@ -159,18 +159,18 @@ static steerhook_package *package(void) {
 static bool calibrate(steerhook_session *session, const char *file_type) {
     const char *list = getenv("STEERBRIDGE_FILE_TYPES");
     size_t length = strlen(file_type);
-    bool found = false;
+    bool calibrated = false;
     while (list != NULL && *list != '\0') {
         size_t end = strcspn(list, ";");
         if (length > 0 && end > length && end - length < 64 && list[length] == ':' &&
             strncmp(list, file_type, length) == 0) {
             char name[64];
             snprintf(name, sizeof name, "%.*s", (int)(end - length - 1), list + length + 1);
-            steerhook_calibrate(session, "llama.cpp", name, &found);
+            steerhook_calibrate(session, "llama.cpp", name, &calibrated);
         }
         list += end + (list[end] == ';');
     }
-    return found;
+    return calibrated;
 }
 
 /* ---- a context ---- */
@@ -184,7 +184,7 @@ static void check_context(const llama_context *context, const llama_model *model
     }
     if (is("llama_model_has_encoder", model) || is("llama_model_is_recurrent", model) ||
         is("llama_model_is_hybrid", model)) {
-        sb_fatal("model %s: expected a decoder with a KV cache alone, found an encoder or "
+        sb_fatal("model %s: expected a decoder with only a KV cache, found an encoder or "
                  "recurrent state",
                  f->name);
     }
@@ -192,7 +192,7 @@ static void check_context(const llama_context *context, const llama_model *model
     of_context per_sequence = (of_context)either("llama_n_ctx_seq", NULL);
     uint32_t n_ctx = CALL(of_context, "llama_n_ctx", NULL)(context);
     if (n_seq > 1 && per_sequence != NULL && per_sequence(context) != n_ctx) {
-        sb_fatal("KV cache: expected a unified one for %lu sequences, found one a sequence; set "
+        sb_fatal("KV cache: expected a unified one for %lu sequences, found one per sequence; set "
                  "LLAMA_ARG_KV_UNIFIED=1 or kv_unified",
                  (unsigned long)n_seq);
     }
@@ -221,7 +221,7 @@ static steerhook_session *session_for(const llama_context *context, const facts 
     if (session == NULL) {
         sb_fatal("package: %s", error);
     }
-    /* Programs begin prompts with what is cached, answers of ours among it, as they please. */
+    /* Programs may begin prompts with any cached rows, also with rows of answers. */
     steerhook_keep_rows(session, true);
     return session;
 }
@@ -270,31 +270,31 @@ static void open_watch(sb_watch *watch) {
 }
 
 static sb_watch *known(const void *context, const void *memory) {
-    sb_watch *found = watches;
-    while (found != NULL && found->context != context &&
-           (memory == NULL || (found->memory != memory && found->context != memory))) {
-        found = found->next;
+    sb_watch *watch = watches;
+    while (watch != NULL && watch->context != context &&
+           (memory == NULL || (watch->memory != memory && watch->context != memory))) {
+        watch = watch->next;
     }
-    return found;
+    return watch;
 }
 
 sb_watch *sb_watch_of(llama_context *context) {
     static int32_t count;
     pthread_mutex_lock(&lock);
-    sb_watch *found = known(context, NULL);
-    if (found == NULL) {
-        found = calloc(1, sizeof *found);
-        if (found == NULL) {
+    sb_watch *watch = known(context, NULL);
+    if (watch == NULL) {
+        watch = calloc(1, sizeof *watch);
+        if (watch == NULL) {
             sb_fatal("no memory");
         }
-        found->context = context;
-        found->number = count++;
-        open_watch(found);
-        found->next = watches;
-        watches = found;
+        watch->context = context;
+        watch->number = count++;
+        open_watch(watch);
+        watch->next = watches;
+        watches = watch;
     }
     pthread_mutex_unlock(&lock);
-    return found;
+    return watch;
 }
 
 bool sb_steers(const sb_watch *watch) {
@@ -320,9 +320,9 @@ void sb_watch_free(llama_context *context) {
 /* The watch whose cache this is, or NULL: it has decoded nothing yet, or is not steered. */
 static sb_watch *of_memory(const void *memory) {
     pthread_mutex_lock(&lock);
-    sb_watch *found = memory == NULL ? NULL : known(NULL, memory);
+    sb_watch *watch = memory == NULL ? NULL : known(NULL, memory);
     pthread_mutex_unlock(&lock);
-    return found != NULL && found->session != NULL ? found : NULL;
+    return watch != NULL && watch->session != NULL ? watch : NULL;
 }
 
 /* ---- failure ---- */
@@ -401,7 +401,7 @@ static int32_t cached(const sb_watch *watch, const sb_rows *rows, int32_t seq) {
         return rows->pos[watch->sequences[seq].first];
     }
     typedef int32_t (*last_position)(const void *, int32_t);
-    static last_position last; /* found once: every prompt without positions asks */
+    static last_position last; /* looked up once: every prompt without positions asks */
     if (last == NULL) {
         last = (last_position)either("llama_memory_seq_pos_max", "llama_kv_self_seq_pos_max");
     }
@@ -447,7 +447,7 @@ bool sb_before(sb_watch *watch, const sb_rows *rows) {
         return false;
     }
     if (rows->image && watch->mrope) {
-        fail(watch, "images of a model with M-RoPE: rows cannot be told by their positions");
+        fail(watch, "images of a model with M-RoPE: positions do not identify rows");
         return false;
     }
     if (!survey(watch, rows)) {

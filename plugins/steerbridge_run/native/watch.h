@@ -1,6 +1,6 @@
 /* The contexts of a process and the requests on their sequences. Internal.
  *
- * A program tells llama.cpp only batches and cuts of the KV cache, so requests are recognised:
+ * A program gives llama.cpp only batches and edits of the KV cache, so requests are inferred:
  *   - rows on a sequence without a request start a prompt;
  *   - the first row whose logits are asked for ends it, later ones are answers;
  *   - a row without logits after an answer starts the next prompt (a follow-up turn);
@@ -27,7 +27,7 @@ bool sb_steers(const sb_watch *watch); /* false: named with --also */
 void sb_watch_free(llama_context *context);
 
 /* Before llama_decode: false if it must not be called and has failed with SB_ERROR. After it,
- * sb_after takes its result and returns the one to hand on. */
+ * sb_after takes its result and returns the one to pass on. */
 bool sb_before(sb_watch *watch, const sb_rows *rows);
 int32_t sb_after(sb_watch *watch, int32_t result);
 

@@ -1,6 +1,6 @@
-"""Python imports this at its start where `steerbridge_tgi.environment` says so.
+"""Imported by Python at startup in the environment of `steerbridge_tgi.environment`.
 
-It takes the place of another `sitecustomize`, so it runs that one too.
+It shadows any other `sitecustomize`, so it runs that one too.
 """
 
 import importlib.machinery
@@ -16,7 +16,7 @@ if _other is not None and _other.loader is not None:
     _other.loader.exec_module(importlib.util.module_from_spec(_other))
 
 if os.environ.get("STEERBRIDGE_PACKAGE"):
-    # By its path: a Python that runs no server may be without Steerbridge, and needs none.
+    # Loaded by path: a Python process other than the server may not have Steerbridge installed.
     _hook = types.ModuleType("steerbridge_tgi_hook")
     _path = os.path.join(os.path.dirname(_here), "hook.py")
     importlib.machinery.SourceFileLoader(_hook.__name__, _path).exec_module(_hook)

@@ -1,7 +1,7 @@
-"""What the plugin tells: lines in the server's own log, and one JSON line an event.
+"""Reports events: lines in the server's own log, and one JSON line per event.
 
 Events are those of `steerbridge run` (docs/run.md), written to STEERBRIDGE_EVENTS, a file or a
-socket on which somebody listens. Every rank of a sharded model decides alike; the first one tells.
+listening socket. Every rank of a sharded model decides the same; only rank 0 reports.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from steerbridge.fingerprint import ModelFacts
 from steerbridge.runtime import Outcome
 
 
-class Teller:
-    """Tells of one model."""
+class Reporter:
+    """Reports the events of one model."""
 
     def __init__(self, model: Any, known: ModelFacts) -> None:
         self._known, self._first = known, getattr(model, "rank", 0) == 0
@@ -29,7 +29,7 @@ class Teller:
         self._sink = _open(where) if where and self._first else None
 
     def active(self, calibrated: bool) -> None:
-        """The package is attached; nothing was answered yet."""
+        """The package is attached; no request has been answered yet."""
         self._log("INFO", f"Steerbridge steers {self._known.name} ({self._dtype})")
         self._event(
             "active",
@@ -40,8 +40,8 @@ class Teller:
             calibrated=calibrated,
         )
 
-    def verdict(self, request: int, found: Outcome) -> None:
-        """A prompt was judged."""
+    def verdict(self, request: int, outcome: Outcome) -> None:
+        """A prompt was decided."""
         probes = [
             {
                 "probe": v.probe,
@@ -49,19 +49,19 @@ class Teller:
                 "threshold": v.threshold,
                 "fired": v.fired,
             }
-            for v in found.verdicts
+            for v in outcome.verdicts
         ]
-        scores = ", ".join(f"{v.probe} {v.score:.4f}" for v in found.verdicts)
-        what = f"fired {', '.join(found.rules)}" if found.rules else "quiet"
-        self._log("INFO" if found.rules else "DEBUG", f"request {request}: {what} ({scores})")
-        self._event("verdict", request=request, probes=probes, fired=list(found.rules))
+        scores = ", ".join(f"{v.probe} {v.score:.4f}" for v in outcome.verdicts)
+        result = f"fired {', '.join(outcome.rules)}" if outcome.rules else "not fired"
+        self._log("INFO" if outcome.rules else "DEBUG", f"request {request}: {result} ({scores})")
+        self._event("verdict", request=request, probes=probes, fired=list(outcome.rules))
 
     def _log(self, level: str, text: str) -> None:
         if not self._first:
             return
         from loguru import logger
 
-        # The server's log leaves out what comes from other packages.
+        # The server's log drops records of other packages.
         named: Any = logger.patch(lambda r: r.update(name="text_generation_server.steerbridge"))
         named.log(level, text)
 
@@ -75,11 +75,11 @@ class Teller:
                 line = line[os.write(self._sink, line) :]
         except OSError as error:
             self._sink = None
-            self._log("ERROR", f"Steerbridge's events are given up: {error}")
+            self._log("ERROR", f"Steerbridge stops writing events: {error}")
 
 
 def _open(where: str) -> int:
-    """A descriptor that is kept as long as the process lives."""
+    """A file descriptor that stays open for the life of the process."""
     path = Path(where)
     if path.exists() and stat.S_ISSOCK(path.stat().st_mode):
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

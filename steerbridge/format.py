@@ -1,8 +1,8 @@
-"""The seam between the core and converters, and how formats are found.
+"""The interface between the core and converters, and how formats are found.
 
-A format says what its files hold, what they leave open, and how they are read and written. A
-converter registers it under the entry-point group `steerbridge.formats`; the core never imports
-a converter.
+A format declares what its files can represent, which options it needs because the files do not
+say, and how the files are read and written. A converter registers it under the entry-point group
+`steerbridge.formats`; the core never imports a converter.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from steerbridge.errors import (
+    InvalidOption,
+    MissingOption,
     NotRepresentable,
     Problem,
-    Unanswered,
     UnknownFormat,
     UnreadableSource,
 )
@@ -27,11 +28,11 @@ from steerbridge.spec import BaseModelInfo, ConstantStrength, Rule
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
-    """Something the files of a format do not say.
+class Option:
+    """A value that the files of a format do not contain.
 
-    `default` is what the tool itself does when nobody says otherwise; without one the user must
-    answer, because a guess could turn the meaning round.
+    `default` is the value that the tool itself uses. An option without a default must be given,
+    because guessing wrong could invert the meaning.
     """
 
     name: str
@@ -40,19 +41,21 @@ class Ask:
     default: Any = None
 
     def parse(self, text: str, format: str) -> Any:
-        """The answer as a value.
+        """Convert the text of an answer to a value.
 
         Raises:
-            Unanswered: the text is not one.
+            InvalidOption: the text is not a valid value.
         """
         try:
             return self.kind(text)
         except ValueError as error:
-            raise Unanswered(format, self.name, f"{self.help}; found {text!r}: {error}") from error
+            raise InvalidOption(
+                format, self.name, f"{self.help}; found {text!r}: {error}"
+            ) from error
 
 
 def one_of(*choices: str) -> Callable[[str], str]:
-    """The kind of an answer that is one of some words."""
+    """The kind of an option whose value is one of `choices`."""
 
     def parse(text: str) -> str:
         if text not in choices:
@@ -63,47 +66,50 @@ def one_of(*choices: str) -> Callable[[str], str]:
 
 
 def several(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
-    """The kind of an answer that is a list joined by commas."""
+    """The kind of an option whose value is a comma-separated list."""
     return lambda text: tuple(kind(part) for part in text.split(","))
 
 
 @dataclass(frozen=True, slots=True)
-class Given:
-    """What the user said beside the files: answers, the base model, weights of that model."""
+class Answers:
+    """What the user supplied besides the files: option values, the base model and its weights."""
 
     format: str
-    answers: Mapping[str, str] = field(default_factory=dict)
+    values: Mapping[str, str] = field(default_factory=dict)
     base: BaseModelInfo | None = None
     model: Path | None = None
-    lost: list[Loss] = field(default_factory=list)
-    """Losses that show only while reading; a reader appends them."""
+    losses: list[Loss] = field(default_factory=list)
+    """Losses that are known only while reading; a reader appends them."""
 
-    def __call__(self, ask: Ask) -> Any:
-        """The answer, or the tool's own default.
+    def get(self, option: Option) -> Any:
+        """The user's value for an option, or the option's default.
 
         Raises:
-            Unanswered: neither is there, or the answer cannot be read.
+            MissingOption: there is neither.
+            InvalidOption: the user's value cannot be parsed.
         """
-        if ask.name in self.answers:
-            return ask.parse(self.answers[ask.name], self.format)
-        if ask.default is None:
-            raise Unanswered(self.format, ask.name, ask.help)
-        return ask.default
+        if option.name in self.values:
+            return option.parse(self.values[option.name], self.format)
+        if option.default is None:
+            raise MissingOption(self.format, option.name, option.help)
+        return option.default
 
-    def base_model(self, **found: Any) -> BaseModelInfo:
-        """The base model, checked against what the file says of it.
+    def base_model(self, **facts: Any) -> BaseModelInfo:
+        """The base model, checked against the facts that the file states about it.
 
         Raises:
-            Unanswered: no base model was named.
+            MissingOption: no base model was given.
             NotRepresentable: the file was made for another model.
         """
         if self.base is None:
-            raise Unanswered(
-                self.format, "base", "the model it was made for: a directory, GGUF or package"
+            raise MissingOption(
+                self.format,
+                "base",
+                "the model the artifact was made for: a directory, GGUF file or steering package",
             )
         wrong = [
             Problem(key, repr(getattr(self.base, key)), repr(value))
-            for key, value in found.items()
+            for key, value in facts.items()
             if value is not None and getattr(self.base, key) != value
         ]
         if wrong:
@@ -115,7 +121,7 @@ class Given:
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """Something a target cannot hold. `effect` says in words what changes for requests."""
+    """A part that the target cannot represent. `effect` says how requests will behave instead."""
 
     what: str
     effect: str
@@ -126,14 +132,14 @@ class Loss:
 
 @dataclass(frozen=True, slots=True)
 class Holds:
-    """What the files of a format can say, in the words of the spec."""
+    """What the files of a format can represent, in the terms of the spec."""
 
     probes: frozenset[str] = frozenset()  # types of probe
     interventions: frozenset[str] = frozenset()  # types of intervention
-    gates: bool = False  # that a probe decides when interventions act
-    from_prompt_end: bool = False  # that the prompt itself is left alone
-    sites: str = ""  # for people
-    strength: str = ""  # for people
+    gates: bool = False  # a probe decides when interventions act
+    from_prompt_end: bool = False  # the tokens of the prompt are not changed
+    sites: str = ""  # free text
+    strength: str = ""  # free text
     records: bool = False  # base model, evidence, calibrations
 
 
@@ -143,53 +149,53 @@ class Format(ABC):
     name: ClassVar[str]
     title: ClassVar[str]
     holds: ClassVar[Holds]
-    asks: ClassVar[tuple[Ask, ...]] = ()  # when reading
-    write_asks: ClassVar[tuple[Ask, ...]] = ()
-    exact: ClassVar[bool] = True  # what was written is read as it was, bit for bit
-    needs_model: ClassVar[bool] = False  # weights of the base model (its output embedding)
-    atomic: ClassVar[bool] = False  # `write` itself replaces an older target safely
+    options: ClassVar[tuple[Option, ...]] = ()  # for reading
+    write_options: ClassVar[tuple[Option, ...]] = ()
+    exact: ClassVar[bool] = True  # writing and reading back is bit-identical
+    needs_model: ClassVar[bool] = False  # needs the output embedding of the base model
+    atomic: ClassVar[bool] = False  # `write` itself replaces an existing target atomically
 
     @abstractmethod
     def recognises(self, path: Path) -> bool:
-        """True if `path` looks like this format; opens nothing that could run code."""
+        """True if `path` looks like this format; runs no code from the file."""
 
     @abstractmethod
     def contents(self, path: Path) -> dict[str, Any]:
-        """What the files say, for `inspect`: plain JSON values, no answers needed.
+        """What the files contain, as plain JSON values for `inspect`; needs no options.
 
         Raises:
             UnreadableSource: the files are malformed.
         """
 
     @abstractmethod
-    def read(self, path: Path, given: Given) -> SteeringPackage:
-        """The files as a steering package.
+    def read(self, path: Path, answers: Answers) -> SteeringPackage:
+        """Read the files as a steering package.
 
         Raises:
             UnreadableSource: the files are malformed.
-            Unanswered: the files leave something open that was not given.
-            NotRepresentable: they hold what no package can say.
+            MissingOption: an option without a default was not given.
+            NotRepresentable: the files contain something that a package cannot represent.
         """
 
     @abstractmethod
-    def write(self, package: SteeringPackage, path: Path, given: Given) -> None:
-        """Write what this format holds of `package` at the fresh path `path`.
+    def write(self, package: SteeringPackage, path: Path, answers: Answers) -> None:
+        """Write the parts of `package` that this format can represent to the new path `path`.
 
         Raises:
-            NotRepresentable: a part that stays has no counterpart here.
+            NotRepresentable: one of these parts has a value that the format cannot represent.
         """
 
-    def losses(self, package: SteeringPackage, given: Given) -> list[Loss]:
+    def losses(self, package: SteeringPackage, answers: Answers) -> list[Loss]:
         """What `write` would leave out or change.
 
         Raises:
-            NotRepresentable: nothing would be left.
+            NotRepresentable: nothing of the package would remain.
         """
         return list(losses(package, self.holds, self.name))
 
 
 def losses(package: SteeringPackage, holds: Holds, name: str) -> Iterator[Loss]:
-    """The losses that follow from what a format holds."""
+    """The losses that follow from what a format can represent."""
     spec = package.spec
     kept = {i.id for i in spec.interventions if i.type in holds.interventions}
     probes = {p.id for p in spec.probes if p.type in holds.probes}
@@ -207,31 +213,32 @@ def losses(package: SteeringPackage, holds: Holds, name: str) -> Iterator[Loss]:
         elif intervention.position == "from_prompt_end" and not holds.from_prompt_end:
             yield Loss(
                 f"intervention {intervention.id}",
-                "acts on the tokens of the prompt too, not only from its end on",
+                "also acts on the tokens of the prompt, not only from its end on",
             )
     for rule in spec.rules:
         yield from _rule_losses(rule, kept, probes, holds)
     if spec.calibrations and not holds.records and probes:
-        yield Loss("calibrations", "are dropped: the threshold is that of the HF runtime")
+        yield Loss("calibrations", "are dropped: the threshold is the one for transformers")
 
 
 def _rule_losses(rule: Rule, kept: set[str], probes: set[str], holds: Holds) -> Iterator[Loss]:
     acting = [id for id in rule.interventions if id in kept]
     if not acting:
         return
-    named = ", ".join(acting)
+    names = ", ".join(acting)
     if rule.condition is not None:
         missing = [id for id in rule.condition.probes if id not in probes]
         if not holds.gates:
-            yield Loss(f"rule {rule.id}", f"is dropped: {named} will act on every prompt")
+            yield Loss(f"rule {rule.id}", f"is dropped: {names} will act on every prompt")
         elif missing:
             yield Loss(
                 f"rule {rule.id}",
-                f"no longer asks {', '.join(missing)}: {named} will act on other prompts",
+                f"no longer depends on {', '.join(missing)}: {names} will act on other prompts",
             )
     if not isinstance(rule.strength, ConstantStrength) and not holds.records:
         yield Loss(
-            f"rule {rule.id}", f"its strength follows no score: {named} will act at full strength"
+            f"rule {rule.id}",
+            f"its strength no longer follows a score: {names} will act at full strength",
         )
 
 
@@ -241,7 +248,7 @@ def _kinds(package: SteeringPackage) -> str:
 
 
 def unreadable(path: Path, field: str, want: str, got: object) -> UnreadableSource:
-    """The error of a malformed file."""
+    """The error for a malformed file."""
     return UnreadableSource(Problem(field, want, str(got)), path)
 
 
@@ -250,16 +257,16 @@ def unreadable(path: Path, field: str, want: str, got: object) -> UnreadableSour
 
 @cache
 def formats() -> dict[str, Format]:
-    """Every installed format by its name, in order of names."""
-    found = (entry.load()() for entry in entry_points(group="steerbridge.formats"))
-    return {format.name: format for format in sorted(found, key=lambda f: f.name)}
+    """Every installed format by name, sorted."""
+    installed = (entry.load()() for entry in entry_points(group="steerbridge.formats"))
+    return {format.name: format for format in sorted(installed, key=lambda f: f.name)}
 
 
-def named(name: str) -> Format:
-    """The format of this name.
+def get_format(name: str) -> Format:
+    """The format with this name.
 
     Raises:
-        UnknownFormat: there is none.
+        UnknownFormat: no installed format has it.
     """
     try:
         return formats()[name]
@@ -271,16 +278,16 @@ def detect(path: Path) -> Format:
     """The one format that recognises `path`.
 
     Raises:
-        FileNotFoundError: there is nothing.
-        UnknownFormat: none or several do; the user must name one.
+        FileNotFoundError: `path` does not exist.
+        UnknownFormat: no format recognises it, or several do; the user must name one.
     """
     if not path.exists():
         raise FileNotFoundError(f"nothing to convert at {path}")
-    fitting = [format for format in formats().values() if format.recognises(path)]
-    if len(fitting) == 1:
-        return fitting[0]
-    if fitting:
+    matches = [format for format in formats().values() if format.recognises(path)]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
         raise UnknownFormat(
-            f"{path} may be of several formats; name one with --from", [f.name for f in fitting]
+            f"several formats match {path}; name one with --from", [f.name for f in matches]
         )
-    raise UnknownFormat(f"{path} is of no known format; name one with --from", tuple(formats()))
+    raise UnknownFormat(f"no known format matches {path}; name one with --from", tuple(formats()))

@@ -1,0 +1,117 @@
+"""What other packages add to Steerbridge, and how it is imported: late, and with a clear error.
+
+An entry point names a small object that says where the real thing is (`Deferred`), so listing
+commands or runtimes imports nothing heavy. Groups: `steerbridge.runtimes`, `.formats`,
+`.commands`, `.functions` (functions that `import steerbridge` offers) and `.environments`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Final
+
+from steerbridge.errors import RuntimeMissing
+
+DISTRIBUTION: Final = "steerbridge"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deferred:
+    """An object that is imported when it is first used.
+
+    Args:
+        target: `module:attribute`.
+        extra: the extra of `distribution` that installs what the module imports; empty: none.
+        distribution: the name to `pip install`.
+    """
+
+    target: str
+    extra: str = ""
+    distribution: str = DISTRIBUTION
+
+    def load(self) -> Any:
+        """Import the object.
+
+        Raises:
+            RuntimeMissing: a package that it imports is not installed.
+        """
+        module, _, attribute = self.target.partition(":")
+        with requires(self.extra, self.distribution):
+            return getattr(import_module(module), attribute)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Command(Deferred):
+    """A command of the `steerbridge` program: a function with Typer's annotations.
+
+    Args:
+        summary: its line in `steerbridge --help`.
+        opens_model: it opens a model in a runtime that the user names, so it needs that
+            runtime's extra beside its own.
+    """
+
+    summary: str
+    opens_model: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Runtime(Deferred):
+    """A runtime; its target is a `steerbridge.runtime.Opener`."""
+
+
+def entries(group: str) -> dict[str, EntryPoint]:
+    """Entry points of the group `steerbridge.GROUP` by name, sorted by name."""
+    known = entry_points(group=f"steerbridge.{group}")
+    return {entry.name: entry for entry in sorted(known, key=lambda entry: entry.name)}
+
+
+def commands() -> dict[str, Command]:
+    """Commands of the `steerbridge` program by name, those of other packages included."""
+    return {name: entry.load() for name, entry in entries("commands").items()}
+
+
+def runtimes() -> dict[str, Runtime]:
+    """Registered runtimes by name. Their dependencies may be missing; `load` raises then."""
+    return {name: entry.load() for name, entry in entries("runtimes").items()}
+
+
+@contextmanager
+def requires(extra: str, distribution: str = DISTRIBUTION) -> Iterator[None]:
+    """Turn a failed import of somebody else's package into RuntimeMissing.
+
+    A failed import of one of our own modules is a bug and passes through.
+    """
+    try:
+        yield
+    except RuntimeMissing:
+        raise
+    except ImportError as error:
+        package = (error.name or "").partition(".")[0]
+        if not package or package.startswith(DISTRIBUTION):
+            raise
+        reason = "" if isinstance(error, ModuleNotFoundError) else str(error)
+        raise RuntimeMissing(package, extra, distribution, reason) from error
+
+
+def lazy(module: str, homes: Mapping[str, str], extra: str = "") -> Callable[[str], Any]:
+    """A `__getattr__` (PEP 562) for a package whose names are imported on first use.
+
+    Args:
+        module: `__name__` of the package.
+        homes: public name -> module that defines it.
+        extra: the extra that installs what these modules import.
+    """
+
+    def attribute(name: str) -> Any:
+        if name not in homes:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        value = Deferred(target=f"{homes[name]}:{name}", extra=extra).load()
+        setattr(sys.modules[module], name, value)
+        return value
+
+    return attribute
