@@ -3,10 +3,11 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.set-up
 BASE ?= python3
+export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: setup setup-peers setup-clients setup-apps setup-browser demo test test-apps test-tgi lint schema docs report \
+.PHONY: setup setup-peers setup-clients setup-apps setup-browser demo check test test-apps test-tgi lint schema docs report \
   parity fuzz soak bench-safety bench-safety-multimodal bench-calibration bench-train bench-overhead bench-kernels \
-  bench-convert bench-serve clean
+  bench-convert bench-serve test-install test-minimal test-nightly clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -59,10 +60,29 @@ test-apps: setup setup-apps
 	@$(PYTHON) -m pytest -m apps
 	@echo '{"test-apps": "passed"}'
 
+# Every extra, installed from the wheel in an environment of its own, and used once.
+test-install: setup setup-apps
+	@$(PYTHON) tests/install
+
+# The core with the oldest packages that pyproject.toml allows.
+test-minimal: setup
+	@$(PYTHON) tests/install/minimal.py
+
+# What takes too long for every change; goes on where it was stopped. PART=demo: that part alone.
+test-nightly: setup
+	@$(PYTHON) tests/nightly.py $(PART)
+
 # STEERBRIDGE_TGI_PYTHON: the Python of an installed server (docs/tgi.md).
 test-tgi: setup
 	@$(PYTHON) -m pytest tests/test_tgi.py tests/test_tgi_server.py
 	@echo '{"test-tgi": "passed"}'
+
+# What to run before every commit: under four minutes once .venv is there, without a compiler, a
+# browser, a real model or another environment.
+QUICK := not (slow or native or apps or browser or peers)
+check: setup
+	@start=$$(date +%s) && $(MAKE) --silent lint >&2 && $(PYTHON) -m pytest -q -m "$(QUICK)" >&2 && \
+	  echo "{\"check\": \"passed\", \"seconds\": $$(($$(date +%s) - start))}"
 
 lint: setup
 	@$(VENV)/bin/ruff check . >&2
@@ -70,6 +90,7 @@ lint: setup
 	@$(VENV)/bin/mypy >&2
 	@$(PYTHON) -m steerbridge.cli schema | diff - docs/steering_config.schema.json >&2
 	@$(PYTHON) -m steerbridge.cli schema --markdown | diff - docs/reference.md >&2
+	@$(PYTHON) docs/generate_python.py | diff - docs/python.md >&2
 	@$(VENV)/bin/mkdocs build --strict --quiet >&2
 	@echo '{"lint": "ok"}'
 
@@ -79,27 +100,37 @@ parity: setup
 fuzz: setup
 	@$(PYTHON) tests/native/fuzz.py
 
-soak: setup setup-apps
-	@$(PYTHON) benchmarks/soak.py
+# GUARD=safety: the guard of bench-safety instead of the demo's; GUARD=PATH: any other. Also for
+# the report (safety or demo), bench-calibration, bench-overhead and bench-serve.
+GUARD_OPTION = $(if $(GUARD),--guard $(GUARD))
 
-# The report of the guards that bench-safety and bench-safety-multimodal trained (or the demo's).
+soak: setup setup-apps
+	@$(PYTHON) benchmarks/soak.py $(GUARD_OPTION)
+
 report: setup
-	@$(PYTHON) benchmarks/report.py
+	@$(PYTHON) benchmarks/report.py $(GUARD_OPTION)
 
 docs: setup
 	@$(VENV)/bin/mkdocs build --strict --quiet >&2
 	@echo '{"docs": ".cache/site"}'
 
+# The pages that are made from the code: JSON Schema, its reference, the Python reference.
 schema: setup
 	@$(PYTHON) -m steerbridge.cli schema > docs/steering_config.schema.json
 	@$(PYTHON) -m steerbridge.cli schema --markdown > docs/reference.md
+	@$(PYTHON) docs/generate_python.py > docs/python.md
 	@echo '{"schema": "docs/steering_config.schema.json"}'
 
 bench-safety bench-safety-multimodal bench-calibration bench-train bench-overhead bench-kernels bench-convert \
   bench-serve: bench-%: setup
-	@$(PYTHON) benchmarks/$(subst -,_,$*).py
+	@$(PYTHON) benchmarks/$(subst -,_,$*).py $(OPTIONS)
 
-bench-overhead: setup-apps
+bench-calibration bench-overhead bench-serve: OPTIONS = $(GUARD_OPTION)
+
+# PARTS=hf: that part alone.
+PARTS := hf tgi llama_cpp llama_server
+bench-overhead: OPTIONS += --parts $(PARTS)
+bench-overhead: $(if $(filter llama_server,$(PARTS)),setup-apps)
 
 clean:
 	rm -rf $(VENV) .venv-peers .venv-clients .cache

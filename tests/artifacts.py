@@ -1,24 +1,25 @@
-"""One artifact a format, with the answers that its files leave open; tests and benchmarks share it.
+"""One artifact per format, with values for its options; shared by tests and benchmarks.
 
-The package a format is written from is the richest that it holds without a loss.
+The package that an artifact is made from is the richest that the format represents without loss.
 """
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import helpers
-from helpers import MEAN, head, linear_probe, package, reading, rule
+from helpers import LOW_RANK, MEAN, head, linear_probe, package, reading, rule
 from steerbridge.fingerprint import ModelFacts
-from steerbridge.package import SteeringPackage
+from steerbridge.format import get_format
+from steerbridge.package import SteeringPackage, load
 from steerbridge_convert import convert
 
 ALWAYS = {"probes": [], "rules": [rule(None, ["v"])]}
-LOW = {"form": "low_rank", "u": "h.u", "v": "h.v"}
 DENSE_HEAD = {"probes": [], "interventions": [head()], "rules": [rule(None, ["h"])]}
-LOW_HEAD = {**DENSE_HEAD, "interventions": [head(weight=LOW)]}
+LOW_HEAD = {**DENSE_HEAD, "interventions": [head(weight=LOW_RANK)]}
 
 
 def vector(*places: str, alpha: float = 1.0) -> dict[str, Any]:
@@ -33,7 +34,7 @@ def vector(*places: str, alpha: float = 1.0) -> dict[str, Any]:
 
 
 def mlp(at: dict[str, Any], **fields: Any) -> dict[str, Any]:
-    """A prober of one hidden layer and two classes, the harmful one first."""
+    """A prober with one hidden layer and two classes, the harmful one first."""
     layers = [{"weight": f"p.{i}.w", "bias": f"p.{i}.b"} for i in range(2)]
     return {
         "id": "p",
@@ -50,7 +51,7 @@ def mlp(at: dict[str, Any], **fields: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Fields of the package, the target's name, answers when writing and when reading."""
+    """Fields of the package, name of the artifact, option values for writing and for reading."""
 
     fields: dict[str, Any]
     suffix: str = ""
@@ -129,11 +130,12 @@ SAMPLES: dict[str, Sample] = {
         read={"layers": "2", "threshold": "0.04", "fires_when": ">"},
     ),
 }
-HIDDEN = 64  # of AutoSteer's prober
+FORMAT_NAMES = sorted(SAMPLES)
+HIDDEN = 64  # hidden size of AutoSteer's prober
 
 
 def sample(name: str, facts: ModelFacts = helpers.FACTS) -> SteeringPackage:
-    """The package that the artifact of a format is written from."""
+    """The package that the artifact of a format is made from."""
     return package(
         facts, free=HIDDEN if "mlp" in str(SAMPLES[name].fields) else 3, **SAMPLES[name].fields
     )
@@ -141,19 +143,25 @@ def sample(name: str, facts: ModelFacts = helpers.FACTS) -> SteeringPackage:
 
 def written(name: str, folder: Path, model: Path | None, facts: ModelFacts = helpers.FACTS) -> Path:
     """The artifact of a format, in a folder of its own."""
-    found = SAMPLES[name]
+    artifact = SAMPLES[name]
     source = sample(name, facts).save(folder / name / "source")
-    target = folder / name / f"{found.name}{found.suffix}"
-    convert(source, target, to=name, answers=found.write, model=model, allow_loss=name == "cast")
+    target = folder / name / f"{artifact.name}{artifact.suffix}"
+    convert(source, target, to=name, answers=artifact.write, model=model, allow_loss=name == "cast")
     return target
 
 
-def asked(source: str, target: str) -> dict[str, str]:
-    """Answers for a conversion between two formats."""
-    from steerbridge.formats import named
+def read_as_package(name: str, path: Path, weights: Path, **answers: str) -> SteeringPackage:
+    """The artifact of a format, converted into a package in a new folder."""
+    target = Path(tempfile.mkdtemp(prefix="read.", dir=path.parent)) / "package"
+    values = {**SAMPLES[name].read, **answers}
+    convert(path, target, source_format=name, answers=values, base=weights, model=weights)
+    return load(target)
 
+
+def answers_between(source: str, target: str) -> dict[str, str]:
+    """Option values for a conversion between two formats."""
     answers = dict(SAMPLES[source].read)
-    for ask in named(target).write_asks:
-        if ask.name in SAMPLES[target].write:
-            answers.setdefault(ask.name, SAMPLES[target].write[ask.name])
+    for option in get_format(target).write_options:
+        if option.name in SAMPLES[target].write:
+            answers.setdefault(option.name, SAMPLES[target].write[option.name])
     return answers

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import base64
+import json
+import mimetypes
+import shutil
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from steerbridge import data
 from steerbridge.data import Example
@@ -21,6 +28,48 @@ FACTS = ModelFacts("llama", hidden_size=16, num_layers=4, vocab_size=64, name="t
 END = {"type": "prompt_end"}
 MEAN = {"type": "prompt_mean"}
 IMAGE = {"type": "image_mean"}
+LOW_RANK = {"form": "low_rank", "u": "h.u", "v": "h.v"}
+
+CLI = [sys.executable, "-m", "steerbridge.cli"]
+
+
+def run_cli(*args: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """`steerbridge` with these arguments, until it ends."""
+    command = [*CLI, *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
+
+
+def last_json(output: str) -> Any:
+    """The JSON object in the last line of a command's output."""
+    return json.loads(output.splitlines()[-1])
+
+
+def json_lines(text: str) -> list[Any]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def data_url(path: Path) -> str:
+    """A picture as `data:` URL."""
+    kind, _ = mimetypes.guess_type(path)
+    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+def chat_message(prompt: Example) -> dict[str, Any]:
+    """A prompt as a user message in OpenAI's format; its pictures come first."""
+    if not prompt.images:
+        return {"role": "user", "content": prompt.text}
+    pictures = [{"type": "image_url", "image_url": {"url": data_url(p)}} for p in prompt.images]
+    return {"role": "user", "content": [*pictures, {"type": "text", "text": prompt.text}]}
+
+
+def compiled(folder: Path, source: str, *options: str) -> Path:
+    """A program made from C source."""
+    if (compiler := shutil.which("cc")) is None:
+        pytest.skip("needs a C compiler")
+    path = folder / f"program{len(list(folder.iterdir()))}"
+    command = [compiler, "-x", "c", "-", "-o", str(path), *options]
+    subprocess.run(command, input=source.encode(), check=True)
+    return path
 
 
 def site(text: str) -> dict[str, Any]:
@@ -55,6 +104,18 @@ def head(id: str = "h", **fields: Any) -> dict[str, Any]:
         "eps": 0.5,
         "weight": {"form": "dense", "matrix": f"{id}.W"},
         **fields,
+    }
+
+
+def add_vector(*layers: int, alpha: float) -> dict[str, Any]:
+    """An `add_vector` intervention at the outputs of these layers."""
+    targets = [{"site": site(f"layer_output[{k}]"), "vector": f"v{k}"} for k in layers]
+    return {
+        "id": "v",
+        "type": "add_vector",
+        "position": "from_prompt_end",
+        "alpha": alpha,
+        "targets": targets,
     }
 
 
@@ -121,7 +182,7 @@ def fitted(
         model.facts,
         scale=1.2 / model.facts.hidden_size**0.5,
         probes=[linear_probe(readings=readings, threshold=float(high + low) / 2)],
-        interventions=[head(weight={"form": "low_rank", "u": "h.u", "v": "h.v"}, eps=30.0)],
+        interventions=[head(weight=LOW_RANK, eps=30.0)],
         rules=[rule(["p"], ["h"])],
     )
     guard = SteeringPackage(made.spec, {**made.tensors, "p.w": Tensor.of(w)})
@@ -152,8 +213,8 @@ def drawn_guard(
 
 def corpus_prompts(count: int = 6) -> list[Example]:
     """Harmful and harmless prompts in turn, `count` of each."""
-    found = [e for e in data.from_corpus("test") if e.kind == "pair"]
-    sides = [[e for e in found if e.harmful is side][:count] for side in (True, False)]
+    pairs = [e for e in data.corpus_examples("test") if e.kind == "pair"]
+    sides = [[e for e in pairs if e.harmful is side][:count] for side in (True, False)]
     return [e for pair in zip(*sides, strict=True) for e in pair]
 
 
@@ -168,17 +229,6 @@ TINY_TEXT = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-
-
-def vector_after_layer_25() -> dict[str, Any]:
-    """A strong `add_vector` late in SmolLM2."""
-    return {
-        "id": "v",
-        "type": "add_vector",
-        "position": "from_prompt_end",
-        "alpha": 60.0,
-        "targets": [{"site": site("layer_output[25]"), "vector": "v"}],
-    }
 
 
 def tiny(kind: str = "llama", seed: int = 0, **fields: Any) -> Any:

@@ -139,13 +139,13 @@ class Mtmd:
 
     def greedy(self, count: int) -> list[int]:
         """The next tokens, up to and without the end of the turn."""
-        c, found = self.c, []
-        while len(found) < count:
+        c, chosen = self.c, []
+        while len(chosen) < count:
             token = int(self.logits.argmax())
             if c.llama_vocab_is_eog(self.vocab, token):
                 break
-            found.append(token)
+            chosen.append(token)
             one = (c.llama_token * 1)(token)
             assert c.llama_decode(self.context, c.llama_batch_get_one(one, 1)) == 0
             self.logits = self._logits()
-        return found
+        return chosen

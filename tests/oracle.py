@@ -21,7 +21,7 @@ def states(model, ids, tensors, prompt, acting=(), images=None):
     """
     sites = locate(model)
     head = len(sites.blocks) + 1
-    found, handles = {}, []
+    hidden, handles = {}, []
 
     def hook(depth):
         def run(module, args, kwargs):
@@ -30,7 +30,7 @@ def states(model, ids, tensors, prompt, acting=(), images=None):
             new = h.clone()
             rows = reference.steer(acting, tensors, site, h[0, prompt - 1 :])
             new[0, prompt - 1 :] = torch.from_numpy(np.asarray(rows, np.float32))
-            found[depth] = h[0].numpy()
+            hidden[depth] = h[0].numpy()
             return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
 
         return run
@@ -44,7 +44,7 @@ def states(model, ids, tensors, prompt, acting=(), images=None):
         logits = model(input_ids=ids, use_cache=False, **more).logits[0, -1]
     for handle in handles:
         handle.remove()
-    return found, logits
+    return hidden, logits
 
 
 def oracle(model, package, ids, new, eos=2, images=None):

@@ -1,8 +1,8 @@
-"""Runs in .venv-peers: artifacts of ours applied by the tools themselves, and some of theirs.
+"""Runs in .venv-peers: the tools themselves apply our artifacts and write some of their own.
 
-`python peers.py JOB` with JOB a JSON object: model directory, artifacts by format, token ids and
-an output directory. Writes `logits.npz`, `theirs.gguf` (repeng) and `theirs.pt` (the pickled
-dataclass of steering-vectors).
+`python peers.py JOB`: JOB is a JSON object with the model directory, artifacts by format, token
+ids and an output directory. Writes `logits.npz`, `theirs.gguf` (repeng) and `theirs.pt` (the
+pickled dataclass of steering-vectors).
 """
 
 import json
@@ -25,20 +25,20 @@ def main() -> None:
     rng = np.random.default_rng(0)
     width = model.config.hidden_size
     directions = {k: rng.normal(size=width).astype(np.float32) for k in (0, 2)}
-    found = {"plain": model(ids).logits[0].numpy()}
+    logits = {"plain": model(ids).logits[0].numpy()}
     for name in ("repeng", "control-vector"):
         vector = ControlVector.import_gguf(job["artifacts"][name])
-        found[name] = controlled(model, vector, ids)
+        logits[name] = controlled(model, vector, ids)
     mine = ControlVector(model.config.model_type, directions)
     mine.export_gguf(out / "theirs.gguf")
-    found["repeng theirs"] = controlled(model, mine, ids)
+    logits["repeng theirs"] = controlled(model, mine, ids)
     fields = torch.load(job["artifacts"]["steering-vectors"])
-    found["steering-vectors"] = steered(model, SteeringVector(**fields), ids)
+    logits["steering-vectors"] = steered(model, SteeringVector(**fields), ids)
     theirs = SteeringVector({k: torch.from_numpy(v) for k, v in directions.items()})
     torch.save(theirs, out / "theirs.pt")
-    found["steering-vectors theirs"] = steered(model, theirs, ids)
-    found["hotwire"] = hotwired(model, job["artifacts"]["hotwire"], ids)
-    np.savez(out / "logits.npz", **found)
+    logits["steering-vectors theirs"] = steered(model, theirs, ids)
+    logits["hotwire"] = hotwired(model, job["artifacts"]["hotwire"], ids)
+    np.savez(out / "logits.npz", **logits)
 
 
 def controlled(model: torch.nn.Module, vector: ControlVector, ids: torch.Tensor) -> np.ndarray:
@@ -56,7 +56,7 @@ def steered(model: torch.nn.Module, vector: SteeringVector, ids: torch.Tensor) -
 
 
 def hotwired(model: torch.nn.Module, path: str, ids: torch.Tensor) -> np.ndarray:
-    """Its store and vector bank; the addition at a block's output is vLLM's part, done here."""
+    """Its store and vector bank; the addition to a block's output, done by vLLM, is done here."""
     layers = len(model.model.layers)
     state = SteerState(layers, model.config.hidden_size, 64, torch.device("cpu"), torch.float32, 8)
     state.load_store(path)

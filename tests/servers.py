@@ -22,6 +22,13 @@ class Running:
     pid: int
 
 
+def free_port() -> int:
+    """A port on the loopback interface that nothing listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
 @contextlib.contextmanager
 def running(
     command: Sequence[object],
@@ -41,9 +48,7 @@ def running(
     Raises:
         RuntimeError: it ended instead; with the end of what it printed.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     address = ["--host", "127.0.0.1", "--port", str(port)]
     url = f"http://127.0.0.1:{port}"
     with output.open("wb") as sink:

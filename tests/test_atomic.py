@@ -1,4 +1,4 @@
-"""Write beside, then rename: files and directories, over older ones, and after an error."""
+"""Atomic writes of files and directories: replacing older ones, and after an error."""
 
 from __future__ import annotations
 

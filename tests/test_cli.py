@@ -9,6 +9,9 @@ import sys
 import pytest
 
 import helpers
+import steerbridge
+from steerbridge import RuntimeMissing, registry
+from steerbridge.registry import Deferred
 
 
 def run(*args):
@@ -22,8 +25,8 @@ def test_inspect_shows_what_where_when(tmp_path):
     assert shown.returncode == 0
     for part in ("layer_input[2] @ prompt_end", "score > 0", "head_matrix (dense)", "if any of p"):
         assert part in shown.stdout
-    found = json.loads(run("inspect", path, "--json").stdout)
-    assert found["tensors"]["h.W"] == {"dtype": "F32", "shape": [16, 16]}
+    shown_json = json.loads(run("inspect", path, "--json").stdout)
+    assert shown_json["tensors"]["h.W"] == {"dtype": "F32", "shape": [16, 16]}
 
 
 @pytest.mark.parametrize(
@@ -56,3 +59,81 @@ def test_unknown_runtime_lists_the_installed_ones(tmp_path):
     got = run("generate", path, "hello", "--runtime", "abacus", "--model", tmp_path)
     assert got.returncode == 1
     assert "unknown runtime 'abacus'" in got.stderr
+
+
+def run_without(packages, *args):
+    """`steerbridge` where these packages are not installed."""
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({packages!r}));"
+        f"sys.argv = ['steerbridge', *{list(map(str, args))!r}];"
+        "from steerbridge.cli.app import main; main()"
+    )
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+
+EVERYTHING = ["torch", "transformers", "llama_cpp", "elftools", "uvicorn", "scipy", "matplotlib"]
+
+
+def test_help_lists_every_command_and_its_extra_without_any_extra():
+    got = run_without(EVERYTHING, "--help")
+    assert got.returncode == 0, got.stderr
+    text = " ".join(got.stdout.replace("│", " ").split())
+    for name in registry.commands():
+        assert f" {name} " in text
+    assert "Run an unmodified program with a package inside it. (extra: run)" in text
+    assert "and without a package. (extra: hf or llama-cpp)" in text
+    assert "what it disturbs. (extra: eval, and hf or llama-cpp)" in text
+
+
+@pytest.mark.parametrize(
+    ("args", "missing", "extra"),
+    [
+        (["run", "--help"], "elftools", "run"),
+        (["doctor"], "elftools", "run"),
+        (["serve"], "uvicorn", "serve"),
+        (["train", "out.gguf"], "torch", "hf"),
+        (["generate", "PACKAGE", "hello", "--runtime", "llama.cpp"], "llama_cpp", "llama-cpp"),
+        (["calibrate", "PACKAGE", "--runtime", "hf", "--corpus", "test"], "torch", "hf"),
+        (["eval", "PACKAGE", "--corpus", "test"], "scipy", "eval"),
+    ],
+)
+def test_a_missing_extra_is_one_line_with_its_install_command(tmp_path, args, missing, extra):
+    package = helpers.package().save(tmp_path / "p.gguf")
+    got = run_without(EVERYTHING, *(package if a == "PACKAGE" else a for a in args))
+    assert got.returncode == 2
+    assert got.stdout == ""
+    want = f"error: {missing} is not installed; run: pip install 'steerbridge[{extra}]'\n"
+    assert got.stderr == want
+
+
+@pytest.mark.parametrize("name", ["steerbridge_hf", "steerbridge_llama_cpp"])
+def test_an_adapter_without_its_runtime_says_what_to_install(name):
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({EVERYTHING!r}))\n"
+        f"from steerbridge import RuntimeMissing; import {name}\n"
+        f"try:\n    {name}.steer\nexcept RuntimeMissing as error:\n    print(error.command)"
+    )
+    got = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    extra = registry.runtimes()["hf" if name.endswith("hf") else "llama.cpp"].extra
+    assert got.stdout == f"pip install 'steerbridge[{extra}]'\n", got.stderr
+
+
+def test_one_command_imports_only_itself():
+    got = run_without(EVERYTHING, "inspect", "--help")
+    assert got.returncode == 0, got.stderr
+    assert "Show what a package reads" in got.stdout
+
+
+def test_version():
+    assert run("--version").stdout == f"{steerbridge.__version__}\n"
+
+
+def test_a_bug_in_our_own_import_is_not_a_missing_extra():
+    with pytest.raises(ModuleNotFoundError, match="steerbridge_nonsense"):
+        Deferred(target="steerbridge_nonsense:x", extra="hf").load()
+
+
+def test_an_old_package_names_the_reason():
+    message = r"json cannot be used \(cannot import name 'nope'"
+    with pytest.raises(RuntimeMissing, match=message), registry.requires("hf"):
+        from json import nope  # noqa: F401

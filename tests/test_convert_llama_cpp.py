@@ -1,4 +1,4 @@
-"""Files for llama.cpp: its own adapters give the logits of our package."""
+"""Files for llama.cpp: its own adapters give the same logits as our package."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ import json
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
-from typer.testing import CliRunner
 
 from artifacts import ALWAYS, DENSE_HEAD, LOW_HEAD, vector
-from helpers import linear_probe, package
-from steerbridge.cli.app import app
+from helpers import last_json, linear_probe, package, run_cli
 from steerbridge_convert import convert
 
 pytest.importorskip("llama_cpp", reason="needs the extra `llama-cpp`")
@@ -33,7 +31,7 @@ TOKENS = [504, 1125, 6404, 282, 260, 6117, 359]
 
 @pytest.fixture(scope="module")
 def untied(smollm2_f32_path):
-    """Four blocks of SmolLM2 with an output embedding of its own, other than the input's."""
+    """Four blocks of SmolLM2 whose output embedding is separate from the input embedding."""
     path = MODELS / f"SmolLM2-{BLOCKS}-blocks-untied.F32.gguf"
     if path.is_file():
         return path
@@ -72,48 +70,48 @@ def logits(llama):
     return np.ctypeslib.as_array(llama._ctx.get_logits(), shape=(llama.n_vocab(),)).copy()
 
 
-def ours(path, found):
+def ours(path, package):
     llama = opened(path)
     plain = logits(llama)
-    with steer(llama, found):
+    with steer(llama, package):
         return plain, logits(llama)
 
 
-def assert_alike(got, want, plain):
+def assert_alike(actual, expected, plain):
     size = np.abs(plain).max()
-    assert np.abs(want - plain).max() > 1e-2 * size
-    assert np.abs(got - want).max() < 1e-5 * size
+    assert np.abs(expected - plain).max() > 1e-2 * size
+    assert np.abs(actual - expected).max() < 1e-5 * size
 
 
-def test_a_control_vector_acts_as_the_package(untied, known, tmp_path):
-    """The buffer that common_control_vector_load of llama.cpp makes of the file, applied by it."""
+def test_a_control_vector_acts_like_the_package(untied, known, tmp_path):
+    """llama.cpp applies the buffer that its common_control_vector_load makes from the file."""
     acts = vector("layer_output[1]", "layer_output[3]", alpha=3.0)
-    found = package(known, **{**ALWAYS, "interventions": [acts]})
-    convert(found.save(tmp_path / "p.gguf"), tmp_path / "v.gguf", to="control-vector")
+    steering = package(known, **{**ALWAYS, "interventions": [acts]})
+    convert(steering.save(tmp_path / "p.gguf"), tmp_path / "v.gguf", to="control-vector")
     buffer = np.zeros((BLOCKS - 1, known.hidden_size), np.float32)
     for tensor in GGUFReader(tmp_path / "v.gguf").tensors:
         kind, _, number = tensor.name.partition(".")
         assert (kind, tensor.tensor_type.name, tensor.data.ndim) == ("direction", "F32", 1)
-        assert int(number) >= 1  # llama.cpp refuses the whole file otherwise
+        assert int(number) >= 1  # otherwise llama.cpp rejects the whole file
         buffer[int(number) - 1] += tensor.data
     llama = opened(untied)
     data = buffer.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
     assert not llama_cpp.llama_set_adapter_cvec(
         llama._ctx.ctx, data, buffer.size, known.hidden_size, 1, BLOCKS
     )
-    plain, steered = ours(untied, found)
+    plain, steered = ours(untied, steering)
     assert_alike(logits(llama), steered, plain)
 
 
 @pytest.mark.parametrize("fields", [DENSE_HEAD, LOW_HEAD], ids=["dense", "low_rank"])
-def test_a_head_lora_acts_as_the_package(fields, untied, known, tmp_path):
-    found = package(known, scale=0.05, free=8, **fields)
-    convert(found.save(tmp_path / "p.gguf"), tmp_path / "l.gguf", to="lora-gguf", model=untied)
-    plain, steered = ours(untied, found)
+def test_a_head_lora_acts_like_the_package(fields, untied, known, tmp_path):
+    steering = package(known, scale=0.05, free=8, **fields)
+    convert(steering.save(tmp_path / "p.gguf"), tmp_path / "l.gguf", to="lora-gguf", model=untied)
+    plain, steered = ours(untied, steering)
     assert_alike(logits(opened(untied, lora_path=str(tmp_path / "l.gguf"))), steered, plain)
 
 
-def test_a_gguf_model_says_what_it_is(untied, known, smollm2_path):
+def test_facts_are_read_from_a_gguf_model(untied, known, smollm2_path):
     assert base_model(untied).num_layers == BLOCKS
     assert base_model(smollm2_path).vocab_size == known.vocab_size == 49152
     assert base_model(smollm2_path).chat_template_sha256 is not None
@@ -124,29 +122,26 @@ def test_a_tied_gguf_takes_no_lora(smollm2_path, tmp_path):
 
     base = base_model(smollm2_path)
     facts = ModelFacts("llama", base.hidden_size, base.num_layers, base.vocab_size, name="SmolLM2")
-    found = package(facts, **LOW_HEAD).save(tmp_path / "p.gguf")
+    path = package(facts, **LOW_HEAD).save(tmp_path / "p.gguf")
     with pytest.raises(
         NotRepresentable, match=r"shares token_embd.weight between input and output"
     ):
-        convert(found, tmp_path / "l.gguf", to="lora-gguf", model=smollm2_path)
+        convert(path, tmp_path / "l.gguf", to="lora-gguf", model=smollm2_path)
 
 
 def test_a_lower_rank_is_measured_on_prompts(smollm2_path, tmp_path):
-    """What `--data` adds: how many harmful prompts are refused before and after."""
+    """`--data` reports how many harmful prompts are refused before and after."""
     base = base_model(smollm2_path)
     facts = ModelFacts("llama", base.hidden_size, base.num_layers, base.vocab_size, name="SmolLM2")
     always = package(facts, scale=0.01, probes=[linear_probe(threshold=-1e9)])
     always.save(tmp_path / "p.gguf")
     (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "Say a rude word.", "harmful": True}))
-    done = CliRunner().invoke(
-        app,
-        [
-            *("convert", str(tmp_path / "p.gguf"), str(tmp_path / "q.gguf"), "--rank", "4"),
-            *("--model", str(smollm2_path), "--runtime", "llama.cpp"),
-            *("--data", str(tmp_path / "p.jsonl"), "--json"),
-        ],
+    done = run_cli(
+        *("convert", tmp_path / "p.gguf", tmp_path / "q.gguf", "--rank", "4"),
+        *("--model", smollm2_path, "--runtime", "llama.cpp"),
+        *("--data", tmp_path / "p.jsonl", "--json"),
     )
-    assert done.exit_code == 0, done.output
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert set(found["refused"]) == {"before", "after"}
-    assert 0.9 < found["truncations"][0]["error"] < 1
+    assert done.returncode == 0, done.stderr
+    report = last_json(done.stdout)
+    assert set(report["refused"]) == {"before", "after"}
+    assert 0.9 < report["truncations"][0]["error"] < 1

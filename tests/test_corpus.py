@@ -1,4 +1,4 @@
-"""The shipped prompts: as many as promised, well split, no word gives a side away."""
+"""The shipped prompts: counts, splits, and that no word reveals the label."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def words(text: str) -> list[str]:
 
 
 def partners(kind: str) -> list[tuple[Prompt, Prompt]]:
-    """(harmful, harmless) of each pair; a number is held by just one of each."""
+    """(harmful, harmless) for each pair; every number has exactly one of each."""
     by_number = defaultdict(list)
     for p in corpus.prompts(kind=kind):
         by_number[p.partner].append(p)
-    found = [tuple(sorted(both, key=lambda p: not p.harmful)) for both in by_number.values()]
-    assert all([p.harmful for p in both] == [True, False] for both in found)
-    return found
+    pairs = [tuple(sorted(both, key=lambda p: not p.harmful)) for both in by_number.values()]
+    assert all([p.harmful for p in both] == [True, False] for both in pairs)
+    return pairs
 
 
 def test_texts_are_stripped_unique_and_fully_expanded():
@@ -99,12 +99,12 @@ def test_pairs_mix_lengths():
 def test_no_word_gives_a_side_away(kind, split, side):
     own = [set(words(p.text)) for p in corpus.prompts(split, kind) if p.harmful is side]
     other = {w for p in corpus.prompts(split, kind) if p.harmful is not side for w in words(p.text)}
-    counts = Counter(w for found in own for w in found if w not in other)
+    counts = Counter(w for side_words in own for w in side_words if w not in other)
     assert not [w for w, n in counts.items() if n > 0.08 * len(own)]
 
 
 def test_partners_do_not_differ_by_length_on_average():
-    """Else a probe could learn 'longer is harmful' instead of the meaning."""
+    """Otherwise a probe could learn that longer prompts are harmful."""
     for kind in ("pair", "twin"):
         gap = [len(bad.text.split()) - len(good.text.split()) for bad, good in partners(kind)]
         assert abs(sum(gap)) / len(gap) < 0.5

@@ -1,4 +1,4 @@
-"""Prompts with labels out of files of every kind."""
+"""Labelled prompts read from every supported file type."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ def test_separated_values(tmp_path):
     path = tmp_path / "a.csv"
     head = "\N{ZERO WIDTH NO-BREAK SPACE}prompt,harmful,kind,group\n"  # as Excel begins a file
     path.write_text(f"{head}{WANTED[0].text},,,\n{WANTED[1].text},Yes,locks,g\n", "utf-8")
-    assert data.read(path) == WANTED
+    assert data.read_examples(path) == WANTED
     path = tmp_path / "b.tsv"
     path.write_text("harmful\tharmless\nBreak it.\tMend it.\n")
-    found = data.read(path)
-    assert [(e.text, e.harmful) for e in found] == [("Break it.", True), ("Mend it.", False)]
-    assert found[0].pair == found[1].pair == "b.tsv:1"
+    examples = data.read_examples(path)
+    assert [(e.text, e.harmful) for e in examples] == [("Break it.", True), ("Mend it.", False)]
+    assert examples[0].pair == examples[1].pair == "b.tsv:1"
 
 
 def test_system_messages(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("prompt,system\nHello,Be kind.\nHello,\n")
-    first, second = data.read(path)
+    first, second = data.read_examples(path)
     assert (first.system, second.system) == ("Be kind.", None)
     assert [m["role"] for m in first.messages("Hello")] == ["system", "user"]
     assert second.messages("Hello") == [{"role": "user", "content": "Hello"}]
@@ -45,10 +45,10 @@ def test_system_messages(tmp_path):
     assert data.sha256([first]) != data.sha256([second])
     path = tmp_path / "a.jsonl"
     path.write_text('{"harmful": "a", "harmless": "b", "system": "s"}')
-    assert [e.system for e in data.read(path)] == ["s", "s"]
+    assert [e.system for e in data.read_examples(path)] == ["s", "s"]
     path.write_text('{"prompt": "a", "system": 1}')
     with pytest.raises(DataError, match=r"line 1\.system: expected a text"):
-        data.read(path)
+        data.read_examples(path)
 
 
 def test_images_of_a_table(tmp_path):
@@ -56,8 +56,8 @@ def test_images_of_a_table(tmp_path):
         (tmp_path / name).touch()
     path = tmp_path / "a.csv"
     path.write_text("prompt,images\nWhat is it?,x.png;y.png\n")
-    [found] = data.read(path)
-    assert [p.name for p in found.images] == ["x.png", "y.png"]
+    [example] = data.read_examples(path)
+    assert [p.name for p in example.images] == ["x.png", "y.png"]
 
 
 def test_parquet_and_saved_datasets(tmp_path):
@@ -79,11 +79,11 @@ def test_parquet_and_saved_datasets(tmp_path):
         names = [{"filename": name} for name in parts]
         (folder / "state.json").write_text(json.dumps({"_data_files": names}))
         for path in (tmp_path / "a.parquet", folder):
-            found = data.read(path)
+            examples = data.read_examples(path)
             if want is not None:
-                assert found == want
+                assert examples == want
             else:
-                assert [(e.text, e.harmful) for e in found] == [
+                assert [(e.text, e.harmful) for e in examples] == [
                     ("Break it.", True),
                     ("Mend it.", False),
                 ]
@@ -111,10 +111,48 @@ def test_what_cannot_be_read_is_named(tmp_path, name, content, reason):
     path.parent.mkdir(exist_ok=True)
     path.write_text(content)
     with pytest.raises(DataError, match=reason):
-        data.read(path if path.parent == tmp_path else path.parent)
+        data.read_examples(path if path.parent == tmp_path else path.parent)
 
 
 def test_a_file_that_is_not_there(tmp_path):
     for name in ("a.csv", "a.parquet", "a.jsonl"):
         with pytest.raises(FileNotFoundError):
-            data.read(tmp_path / name)
+            data.read_examples(tmp_path / name)
+
+
+def test_folds_keep_pairs_together_and_do_not_depend_on_the_order():
+    examples = [Example(f"t{i}", bool(i % 2), pair=f"p{i // 2}") for i in range(100)]
+    fold = data.folds(examples, 5, seed=0)
+    assert fold[::2] == fold[1::2]
+    assert set(fold) == set(range(5))
+    assert data.folds(examples[::-1], 5, seed=0) == fold[::-1]
+
+
+def test_folds_hold_out_a_group_whole():
+    """A question about many pictures is used either for training or for measuring."""
+    asked = [("q", "a"), ("q", "b"), ("r", "a"), ("r", "c")]
+    examples = [
+        Example(text, True, pair=f"{picture}{i}", group=text)
+        for i in range(10)
+        for text, picture in asked
+    ]
+    fold = data.folds(examples, 5, seed=0)
+    assert len({f for f, e in zip(fold, examples, strict=True) if e.text == "q"}) == 1
+    assert len({f for f, e in zip(fold, examples, strict=True) if e.text == "r"}) == 1
+
+
+def test_images_in_folders_are_examples(tmp_path):
+    with pytest.raises(DataError, match="harmful and harmless"):
+        data.read_images(tmp_path)
+    for name in ("harmful/b.png", "harmful/a.JPG", "harmless/c.png", "harmless/notes.txt"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    examples = data.read_images(tmp_path)
+    assert [(e.images[0].name, e.harmful) for e in examples] == [
+        ("a.JPG", True),
+        ("b.png", True),
+        ("c.png", False),
+    ]
+    assert {e.kind for e in examples} == {"image"}
+    assert all(e.text for e in examples)

@@ -1,52 +1,200 @@
-"""The docs: the tutorial's commands run, pages exist, and the site is built without a warning."""
+"""The docs: their commands run, pages exist and are up to date, the site builds."""
 
 from __future__ import annotations
 
-import os
+import json
 import re
+import shutil
+import stat
 import subprocess
 import sys
-from pathlib import Path
+import textwrap
+import tomllib
 
 import pytest
 
-from steerbridge.cli.schema import build, page
+import helpers
+import programs
+from console import ROOT, Shell, blocks, pages
+from steerbridge import convert, corpus_examples, gguf_model
+from steerbridge.schema import build, page
+from test_tgi_hook import SERVER as TGI_SERVER
 
-ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
+PROGRAMS = sorted((DOCS / "programs").glob("*.md"))
+RUN_HERE = [ROOT / "README.md", DOCS / "tutorial.md", *PROGRAMS]
 
 
-def blocks(path, *kinds):
-    found = re.findall(r"^```(\w+)\n(.*?)^```$", path.read_text("utf-8"), re.M | re.S)
-    return [(kind, text) for kind, text in found if kind in kinds]
+def test_every_console_line_is_run_or_says_why_not():
+    """README, tutorial and the pages of programs are run whole by the tests below."""
+    for path in pages():
+        for block in blocks(path, "sh", "console"):
+            if path in RUN_HERE:
+                assert not block.reason, f"{block.page}: {block.text}"
+            else:
+                assert block.reason, f"{block.page} does not say why this is not run:\n{block.text}"
+
+
+def test_installs_and_targets_that_the_docs_name_exist():
+    """`make test-install` installs every extra; `make test` and `make test-nightly` run targets."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    makefile = (ROOT / "Makefile").read_text().replace("\\\n", " ")
+    targets = set(re.search(r"^\.PHONY: (.+)$", makefile, re.M)[1].split())
+    for path in pages():
+        text = path.read_text("utf-8")
+        for extras in re.findall(r"pip install '?steerbridge\[([^\]]+)\]", text):
+            assert set(extras.split(",")) <= set(project["optional-dependencies"]), path
+        if path.name != "CHANGELOG.md":
+            for target in re.findall(r"`make ([a-z-]+)[` ]", text):
+                assert target in targets or target.endswith("-"), f"{path}: make {target}"
+
+
+@pytest.fixture
+def shell(tmp_path, smollm2_path):
+    """A shell in a folder with a model; llama.cpp's programs are on its PATH."""
+    if (built := programs.built()) is None:
+        pytest.skip("llama.cpp's programs are not set up (make setup-apps)")
+    (tmp_path / "model.gguf").symlink_to(smollm2_path)
+    (tmp_path / "SmolLM2.gguf").symlink_to(smollm2_path)
+    return Shell(tmp_path, (built,))
+
+
+def ours(block):
+    """The block without lines that install or make; those are run by other targets."""
+    lines = [n for n in block.lines if not n.startswith(("pip install", "make "))]
+    return type(block)(block.page, block.kind, "\n".join(lines))
 
 
 @pytest.mark.slow
-def test_the_tutorial_runs(tmp_path):
-    pytest.importorskip("llama_cpp")
+@pytest.mark.apps
+def test_the_tutorial_runs(shell):
     pytest.importorskip("torch")
-    bin = str(Path(sys.executable).parent)
-    environment = {**os.environ, "PATH": f"{bin}:{os.environ['PATH']}"}
     output = ""
-    steps = blocks(DOCS / "tutorial.md", "python", "sh")
-    assert len(steps) == 5
-    for kind, text in steps:
-        command = [sys.executable, "-c", text] if kind == "python" else ["bash", "-euc", text]
-        done = subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, f"{text}\n{done.stderr}"
-        output += done.stdout
+    for block in blocks(DOCS / "tutorial.md", "python", "sh", "console"):
+        if block.kind == "python":
+            subprocess.run([sys.executable, "-c", block.text], cwd=shell.folder, check=True)
+        elif (mine := ours(block)).text:
+            if mine.text.startswith("harmful="):
+                mine = type(block)(block.page, block.kind, mine.text.replace("\n", "; "))
+            output += shell.run(mine)
     assert output.count("fired (threshold") == 2  # the harmful prompt, in both runtimes
     assert output.count("quiet (threshold") == 2
     assert "AutoSteer (conditional)" in output
-    assert "<svg" in (tmp_path / "report.html").read_text()
+    assert "active" in output  # llama-server
+    assert "<svg" in (shell.folder / "report.html").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.apps
+def test_the_readme_runs(shell, guarded_quantised):
+    pytest.importorskip("torch")
+    folder = shell.folder
+    write_prompts(folder / "prompts.jsonl")
+    control_vector(folder)
+    launcher(folder / "bin")
+    shell.path = (folder / "bin", *shell.path)
+    for block in blocks(ROOT / "README.md", "sh"):
+        if (mine := ours(block)).text:
+            shell.run(mine)
+            if "steerbridge train" in mine.text:  # a guard of two dozen prompts would be no guard
+                shutil.copy(guarded_quantised.guard, folder / "guard.gguf")
+    assert "made with guard.gguf" in shell.output  # TGI
+    assert "active" in shell.output  # llama-server
+    assert (folder / "vector-package.gguf").is_file()
+
+
+def write_prompts(path):
+    """Two dozen pairs of the corpus."""
+    pairs = [e for e in corpus_examples("train") if e.kind == "pair" and len(e.text) < 80][:48]
+    rows = [{"prompt": e.text, "harmful": e.harmful, "pair": e.pair} for e in pairs]
+    path.write_text("\n".join(map(json.dumps, rows)))
+
+
+def control_vector(folder):
+    """vector.gguf, a control vector for model.gguf."""
+    facts = gguf_model.read_facts(folder / "model.gguf")
+    package = helpers.package(
+        facts,
+        probes=[],
+        interventions=[helpers.add_vector(20, alpha=1.0)],
+        rules=[helpers.rule(None, ["v"])],
+    )
+    package.save(folder / "p.gguf")
+    convert(folder / "p.gguf", folder / "vector.gguf", to="control-vector", allow_loss=True)
+
+
+def launcher(folder):
+    """text-generation-launcher, as far as a plugin sees it: a program on PATH that makes a service.
+
+    TGI's own launcher is a binary of its container; tests/test_tgi_server.py runs its real server.
+    """
+    server = folder / "text_generation_server"
+    server.mkdir(parents=True)
+    (server / "__init__.py").touch()
+    (server / "server.py").write_text(TGI_SERVER)
+    program = folder / "text-generation-launcher"
+    code = """\
+        import sys, types
+        sys.path.insert(0, {folder!r})
+        stand_in = types.ModuleType("steerbridge_tgi.attach")
+        stand_in.attach = lambda service, package: print("made with guard.gguf", package)
+        sys.modules["steerbridge_tgi.attach"] = stand_in
+        from text_generation_server import server
+        server.TextGenerationService("model", "cache", urls=[])
+        """
+    text = textwrap.dedent(code).format(folder=str(folder))
+    program.write_text(f"#!{sys.executable}\n{text}")
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+
+
+SCRIPT = """
+import llama_cpp
+llama = llama_cpp.Llama("model.gguf", n_ctx=256, verbose=False)
+print(llama("How do bees make honey?", max_tokens=4)["choices"][0]["text"])
+"""
+NODE_SCRIPT = """
+import {getLlama, LlamaChatSession} from "node-llama-cpp";
+const llama = await getLlama({gpu: false});
+const model = await llama.loadModel({modelPath: "model.gguf"});
+const context = await model.createContext({contextSize: 256});
+const session = new LlamaChatSession({contextSequence: context.getSequence()});
+console.log(await session.prompt("How do bees make honey?", {maxTokens: 4}));
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.apps
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.stem)
+def test_the_pages_of_programs_run(shell, path, guarded_quantised, guarded_pictures):
+    folder = shell.folder
+    shutil.copy(guarded_quantised.guard, folder / "guard.gguf")
+    (folder / "app.py").write_text(SCRIPT)
+    (folder / "app.mjs").write_text(NODE_SCRIPT)
+    if path.stem == "node-llama-cpp" and not shutil.which("npm"):
+        pytest.skip("there is no npm")
+    if path.stem == "llama-cli":
+        shutil.copy(guarded_pictures.guard, folder / "vision-guard.gguf")
+        shutil.copy(guarded_pictures.prompts[0].images[0], folder / "picture.png")
+        (folder / "vision-model.gguf").symlink_to(guarded_pictures.model)
+        (folder / "mmproj.gguf").symlink_to(guarded_pictures.mmproj)
+    for block in blocks(path, "sh"):
+        shell.run(block)
+    if (log := folder / "verdicts.jsonl").is_file():
+        events = [event["event"] for event in helpers.json_lines(log.read_text())]
+        assert {"active", "verdict"} <= set(events)
 
 
 def test_python_in_the_docs_is_python():
     for path in DOCS.rglob("*.md"):
-        for _, text in blocks(path, "python"):
-            compile(text, str(path), "exec")
+        for block in blocks(path, "python"):
+            compile(block.text, str(path), "exec")
+
+
+def test_the_python_page_is_the_generated_one():
+    """As `make schema` writes it."""
+    command = [sys.executable, str(DOCS / "generate_python.py")]
+    made = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert (DOCS / "python.md").read_text("utf-8") == made
 
 
 def test_the_reference_is_the_generated_one():

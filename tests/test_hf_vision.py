@@ -16,7 +16,7 @@ from steerbridge.errors import UnsupportedFeature  # noqa: E402
 from steerbridge_hf import steer  # noqa: E402
 from steerbridge_hf.sites import facts  # noqa: E402
 
-pytestmark = pytest.mark.hf
+pytestmark = [pytest.mark.hf, pytest.mark.usefixtures("no_grad")]
 NEW = 6
 SEEDS = [3, 4, None, 5]  # the third prompt has no image
 
@@ -29,19 +29,7 @@ PROBE = helpers.linear_probe(
     input_mean="p.mean",
     input_scale="p.scale",
 )
-ADD = {
-    "id": "v",
-    "type": "add_vector",
-    "position": "from_prompt_end",
-    "alpha": 3.0,
-    "targets": [{"site": helpers.site("layer_output[2]"), "vector": "v2"}],
-}
-
-
-@pytest.fixture(autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
+ADD = helpers.add_vector(2, alpha=3.0)
 
 
 def prompts(rows):
@@ -61,7 +49,13 @@ def images_of(family, seed):
     return lambda ids: vision.inputs(family, ids, [] if seed is None else [seed])
 
 
-@pytest.mark.parametrize("family", vision.FAMILIES)
+QUICK = ("idefics3", "llava")  # `make check` runs these
+EACH_FAMILY = [
+    pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in vision.FAMILIES
+]
+
+
+@pytest.mark.parametrize("family", EACH_FAMILY)
 def test_scores_verdicts_and_tokens_equal_the_oracle(family):
     model = vision.tiny(family)
     asked = prompts(vision.rows_per_image(model, family))

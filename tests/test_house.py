@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import ast
+import importlib
 import json
 import subprocess
 import sys
@@ -13,8 +13,8 @@ import jsonschema
 import pytest
 
 import helpers
-from steerbridge.cli.schema import build
-from steerbridge.encodings import plain
+import house
+from steerbridge.schema import build
 
 ROOT = Path(__file__).resolve().parent.parent
 SHELVES = ["adapters", "converters", "plugins"]
@@ -60,24 +60,65 @@ def test_the_wheel_holds_the_packages_and_their_data(tmp_path):
     assert not any(n.startswith(("tests/", "benchmarks/")) for n in names)
 
 
-def imports_of(path):
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (a.name.split(".")[0] for a in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module.split(".")[0]
+# What each room may import of the others; nothing else. Rooms further down know less.
+ARROWS = {
+    "steerbridge.cli": {"steerbridge", "steerbridge.evaluation", "steerbridge.training"},
+    "steerbridge.training": {"steerbridge", "steerbridge.evaluation"},
+    "steerbridge.evaluation": {"steerbridge"},
+    "steerbridge": {"steerbridge.corpus"},
+    "steerbridge.corpus": set(),
+    "steerbridge_hf": {"steerbridge"},
+    "steerbridge_llama_cpp": {"steerbridge"},
+    "steerbridge_convert": {"steerbridge", "steerbridge.evaluation"},
+    "steerbridge_run": {"steerbridge"},
+    "steerbridge_tgi": {"steerbridge", "steerbridge_hf"},
+    "steerbridge_serve": {"steerbridge", "steerbridge_hf", "steerbridge_llama_cpp"},
+    "steerbridge_demo": {"steerbridge", "steerbridge.corpus", "steerbridge_hf"},
+}
+# Packages that are somebody else's and heavy -> the rooms whose modules may import them.
+HEAVY = {
+    "torch": {"steerbridge.training", "steerbridge_hf", "steerbridge_tgi", "steerbridge_convert"},
+    "transformers": {"steerbridge_hf"},
+    "llama_cpp": {"steerbridge_llama_cpp"},
+    "text_generation_server": {"steerbridge_tgi"},
+}
 
 
 def test_arrows_point_one_way():
-    above = {"steerbridge_hf", "steerbridge_llama_cpp", "steerbridge_convert"}
-    above |= {"steerbridge_tgi", "steerbridge_run", "transformers", "llama_cpp"}
-    for path in (ROOT / "steerbridge").rglob("*.py"):
-        assert not above & set(imports_of(path)), path
+    arrows = {room: set() for room in ARROWS}
+    for module, targets in house.imports().items():
+        room = house.room(module)
+        arrows[room] |= {house.room(target) for target in targets} - {room}
+    assert {room: sorted(to) for room, to in arrows.items()} == {
+        room: sorted(to) for room, to in ARROWS.items()
+    }
+
+
+def test_no_room_has_a_circle_inside():
+    assert house.circles(house.imports()) == []
+
+
+def test_heavy_packages_are_imported_where_they_belong():
+    rooms = {name: set() for name in HEAVY}
+    for module, names in house.foreign_imports().items():
+        for name in names & set(HEAVY):
+            rooms[name].add(house.room(module))
+    for name, at in rooms.items():
+        assert at - {"steerbridge_serve", "steerbridge_demo"} <= HEAVY[name], name
+
+
+def test_nobody_outside_imports_the_command_line():
+    for path in [*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "examples").rglob("*.py")]:
+        assert not [n for n in house.names_imported(path) if n.startswith("steerbridge.cli")], path
 
 
 def test_the_core_imports_neither_torch_nor_a_runtime():
     code = (
-        "import sys, steerbridge, steerbridge.package, steerbridge.reference, steerbridge.cli;"
+        "import sys, steerbridge, steerbridge.package, steerbridge.reference;"
+        "import steerbridge.training.train, steerbridge.evaluation.evaluate, steerbridge.cli.app;"
+        "[getattr(steerbridge, name) for name in steerbridge.__all__];"
+        "from steerbridge import registry;"
+        "registry.commands(), registry.runtimes();"
         "print([m for m in ('torch', 'transformers', 'llama_cpp') if m in sys.modules])"
     )
     output = subprocess.run(
@@ -90,19 +131,42 @@ def test_the_committed_schema_is_the_generated_one():
     committed = json.loads((ROOT / "docs" / "steering_config.schema.json").read_text())
     assert committed == build()
     jsonschema.Draft202012Validator.check_schema(committed)
-    jsonschema.validate(plain(helpers.package().spec), committed)
-    broken = plain(helpers.package().spec)
+    jsonschema.validate(helpers.package().spec.to_json(), committed)
+    broken = helpers.package().spec.to_json()
     del broken["probes"][0]["comparator"]
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(broken, committed)
 
 
-def test_public_names_exist():
-    import steerbridge
+@pytest.mark.parametrize("name", ["steerbridge", "steerbridge_hf", "steerbridge_llama_cpp"])
+def test_every_public_name_exists_and_is_listed(name):
+    module = importlib.import_module(name)
+    assert sorted(module.__all__) == module.__all__
+    listed = house.type_checking_names(Path(module.__file__))
+    assert sorted(listed) == module.__all__
+    for public in module.__all__:
+        assert getattr(module, public) is not None
+    with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
+        module.nonsense  # noqa: B018
 
-    for name in steerbridge.__all__:
-        assert getattr(steerbridge, name) is not None
-    assert sorted(steerbridge.__all__) == steerbridge.__all__
+
+def test_every_error_is_public():
+    import steerbridge
+    from steerbridge import errors
+
+    defined = {n for n, e in vars(errors).items() if isinstance(e, type)}
+    defined -= {"Sequence", "Path"}
+    assert defined <= set(steerbridge.__all__)
+    assert all(name in errors.__doc__ for name in defined - {"Problem"})
+
+
+def test_importing_steerbridge_is_light():
+    """Neither numpy nor pydantic: what is needed is imported when it is used."""
+    code = "import sys, steerbridge; print(sorted({m.partition('.')[0] for m in sys.modules}))"
+    output = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert not {"numpy", "pydantic", "gguf", "typer", "torch"} & set(eval(output.stdout))
 
 
 def test_the_readme_s_python_is_the_quickstart_example():

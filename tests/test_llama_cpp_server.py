@@ -1,4 +1,4 @@
-"""llama-cpp-python's server with a package, spoken to by the official OpenAI client."""
+"""llama-cpp-python's server with a package, tested through the official OpenAI client."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CHAT = [{"role": "user", "content": "Name a colour."}]
 
 @pytest.fixture(scope="module")
 def client(smollm2_path, tmp_path_factory):
-    """A server on loopback that fires on every prompt, and a client of it."""
+    """A client of a local server whose probe fires on every prompt."""
     folder = tmp_path_factory.mktemp("server")
     known = open_model(smollm2_path, n_ctx=64).facts
     probe = helpers.linear_probe(readings=[helpers.reading("layer_input[22]")], threshold=-1e9)

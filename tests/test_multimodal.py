@@ -38,7 +38,7 @@ AT = [
     reading("layer_input[8]", MEAN),
     reading("layer_input[8]", IMAGE),
 ]
-VECTOR = helpers.vector_after_layer_25() | {"alpha": 400.0}
+VECTOR = helpers.add_vector(25, alpha=400.0)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def f32(demo_files):
 
 @pytest.fixture(scope="module")
 def plain(demo_files):
-    """A `Llama` of the model as shipped, with the handler a user would give it."""
+    """A `Llama` of the shipped model, with the chat handler that a user would set."""
     files = demo_files
     handler = MTMDChatHandler(str(files["mmproj_f32"]), verbose=False)
     made = llama_cpp.Llama(
@@ -71,8 +71,8 @@ def plain(demo_files):
 def detached(request):
     yield
     for name in {"plain", "f32"} & set(request.fixturenames):
-        found = request.getfixturevalue(name)
-        llama = getattr(found, "llama", found)
+        opened = request.getfixturevalue(name)
+        llama = getattr(opened, "llama", opened)
         if (session := llama.__dict__.get("steering_session")) is not None:
             session.remove()  # a test failed inside its `with`: spare the others
         llama.set_cache(None)
@@ -86,17 +86,17 @@ def drawn(size=(128, 128), seed=0):
 def prompts(tmp_path_factory):
     """Questions about pictures of several sizes, one with two of them, one with none."""
     folder = tmp_path_factory.mktemp("pictures")
-    found = [Example("How are you?", False)]
+    examples = [Example("How are you?", False)]
     for i, size in enumerate(SIZES):
         path = folder / f"{i}.png"
         drawn(size, i).save(path)
-        found.append(Example(QUESTION, False, images=(path,)))
+        examples.append(Example(QUESTION, False, images=(path,)))
     both = (folder / "0.png", folder / "1.png")
-    return [*found, Example("Which one is bigger?", False, images=both)]
+    return [*examples, Example("Which one is bigger?", False, images=both)]
 
 
 def package(known, limit, act=None, readings=AT):
-    act = act or head(weight={"form": "low_rank", "u": "h.u", "v": "h.v"}, eps=1.0)
+    act = act or head(weight=helpers.LOW_RANK, eps=1.0)
     return helpers.package(
         known,
         scale=0.05,
@@ -210,7 +210,7 @@ def facts_of(llama):
 
 
 def test_pictures_of_earlier_turns_and_several_pictures_count(plain):
-    """The score is that of one capture of the same rows: `image_mean` over every picture."""
+    """`image_mean` covers every picture of the prompt."""
     known = facts_of(plain)
     first, second = drawn(seed=1), drawn((90, 120), seed=2)
     turns = [
@@ -246,7 +246,7 @@ def test_images_as_files_and_urls_are_the_same(plain, tmp_path):
 
 
 def test_a_text_after_a_picture_does_not_take_its_rows_for_its_own(plain):
-    """llama_cpp leaves the ids of an earlier text where a picture's rows lie."""
+    """llama_cpp keeps the ids of an earlier text at the rows of a picture."""
     known = facts_of(plain)
     long = "Tell me about " + "the old lighthouse on the northern shore and " * 12 + "the sea."
     with steer(plain, package(known, 1e9, readings=[reading("layer_input[18]")])) as session:
@@ -293,14 +293,14 @@ def test_what_cannot_be_told_from_text_is_refused(plain):
 def test_a_broken_picture_leaves_nothing_behind(plain, f32, tmp_path):
     bad = {"type": "image_url", "image_url": "data:image/png;base64,AAAA"}
     message = {"role": "user", "content": [bad, {"type": "text", "text": QUESTION}]}
-    with steer(plain, package(facts_of(plain), 1e9)) as session:
+    with steer(plain, package(facts_of(plain), 1e9)):
         want = text(ask(plain, chat(drawn(), QUESTION)))
         with pytest.raises(ValueError, match="bitmap"):
             ask(plain, message)
         assert text(ask(plain, chat(drawn(), QUESTION))) == want
         with pytest.raises(ValueError, match="n_ctx"):  # some chunks in, then too long
             ask(plain, chat(*[drawn(seed=i) for i in range(25)], QUESTION))
-        assert session.llama.n_tokens == 0
+        assert plain.n_tokens == 0
         assert text(ask(plain, chat(drawn(), QUESTION))) == want
     (tmp_path / "a.png").write_bytes(b"no picture")
     with pytest.raises(DataError, match=r"a\.png"):
@@ -308,7 +308,7 @@ def test_a_broken_picture_leaves_nothing_behind(plain, f32, tmp_path):
 
 
 def test_without_the_session_s_knowledge_nothing_is_decoded(plain):
-    """libmtmd called behind the back of the session: no answer."""
+    """A direct call of libmtmd that bypasses the session gives no answer."""
     handler = plain.chat_handler
     with steer(plain, package(facts_of(plain), 1e9)):
         with pytest.raises((ValueError, RuntimeError, SteeringFailed)):

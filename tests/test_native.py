@@ -1,4 +1,4 @@
-"""The native hook's own C tests, built with sanitizers and fed by the numpy oracle."""
+"""The C tests of the native hook, built with sanitizers, on expectations of the numpy oracle."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ ROOT = Path(__file__).resolve().parent.parent
 NATIVE = ROOT / "adapters" / "steerbridge_llama_cpp" / "native"
 
 
-pytestmark = pytest.mark.skipif(
-    not shutil.which("cmake") or not shutil.which("cc"), reason="no C compiler"
-)
+pytestmark = [
+    pytest.mark.native,
+    pytest.mark.skipif(not shutil.which("cmake") or not shutil.which("cc"), reason="no C compiler"),
+]
 FUZZED = 200_000  # inputs of the short pass; `make fuzz` runs ten millions
 
 
 @pytest.fixture(scope="module")
 def golden(tmp_path_factory):
-    """Packages, states and what the numpy oracle makes of them."""
+    """Packages and states, with the results of the numpy oracle."""
     folder = tmp_path_factory.mktemp("golden")
     run(sys.executable, ROOT / "tests" / "native" / "make_golden.py", folder)
     return folder

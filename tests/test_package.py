@@ -1,4 +1,4 @@
-"""Load, check, save: both encodings, and files from strangers."""
+"""Load, check and save packages in both encodings, including untrusted files."""
 
 from __future__ import annotations
 
@@ -116,17 +116,11 @@ def test_unsound_specs_name_the_field(fields, message):
 
 
 def test_an_intervention_before_its_probe_is_refused():
-    vector = {
-        "id": "v",
-        "type": "add_vector",
-        "position": "from_prompt_end",
-        "alpha": 1.0,
-        "targets": [{"site": helpers.site("layer_output[0]"), "vector": "v"}],
-    }
+    rules = [helpers.rule(["p"], ["v"])]
     with pytest.raises(InvalidSpec, match="at or after"):
-        helpers.package(interventions=[vector], rules=[helpers.rule(["p"], ["v"])])
-    vector["targets"][0]["site"] = helpers.site("layer_output[1]")  # = layer_input[2]: the probe's
-    helpers.package(interventions=[vector], rules=[helpers.rule(["p"], ["v"])])
+        helpers.package(interventions=[helpers.add_vector(0, alpha=1.0)], rules=rules)
+    # The output of layer 1 is the input of layer 2, which the probe reads.
+    helpers.package(interventions=[helpers.add_vector(1, alpha=1.0)], rules=rules)
 
 
 def test_wrong_tensors_are_listed():
@@ -220,10 +214,10 @@ def test_safetensors_file_is_readable_by_the_library(tmp_path):
 
     package = helpers.package()
     target = package.save(tmp_path / "dir")
-    found = load_file(target / "steering.safetensors")
-    assert found.keys() == package.tensors.keys()
+    stored = load_file(target / "steering.safetensors")
+    assert stored.keys() == package.tensors.keys()
     for name, tensor in package.tensors.items():
-        assert np.array_equal(found[name], tensor.array)
+        assert np.array_equal(stored[name], tensor.array)
     assert json.loads((target / "steering_config.json").read_bytes())["name"] == "test"
 
 
@@ -233,3 +227,11 @@ def test_gguf_file_is_readable_by_the_gguf_package(tmp_path):
     reader = GGUFReader(helpers.package().save(tmp_path / "one.gguf"))
     assert reader.get_field("general.architecture").contents() == "steering"
     assert {t.name for t in reader.tensors} == {"p.w", "h.W"}
+
+
+def test_both_encodings_of_a_package_have_one_hash(tmp_path):
+    package = helpers.package()
+    saved = [load(package.save(tmp_path / name)).sha256 for name in ("p.gguf", "dir")]
+    assert saved == [package.sha256] * 2
+    assert package.sha256 != helpers.package(seed=1).sha256
+    assert package.sha256 != package.scaled(2.0).sha256

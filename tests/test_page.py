@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 import shutil
-import sys
 
 import pytest
 import requests
 
 import helpers
 import servers
+from helpers import CLI
 
 pytest.importorskip("llama_cpp")
 pytest.importorskip("fastapi")
@@ -21,6 +21,7 @@ from playwright.sync_api import expect, sync_playwright
 
 pytestmark = [
     pytest.mark.llama_cpp,
+    pytest.mark.browser,
     pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed"),
 ]
 
@@ -32,7 +33,7 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--
 
 @pytest.fixture(scope="module")
 def pictured(tmp_path_factory, demo_files):
-    """A guard of four drawings, and the drawings."""
+    """A guard for four drawings, the prompts with them, and the answers."""
     return helpers.drawn_guard(tmp_path_factory.mktemp("page"), demo_files, NEW)
 
 
@@ -40,7 +41,7 @@ def pictured(tmp_path_factory, demo_files):
 def url(pictured, tmp_path_factory, demo_files):
     """A server with that guard, a key, and unsteered answers allowed."""
     package, _, _ = pictured
-    command = [sys.executable, "-m", "steerbridge.cli", "serve", "--package", package]
+    command = [*CLI, "serve", "--package", package]
     command += ["--model", demo_files["text_f32"], "--mmproj", demo_files["mmproj_f32"]]
     command += ["--context", 2048, "--allow-unsteered"]
     output = tmp_path_factory.mktemp("log") / "serve.txt"
@@ -59,7 +60,7 @@ def browser():
 
 @pytest.fixture
 def page(browser, url):
-    """The page, ready; every request it made, and no error in its console."""
+    """The loaded page; checks afterwards that it had no errors and contacted no other host."""
     context = browser.new_context(viewport={"width": 1280, "height": 800})
     opened = context.new_page()
     opened.asked, problems = [], []
@@ -199,7 +200,7 @@ def test_the_page_may_load_nothing_else(url):
 
 
 def test_unsteered_answers_are_off_by_default(tmp_path):
-    command = [sys.executable, "-m", "steerbridge.cli", "serve", "--context", 256]
+    command = [*CLI, "serve", "--context", 256]
     with servers.running(command, tmp_path / "log") as server:
         info = requests.get(f"{server.url}/info", timeout=10).json()
         assert info["steering"]["unsteered"] is False

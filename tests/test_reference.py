@@ -1,4 +1,4 @@
-"""The oracle against formulas written out by hand, and properties that must hold."""
+"""The numpy oracle against formulas written out by hand, and its properties."""
 
 from __future__ import annotations
 

@@ -12,12 +12,11 @@ from types import SimpleNamespace
 import pytest
 
 import helpers
-from helpers import MEAN, head, linear_probe, reading, rule, site
+from helpers import LOW_RANK, MEAN, add_vector, head, linear_probe, reading, rule, site
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 sys.path.insert(0, str(Path(__file__).parent / "tgi"))
-
 import ranks
 import torch
 from hypothesis import given, settings
@@ -28,30 +27,22 @@ from oracle import oracle
 from steerbridge.errors import (
     HookLost,
     ModelMismatch,
-    PackageError,
     RowMappingLost,
     UnsupportedFeature,
 )
 from steerbridge.package import SteeringPackage
 from steerbridge_hf.sites import facts as hf_facts
-from steerbridge_tgi import attach, environment, hook
+from steerbridge_tgi import attach
 
 pytestmark = pytest.mark.hf
 
 NEW = 6
-LOW = {"form": "low_rank", "u": "h.u", "v": "h.v"}
-VECTOR = {
-    "id": "v",
-    "type": "add_vector",
-    "position": "from_prompt_end",
-    "alpha": 3.0,
-    "targets": [{"site": site("layer_output[2]"), "vector": "v"}],
-}
+VECTOR = add_vector(2, alpha=3.0)
 
 
 @pytest.fixture(autouse=True)
 def server_modules(monkeypatch, tmp_path):
-    """The server's modules, and where the plugin tells."""
+    """Fake modules of the server, and the file for the plugin's events."""
     for name, module in flash.server_modules().items():
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setenv("STEERBRIDGE_EVENTS", str(tmp_path / "events.jsonl"))
@@ -72,26 +63,24 @@ def prompts():
 
 
 def made(llama, prompts, acts, readings=None):
-    """A package that fires for half of the prompts, and what the oracle answers to each."""
+    """A package that fires on half of the prompts, and the oracle's answers to all of them."""
     readings = readings or [reading("layer_input[2]"), reading("layer_input[1]", MEAN)]
-    found = helpers.package(
+    first = helpers.package(
         hf_facts(llama),
         seed=3,
         probes=[linear_probe(readings=readings)],
         interventions=acts,
         rules=[rule(["p"], [a["id"] for a in acts])],
     )
-    scores = sorted(oracle(llama, found, p, 0)[0][0].score for p in prompts)
+    scores = sorted(oracle(llama, first, p, 0)[0][0].score for p in prompts)
     middle = len(scores) // 2
-    probe = found.spec.probes[0].model_copy(
-        update={"threshold": (scores[middle - 1] + scores[middle]) / 2}
-    )
-    package = SteeringPackage(found.spec.model_copy(update={"probes": (probe,)}), found.tensors)
+    probe = first.spec.probes[0].replace(threshold=(scores[middle - 1] + scores[middle]) / 2)
+    package = SteeringPackage(first.spec.replace(probes=(probe,)), first.tensors)
     return package, [oracle(llama, package, p, NEW, eos=-1) for p in prompts]
 
 
 def attached(llama, package, tmp_path, graphs=()):
-    """A service with the plugin inside, warmed up as TGI does it."""
+    """A service with the plugin attached, warmed up as TGI does."""
     model = flash.FlashCausalLM(llama, graphs)
     service = flash.service(model)
     attach.attach(service, str(package.save(tmp_path / "guard.gguf")))
@@ -100,13 +89,12 @@ def attached(llama, package, tmp_path, graphs=()):
 
 
 def events(tmp_path):
-    lines = (tmp_path / "events.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
+    return helpers.json_lines((tmp_path / "events.jsonl").read_text())
 
 
 @pytest.fixture(scope="module", params=["head", "vector", "both"])
 def case(request, llama, prompts):
-    acts = {"head": [head(weight=LOW, eps=2.0)], "vector": [VECTOR]}
+    acts = {"head": [head(weight=LOW_RANK, eps=2.0)], "vector": [VECTOR]}
     acts["both"] = [*acts["head"], *acts["vector"]]
     package, want = made(llama, prompts, acts[request.param])
     fired = [v[0].fired for v, _ in want]
@@ -117,13 +105,13 @@ def case(request, llama, prompts):
 
 
 def without(package):
-    """The same with a rule that never holds."""
-    probe = package.spec.probes[0].model_copy(update={"threshold": 1e9})
-    return SteeringPackage(package.spec.model_copy(update={"probes": (probe,)}), package.tensors)
+    """The same package with a probe that never fires."""
+    probe = package.spec.probes[0].replace(threshold=1e9)
+    return SteeringPackage(package.spec.replace(probes=(probe,)), package.tensors)
 
 
 class Schedule:
-    """Draws what the next step does with which requests, in which order."""
+    """Draws which requests take part in the next step, in which order."""
 
     def __init__(self, draw, prompts, chunks, drafts):
         self.draw, self.chunks, self.drafts = draw, chunks, drafts
@@ -166,10 +154,11 @@ class Schedule:
         self.live = [r for r in self.live if r.id not in self.done]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("graphs", [(), (2, 8)], ids=["eager", "graphs"])
 @pytest.mark.parametrize("shape", ["whole", "chunks", "drafts"])
 def test_every_schedule_answers_as_the_oracle(case, llama, prompts, tmp_path, graphs, shape):
-    """Batches are joined, filtered and reordered at will; prompts come in parts."""
+    """Batches are merged, filtered and reordered at random; prompts may arrive in chunks."""
     package, want = case
     service = attached(llama, package, tmp_path, graphs)
 
@@ -192,9 +181,6 @@ def test_every_schedule_answers_as_the_oracle(case, llama, prompts, tmp_path, gr
     run()
 
 
-# ---------------------------------------------------------------- requests come and go
-
-
 def request(prompt, id=0):
     return flash.Request(id, list(prompt), list(range(1 + 64 * id, 64 * (id + 1))))
 
@@ -215,7 +201,7 @@ def test_requests_are_forgotten_with_their_batch(case, llama, prompts, tmp_path)
 
 
 def test_an_id_that_comes_again_is_a_new_request(case, llama, prompts, tmp_path):
-    """A router that was started anew counts from 0."""
+    """A restarted router counts from 0."""
     package, want = case
     service = attached(llama, package, tmp_path)
     for i in (0, 1, 0):
@@ -251,7 +237,7 @@ def test_the_router_s_own_check_is_not_judged(case, llama, tmp_path):
 
 def test_a_prompt_shorter_than_a_probe_looks_back_fires(llama, prompts, tmp_path):
     back = {"site": site("layer_input[2]"), "position": {"type": "prompt_end", "offset": -3}}
-    package, _ = made(llama, prompts, [head(weight=LOW)], [back])
+    package, _ = made(llama, prompts, [head(weight=LOW_RANK)], [back])
     service = attached(llama, package, tmp_path)
     flash.step(service.model, [whole(request([7, 8]))])
     told = events(tmp_path)[-1]
@@ -267,7 +253,7 @@ def test_a_lost_hook_stops_the_batch(case, llama, prompts, tmp_path):
 
 
 def test_a_head_that_is_not_passed_stops_the_batch(case, llama, prompts, tmp_path):
-    """Also where the package does nothing there."""
+    """This holds even if the package does not act at the head."""
     service = attached(llama, case[0], tmp_path)
     service.model.model.lm_head._forward_pre_hooks.clear()
     with pytest.raises(HookLost, match="depths"):
@@ -281,18 +267,21 @@ def test_the_model_may_not_run_behind_the_plugin(case, llama, prompts, tmp_path)
         service.model.model(*inputs, None)
 
 
+@pytest.mark.slow
 def test_every_rank_decides_as_the_first_one(llama, prompts, tmp_path):
     """Two ranks that round differently, on each side of the threshold."""
     readings = [reading("layer_input[2]")]
-    found = helpers.package(
-        hf_facts(llama), probes=[linear_probe(readings=readings)], interventions=[head(weight=LOW)]
+    first_package = helpers.package(
+        hf_facts(llama),
+        probes=[linear_probe(readings=readings)],
+        interventions=[head(weight=LOW_RANK)],
     )
-    own = oracle(llama, found, prompts[0], 0)[0][0].score
-    other = oracle(ranks.perturbed(helpers.tiny("llama")), found, prompts[0], 0)[0][0].score
+    own = oracle(llama, first_package, prompts[0], 0)[0][0].score
+    other = oracle(ranks.perturbed(helpers.tiny("llama")), first_package, prompts[0], 0)[0][0].score
     assert abs(own - other) > 1e-4
-    probe = found.spec.probes[0].model_copy(update={"threshold": (own + other) / 2})
-    spec = found.spec.model_copy(update={"probes": (probe,)})
-    SteeringPackage(spec, found.tensors).save(tmp_path / "guard.gguf")
+    probe = first_package.spec.probes[0].replace(threshold=(own + other) / 2)
+    spec = first_package.spec.replace(probes=(probe,))
+    SteeringPackage(spec, first_package.tensors).save(tmp_path / "guard.gguf")
     (tmp_path / "prompts.json").write_text(json.dumps(prompts))
     (tmp_path / "events.jsonl").touch()
     running = [
@@ -303,20 +292,17 @@ def test_every_rank_decides_as_the_first_one(llama, prompts, tmp_path):
         )
         for rank in (0, 1)
     ]
-    first, second = (json.loads(r.communicate(timeout=120)[0].splitlines()[-1]) for r in running)
+    first, second = (helpers.last_json(r.communicate(timeout=120)[0]) for r in running)
     assert first == second
     assert first[1][0] == (own > other)
     told = [e for e in events(tmp_path) if e["event"] == "verdict"]
     assert len(told) == len(prompts)  # the first rank alone tells
 
 
-# ---------------------------------------------------------------- refused at load
-
-
 def test_another_model_unless_its_difference_is_ignored(llama, prompts, tmp_path, monkeypatch):
-    package, _ = made(llama, prompts, [head(weight=LOW)], [reading("layer_input[1]")])
-    base = package.spec.base_model.model_copy(update={"model_type": "other"})
-    other = SteeringPackage(package.spec.model_copy(update={"base_model": base}), package.tensors)
+    package, _ = made(llama, prompts, [head(weight=LOW_RANK)], [reading("layer_input[1]")])
+    base = package.spec.base_model.replace(model_type="other")
+    other = SteeringPackage(package.spec.replace(base_model=base), package.tensors)
     with pytest.raises(ModelMismatch, match="model_type"):
         attached(llama, other, tmp_path)
     monkeypatch.setenv("STEERBRIDGE_IGNORE", "model_type")
@@ -326,8 +312,12 @@ def test_another_model_unless_its_difference_is_ignored(llama, prompts, tmp_path
 @pytest.mark.parametrize(
     ("acts", "readings", "reason"),
     [
-        ([head(weight=LOW)], [reading("layer_input[1]", MEAN)], "needs rows that a cached prefix"),
-        ([VECTOR], [reading("layer_input[1]")], "would stay in the cache of prefixes"),
+        (
+            [head(weight=LOW_RANK)],
+            [reading("layer_input[1]", MEAN)],
+            "needs rows that a cached prefix",
+        ),
+        ([VECTOR], [reading("layer_input[1]")], "would stay in the prefix cache"),
     ],
 )
 def test_cached_prefixes(llama, prompts, tmp_path, monkeypatch, acts, readings, reason):
@@ -338,9 +328,12 @@ def test_cached_prefixes(llama, prompts, tmp_path, monkeypatch, acts, readings, 
         attached(llama, package, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_head_guard_takes_cached_prefixes(llama, prompts, tmp_path, monkeypatch):
     monkeypatch.setenv("PREFIX_CACHING", "1")
-    package, want = made(llama, prompts, [head(weight=LOW, eps=2.0)], [reading("layer_input[2]")])
+    package, want = made(
+        llama, prompts, [head(weight=LOW_RANK, eps=2.0)], [reading("layer_input[2]")]
+    )
     service = attached(llama, package, tmp_path)
     for i, prompt in enumerate(prompts):
         first, again = request(prompt), request(prompt, 1 + i)
@@ -361,56 +354,3 @@ def test_other_classes_of_models(case, llama, tmp_path, name):
     service = SimpleNamespace(model=model)
     with pytest.raises(UnsupportedFeature, match=f"models of the class {name}"):
         attach.attach(service, str(case[0].save(tmp_path / "guard.gguf")))
-
-
-# ---------------------------------------------------------------- into the server
-
-
-SERVER = """
-class TextGenerationService:
-    def __init__(self, model, cache, urls):
-        self.made = (model, cache, urls)
-"""
-
-
-def test_the_service_is_caught_when_it_is_made(tmp_path):
-    """In a fresh interpreter whose environment says so, beside another sitecustomize."""
-    package = tmp_path / "text_generation_server"
-    package.mkdir()
-    (package / "__init__.py").touch()
-    (package / "server.py").write_text(SERVER)
-    (tmp_path / "sitecustomize.py").write_text("print('the other one')\n")
-    program = (
-        "import sys, types\n"
-        "stand_in = types.ModuleType('steerbridge_tgi.attach')\n"
-        "stand_in.attach = lambda service, package: print(service.made, package)\n"
-        "sys.modules['steerbridge_tgi.attach'] = stand_in\n"
-        "from text_generation_server import server\n"
-        "server.TextGenerationService(1, 2, urls=3)\n"
-    )
-    variables = environment(Path("guard.gguf"), {"PYTHONPATH": str(tmp_path)})
-
-    def run(extra):
-        done = subprocess.run(
-            [sys.executable, "-c", program],
-            env={"PATH": "", **extra},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        return done.stdout.splitlines()
-
-    assert run(variables) == ["the other one", "(1, 2, 3) guard.gguf"]
-    assert run({"PYTHONPATH": str(tmp_path)}) == ["the other one"]
-
-
-def test_a_service_without_its_package_is_not_made(case, llama, tmp_path, monkeypatch):
-    class Service:
-        def __init__(self, model, cache):
-            self.model, self.cache = model, cache
-
-    server = SimpleNamespace(TextGenerationService=Service)
-    hook.wrap(server)
-    monkeypatch.setenv("STEERBRIDGE_PACKAGE", str(tmp_path / "gone.gguf"))
-    with pytest.raises((FileNotFoundError, PackageError), match="gone"):
-        server.TextGenerationService(flash.FlashCausalLM(llama), None)

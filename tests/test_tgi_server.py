@@ -6,7 +6,6 @@ the stand-ins for kernels in tests/tgi/kernels.
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,8 +73,8 @@ def smollm2(tmp_path_factory, smollm2_path):
 
 @pytest.fixture(scope="module")
 def gpt2(tmp_path_factory, smollm2_path):
-    """A tiny random one, whose batches TGI can filter and concatenate with transformers 4.51 (those
-    of a Llama it cannot: it hands the model a list where a cache is expected)."""
+    """A tiny random GPT-2. With transformers 4.51 TGI can filter and concatenate its batches; for
+    a Llama it passes a list where the model expects a cache."""
     from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
     folder = tmp_path_factory.mktemp("tgi-gpt2")
@@ -101,24 +100,24 @@ def served(case: Guarded, folder, steer=True, **settings):
 
 
 def asked(case: Guarded, socket: Path, *scenarios: str) -> Any:
-    """What each scenario of tests/tgi/client.py brought."""
+    """The answers of each scenario of tests/tgi/client.py."""
     question = {"model": str(case.model), "prompts": case.texts, "new": NEW, "scenarios": scenarios}
     return tgi_shard.asked(CLIENT, [socket], question)
 
 
 def verdicts(log: Path) -> dict[int, bool]:
-    events = [json.loads(line) for line in log.read_text().splitlines()]
+    events = helpers.json_lines(log.read_text())
     assert events[0]["event"] == "active"
     return {e["request"]: bool(e["fired"]) for e in events if e["event"] == "verdict"}
 
 
-def check(case: Guarded, found: Any, log: Path, unsteered: Any = None) -> None:
-    """Only what fires is changed: verdicts, and the tokens of our HF adapter.
+def check(case: Guarded, answers: Any, log: Path, unsteered: Any = None) -> None:
+    """Only answers to prompts that fire are changed, to the tokens of our HF adapter.
 
     `unsteered`: the same scenarios of the server without us, where its arithmetic is another one.
     """
     judged = verdicts(log)
-    for name, got in found.items():
+    for name, got in answers.items():
         assert [judged[i] for i in got["requests"]] == case.harmful, name
         for i, tokens in enumerate(got["tokens"]):
             if unsteered is None:
@@ -130,25 +129,25 @@ def check(case: Guarded, found: Any, log: Path, unsteered: Any = None) -> None:
                 assert tokens != unsteered[name]["tokens"][i], (name, i)
                 # Parts of a prompt round differently in bfloat16, and the head makes much of it.
                 leading = 3 if name == "chunked" else NEW
-                assert tokens[:leading] == found["alone"]["tokens"][i][:leading], (name, i)
+                assert tokens[:leading] == answers["alone"]["tokens"][i][:leading], (name, i)
 
 
 def test_padded_batches(smollm2, tmp_path):
-    """`CausalLM`: the server that runs where there is no GPU."""
+    """`CausalLM`: the server's class for machines without a GPU."""
     with served(smollm2, tmp_path) as (socket, log):
-        found = asked(smollm2, socket, "alone", "batched")
-        check(smollm2, found, log)
+        answers = asked(smollm2, socket, "alone", "batched")
+        check(smollm2, answers, log)
 
 
 def test_joined_and_filtered_batches(gpt2, tmp_path):
     with served(gpt2, tmp_path) as (socket, log):
-        found = asked(gpt2, socket, "alone", "batched", "filtered", "concatenated")
-        check(gpt2, found, log)
+        answers = asked(gpt2, socket, "alone", "batched", "filtered", "concatenated")
+        check(gpt2, answers, log)
 
 
 @pytest.mark.parametrize("speculate", ["0", "2"])
 def test_flash_batches(smollm2, tmp_path, speculate):
-    """The server's own `FlashCausalLM`, in bfloat16: compared with itself without us."""
+    """The server's own `FlashCausalLM`, in bfloat16, compared with the unsteered server."""
     settings = {"ATTENTION": "flashdecoding-ipex", "PREFILL_CHUNKING": "1", **flash_path()}
     settings["options"] = ["--speculate", speculate] if speculate != "0" else []
     names = ["alone", "batched", "filtered", "concatenated"]

@@ -9,11 +9,12 @@ import contextlib
 import json
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
+
+from helpers import CLI, last_json
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 PYTHON: Final = os.environ.get("STEERBRIDGE_TGI_PYTHON", "")
@@ -39,15 +40,15 @@ def exported(model, folder) -> Path:
     inner.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     path = folder / "config.json"
-    found = json.loads(path.read_text())
-    if rope := found.pop("rope_parameters", None):
-        found |= {"rope_theta": rope["rope_theta"], "rope_scaling": None}
-    found["torch_dtype"] = found.pop("dtype")
-    path.write_text(json.dumps(found))
+    settings = json.loads(path.read_text())
+    if rope := settings.pop("rope_parameters", None):
+        settings |= {"rope_theta": rope["rope_theta"], "rope_scaling": None}
+    settings["torch_dtype"] = settings.pop("dtype")
+    path.write_text(json.dumps(settings))
     path = folder / "tokenizer_config.json"
-    found = json.loads(path.read_text())
-    found["tokenizer_class"] = "PreTrainedTokenizerFast"
-    path.write_text(json.dumps({k: v for k, v in found.items() if k not in ("backend",)}))
+    settings = json.loads(path.read_text())
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    path.write_text(json.dumps({k: v for k, v in settings.items() if k not in ("backend",)}))
     return folder
 
 
@@ -61,7 +62,7 @@ def shard(
         RuntimeError: it did not start; with what it printed.
     """
     name, log, output = folder / "shard", folder / "events.jsonl", folder / "output.txt"
-    run = [sys.executable, "-m", "steerbridge.cli", "run", "--log", str(log), "--package"]
+    run = [*CLI, "run", "--log", str(log), "--package"]
     before = [*run, str(guard), "--"] if guard else []
     program = str(Path(PYTHON).parent / "text-generation-server")
     command = [*before, program, "serve", str(model), "--uds-path", str(name), *options]
@@ -91,4 +92,4 @@ def asked(script: Path, sockets: Sequence[Path], question: dict[str, Any]) -> An
     )
     if done.returncode:
         raise RuntimeError(done.stderr[-3000:])
-    return json.loads(done.stdout.splitlines()[-1])
+    return last_json(done.stdout)

@@ -162,17 +162,17 @@ def pictures(family: str, seeds: list[int]) -> dict[str, torch.Tensor]:
 
 def rows_per_image(model: Any, family: str) -> int:
     """How many image tokens one image of `pictures` takes in a prompt."""
-    found = model.get_image_features(**pictures(family, [0]))
-    found = getattr(found, "pooler_output", found)
-    parts = found if isinstance(found, list | tuple) else [found]
+    features = model.get_image_features(**pictures(family, [0]))
+    features = getattr(features, "pooler_output", features)
+    parts = features if isinstance(features, list | tuple) else [features]
     return sum(part.numel() // part.shape[-1] for part in parts)
 
 
 def inputs(family: str, ids: torch.Tensor, seeds: list[int]) -> dict[str, torch.Tensor]:
     """What the model needs beside ids [B, T] and mask: pixels, and types of tokens."""
-    found = pictures(family, seeds) if seeds else {}
+    extra = pictures(family, seeds) if seeds else {}
     if family.startswith("qwen"):
-        found["mm_token_type_ids"] = (ids == IMAGE).int()
+        extra["mm_token_type_ids"] = (ids == IMAGE).int()
     if family == "gemma3":
-        found["token_type_ids"] = (ids == IMAGE).long()
-    return found
+        extra["token_type_ids"] = (ids == IMAGE).long()
+    return extra

@@ -298,8 +298,8 @@ def expected(package: SteeringPackage, states: Any, prompt: int, images: slice) 
         )
         for p in spec.probes
     }
-    found = reference.verdicts(package, inputs)
-    acting = reference.actions(spec, found)
+    verdicts = reference.verdicts(package, inputs)
+    acting = reference.actions(spec, verdicts)
     out = {depth: h.astype(np.float64) for depth, h in states.items()}
     named = {spec.depth(s): s for x in spec.interventions for s in sites(x)}
     for depth, site in named.items():
@@ -310,7 +310,7 @@ def expected(package: SteeringPackage, states: Any, prompt: int, images: slice) 
         out[depth][prompt - 1 :] = reference.steer(
             acting, package.tensors, site, out[depth][prompt - 1 :]
         )
-    return found, out
+    return verdicts, out
 
 
 def write_golden(path: Path, package: SteeringPackage, requests: int = 6) -> None:
@@ -334,12 +334,12 @@ def write_golden(path: Path, package: SteeringPackage, requests: int = 6) -> Non
         first = int(RNG.integers(0, prompt))
         images = slice(first, first if i == 2 else int(RNG.integers(first, prompt)))
         states = hidden(d, prompt + generated, poison=i == 3)
-        found, out = expected(package, states, prompt, images)
-        by_id = {v.probe: v for v in found}
+        verdicts, out = expected(package, states, prompt, images)
+        by_id = {v.probe: v for v in verdicts}
         data += struct.pack("<4i", prompt + generated, prompt, images.start, images.stop)
         for depth in depths:
             data += states[depth].tobytes() + out[depth].astype(np.float32).tobytes()
-        for v in found:
+        for v in verdicts:
             data += struct.pack("<di", v.score, v.fired)
         for r in spec.rules:
             holds = reference.holds(r, by_id)
@@ -379,7 +379,7 @@ PACKAGES = [head_guard, layer_guard, image_guard, always, scored]
 
 def main(out: Path) -> None:
     (out / "seeds").mkdir(parents=True, exist_ok=True)
-    found: set[str] = set()
+    known: set[str] = set()
     for make in PACKAGES:
         for d, dtype in ((37, "F32"), (64, "F16"), (5, "BF16")):
             package = make(d, dtype)
@@ -388,8 +388,8 @@ def main(out: Path) -> None:
             write_golden(out / f"{name}.golden", package)
         seed = make(2, "F32")
         write_seed(out / "seeds" / f"{make.__name__}.gguf", seed)
-        found |= words(seed.spec.model_dump(mode="json", exclude_unset=True))
-    tokens = {f'"{w}"' for w in found if w.isascii()} | {"null", "true", "1e999", "-0", "\\u0000"}
+        known |= words(seed.spec.model_dump(mode="json", exclude_unset=True))
+    tokens = {f'"{w}"' for w in known if w.isascii()} | {"null", "true", "1e999", "-0", "\\u0000"}
     escaped = (t.replace("\\", "\\\\").replace('"', '\\"') for t in sorted(tokens))
     (out / "json.dict").write_text("".join(f'"{t}"\n' for t in escaped))
 

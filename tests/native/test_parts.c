@@ -169,16 +169,16 @@ static void refuses(const char *bytes, size_t size, const char *from, const char
     char error[256] = "";
     size_t length = strlen(from);
     char *copy = malloc(size);
-    bool found = false;
+    bool inside = false;
     CHECK(copy != NULL && length == strlen(to));
     memcpy(copy, bytes, size);
-    for (size_t at = 0; at + length <= size && !found; at++) {
-        found = memcmp(copy + at, from, length) == 0;
-        if (found) {
+    for (size_t at = 0; at + length <= size && !inside; at++) {
+        inside = memcmp(copy + at, from, length) == 0;
+        if (inside) {
             memcpy(copy + at, to, length);
         }
     }
-    CHECK(found);
+    CHECK(inside);
     steerhook_package *package = steerhook_package_parse(copy, size, error, sizeof error);
     if (package != NULL || strstr(error, want) == NULL) {
         fprintf(stderr, "%s -> %s: '%s' lacks '%s'\n", from, to, error, want);

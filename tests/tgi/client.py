@@ -203,15 +203,15 @@ def main() -> None:
     asked = json.load(sys.stdin)
     client = Client(sys.argv[1], asked["model"], asked["prompts"], asked["new"])
     client.warm_up()
-    found: dict[str, Any] = {}
+    answers: dict[str, Any] = {}
     for name in asked["scenarios"]:
         ids = SCENARIOS[name](client)
-        found[name] = {"requests": ids, "tokens": client.answers(ids)}
+        answers[name] = {"requests": ids, "tokens": client.answers(ids)}
     health = client._request(2**64 - 1, "liveness", 1)
     health.blocks.append(0)
     health.slots.extend(range(4))
     client.stub.Prefill(pb.PrefillRequest(batch=client._batch(2**64 - 1, [health])))
-    print(json.dumps(found))
+    print(json.dumps(answers))
 
 
 if __name__ == "__main__":

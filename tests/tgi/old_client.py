@@ -12,28 +12,28 @@ from text_generation.types import Message
 
 url, asked = sys.argv[1], json.load(sys.stdin)
 client = Client(url, timeout=120)
-found = {"generate": [], "stream": [], "chat": [], "chat_stream": []}
+answers = {"generate": [], "stream": [], "chat": [], "chat_stream": []}
 for prompt in asked["prompts"]:
     answer = client.generate(prompt, max_new_tokens=asked["new"])
-    found["generate"].append([answer.generated_text, [t.id for t in answer.details.tokens]])
+    answers["generate"].append([answer.generated_text, [t.id for t in answer.details.tokens]])
     events = list(client.generate_stream(prompt, max_new_tokens=asked["new"]))
-    found["stream"].append([events[-1].generated_text, [e.token.id for e in events]])
+    answers["stream"].append([events[-1].generated_text, [e.token.id for e in events]])
 for chat in asked["chats"]:
     options = {
         "messages": [Message(role="user", content=chat)],
         "max_tokens": asked["new"],
         "temperature": 0.0,
     }
-    found["chat"].append(client.chat(**options).choices[0].message.content)
+    answers["chat"].append(client.chat(**options).choices[0].message.content)
     text = ""
     try:
         for chunk in client.chat(**options, stream=True):
             text += chunk.choices[0].delta.content or ""
     except json.JSONDecodeError:
         pass  # it takes the end of a stream, `[DONE]`, for a chunk: TGI's own too
-    found["chat_stream"].append(text)
+    answers["chat_stream"].append(text)
 try:
     client.generate("x", max_new_tokens=100_000)
 except ValidationError as error:
-    found["error"] = str(error)
-print(json.dumps(found))
+    answers["error"] = str(error)
+print(json.dumps(answers))

@@ -42,8 +42,10 @@ def main() -> None:
         slots = list(range(1 + 64 * i, 64 * (i + 1)))
         work.append(flash.Work(flash.Request(i, prompt, slots), len(prompt)))
     flash.step(model, work)
-    found = [gates._requests[i].outcome for i in range(len(prompts))]
-    print(json.dumps([[v.score for o in found for v in o.verdicts], [o.fired for o in found]]))
+    outcomes = [gates._requests[i].outcome for i in range(len(prompts))]
+    print(
+        json.dumps([[v.score for o in outcomes for v in o.verdicts], [o.fired for o in outcomes]])
+    )
     dist.destroy_process_group()
 
 

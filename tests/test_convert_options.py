@@ -1,0 +1,55 @@
+"""Options that the files leave open, base models, unknown formats and files."""
+
+from __future__ import annotations
+
+import pytest
+
+from helpers import package
+from steerbridge.errors import (
+    InvalidOption,
+    MissingOption,
+    NotRepresentable,
+    PackageError,
+    UnknownFormat,
+)
+from steerbridge.fingerprint import ModelFacts
+from steerbridge_convert import convert
+
+
+def test_missing_and_invalid_options(tmp_path, artifact_paths, tiny_weights):
+    with pytest.raises(MissingOption, match="strength is not in the files"):
+        convert(artifact_paths["repeng"], tmp_path / "a", base=tiny_weights)
+    with pytest.raises(MissingOption, match=r"base is not in the files .* give --base "):
+        convert(artifact_paths["repeng"], tmp_path / "a", answers={"strength": "1"})
+    with pytest.raises(MissingOption, match=r"eps is not in the files .* give --set eps="):
+        convert(artifact_paths["autosteer"], tmp_path / "a", base=tiny_weights)
+    with pytest.raises(InvalidOption, match="found 'one'"):
+        convert(
+            artifact_paths["repeng"], tmp_path / "a", answers={"strength": "one"}, base=tiny_weights
+        )
+    with pytest.raises(InvalidOption, match="polarity: unknown; known options: strength"):
+        convert(
+            artifact_paths["repeng"], tmp_path / "a", answers={"polarity": "up"}, base=tiny_weights
+        )
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_file_for_another_model_is_refused(tmp_path, artifact_paths):
+    other = package(ModelFacts("qwen2", 16, 4, 64, name="other")).save(tmp_path / "base.gguf")
+    with pytest.raises(NotRepresentable, match="not made for other: model_type"):
+        convert(artifact_paths["repeng"], tmp_path / "a", answers={"strength": "1"}, base=other)
+    narrow = package(ModelFacts("llama", 8, 4, 64, name="narrow")).save(tmp_path / "n.gguf")
+    with pytest.raises(NotRepresentable, match="width 8"):
+        convert(artifact_paths["repeng"], tmp_path / "a", answers={"strength": "1"}, base=narrow)
+
+
+def test_unknown_formats_and_files(tmp_path, artifact_paths):
+    with pytest.raises(UnknownFormat, match="no format is called 'x'"):
+        convert(artifact_paths["repeng"], tmp_path / "a", to="x")
+    with pytest.raises(FileNotFoundError):
+        convert(tmp_path / "none", tmp_path / "a")
+    (tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(UnknownFormat, match="no known format matches"):
+        convert(tmp_path / "notes.txt", tmp_path / "a")
+    with pytest.raises(PackageError, match="exists and is not a"):
+        convert(artifact_paths["steerbridge"], tmp_path / "notes.txt", to="steerbridge-gguf")

@@ -1,0 +1,52 @@
+"""What the HF adapter refuses."""
+
+from __future__ import annotations
+
+import pytest
+
+import helpers
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+from steerbridge.errors import (  # noqa: E402
+    ModelMismatch,
+    RowMappingLost,
+    UnsupportedFeature,
+)
+from steerbridge_hf import steer  # noqa: E402
+from steerbridge_hf.sites import facts  # noqa: E402
+from tiny_requests import generate  # noqa: E402
+
+pytestmark = [pytest.mark.hf, pytest.mark.usefixtures("no_grad")]
+
+
+def test_refusals(tiny_llama):
+    package = helpers.package(facts(tiny_llama))
+    with steer(tiny_llama, package):
+        with pytest.raises(UnsupportedFeature, match="already"):
+            steer(tiny_llama, package)
+        with pytest.raises(UnsupportedFeature, match="guidance_scale"):
+            generate(tiny_llama, guidance_scale=2.0)
+        with pytest.raises(UnsupportedFeature, match="continuous batching"):
+            tiny_llama.generate_batch([[1, 2]])
+        with pytest.raises(RowMappingLost, match="padding only"):
+            generate(
+                tiny_llama,
+                {
+                    "input_ids": torch.ones(1, 2, dtype=torch.long),
+                    "attention_mask": torch.zeros(1, 2, dtype=torch.long),
+                },
+            )
+        with pytest.raises(RowMappingLost, match="outside a forward pass"):
+            tiny_llama.model(torch.tensor([[1, 2]]))
+    with pytest.raises(ModelMismatch, match="num_layers"):
+        steer(helpers.tiny(num_hidden_layers=3), package)
+    with pytest.raises(UnsupportedFeature, match="not a generating model"):
+        steer(tiny_llama.model, package)
+
+
+def test_a_prompt_too_short_for_its_reading_stops(tiny_llama):
+    reading = helpers.reading("layer_input[2]", {"type": "prompt_end", "offset": -2})
+    package = helpers.package(facts(tiny_llama), probes=[helpers.linear_probe(readings=[reading])])
+    with steer(tiny_llama, package), pytest.raises(RowMappingLost, match="too short"):
+        generate(tiny_llama)

@@ -1,0 +1,101 @@
+"""Which programs `steerbridge run` accepts and which it refuses."""
+
+from __future__ import annotations
+
+import struct
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("elftools", reason="needs the extra `run`")
+from helpers import compiled
+from steerbridge.errors import UnsupportedFeature
+from steerbridge_run import preload, programs
+
+
+def test_dynamic_programs_and_scripts_are_taken(tmp_path):
+    program = programs.inspect(sys.executable)
+    assert program.interpreter is None
+    assert not program.names_llama
+    script = tmp_path / "app"
+    script.write_text(f"#!/usr/bin/env {Path(sys.executable).name}\nprint(1)\n")
+    script.chmod(0o755)
+    program = programs.inspect(str(script))
+    assert program.path == script
+    assert program.interpreter is not None
+    assert any(name.startswith("libc.") for name in program.runs.libraries)
+
+
+@pytest.mark.native
+@pytest.mark.parametrize(
+    ("source", "options", "reason"),
+    [
+        ("int main(void) { return 0; }", ["-static"], "statically"),
+        ("int llama_decode(void) { return 0; } int main(void) { return 0; }", [], "into it"),
+        (
+            'const char *name = "llama_model_loader: %s"; int main(void) { return name[0] == 0; }',
+            ["-s"],
+            "into it",
+        ),
+    ],
+)
+def test_programs_that_no_preload_reaches_are_refused(tmp_path, source, options, reason):
+    path = compiled(tmp_path, source, *options)
+    with pytest.raises(UnsupportedFeature, match=reason):
+        programs.inspect(str(path))
+
+
+@pytest.mark.native
+def test_programs_with_privileges_are_refused(tmp_path):
+    path = compiled(tmp_path, "int main(void) { return 0; }")
+    programs.inspect(str(path))
+    path.chmod(0o4755)
+    with pytest.raises(UnsupportedFeature, match="privileges"):
+        programs.inspect(str(path))
+    with pytest.raises(FileNotFoundError):
+        programs.inspect("no-such-program-here")
+
+
+def mach_o(path, *libraries, tail=b""):
+    """A file with the header of a macOS program."""
+    commands = []
+    for name in libraries:
+        text = name.encode() + b"\0" * (8 - len(name) % 8)
+        # LC_LOAD_DYLIB; size; where the name is; time and versions of the library
+        commands.append(struct.pack("<6I", 0xC, 24 + len(text), 24, 0, 0, 0) + text)
+    body = b"".join(commands)
+    # magic, arm64, any of them, a program, load commands, flags
+    header = struct.pack("<8I", 0xFEEDFACF, 0x0100000C, 0, 2, len(commands), len(body), 0, 0)
+    path.write_bytes(header + body + tail)
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_programs_of_macos(tmp_path):
+    """The macOS preload is compiled but never run (docs/run.md); only the checks are tested."""
+    linked = mach_o(tmp_path / "linked", "/usr/lib/libSystem.B.dylib", "@rpath/libllama.dylib")
+    program = programs.inspect(linked, "darwin")
+    assert program.names_llama
+    assert len(program.libraries) == 2
+    with pytest.raises(UnsupportedFeature, match="linked into it"):
+        programs.inspect(mach_o(tmp_path / "whole", tail=b"llama_model_loader"), "darwin")
+    (tmp_path / "text").write_text("no program, and long enough to look at")
+    (tmp_path / "text").chmod(0o755)
+    with pytest.raises(UnsupportedFeature, match="neither a program nor a script"):
+        programs.inspect(str(tmp_path / "text"), "darwin")
+    script = tmp_path / "app"
+    script.write_text("#!/usr/bin/env python3\n")
+    script.chmod(0o755)
+    with pytest.raises(UnsupportedFeature, match="belongs to macOS"):
+        programs.inspect(str(script), "darwin")
+
+
+def test_models_on_the_command_line_are_found(tmp_path):
+    one, two = tmp_path / "a.gguf", tmp_path / "b.gguf"
+    one.touch()
+    two.touch()
+    command = ["llama-server", "--model", str(one), f"-md={two}", "-m"]
+    assert preload.named_models(command, {}) == preload.Models(one, (two,))
+    assert preload.named_models(["x", "-m", "gone.gguf"], {}).main is None
+    assert preload.named_models(["x"], {"LLAMA_ARG_MODEL": str(two)}).main == two

@@ -1,0 +1,31 @@
+"""Logits of the tiny random model, with and without a package."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from steerbridge.package import SteeringPackage
+from steerbridge_hf import steer
+
+TOKENS = torch.tensor([[5, 9, 13, 21, 8]])
+
+
+@torch.no_grad()
+def logits(model: Any, package: SteeringPackage | None = None) -> torch.Tensor:
+    """Logits of every token of `TOKENS`."""
+    if package is None:
+        return model(TOKENS).logits[0]
+    with steer(model, package, ignore=("model_type",)):
+        return model(TOKENS).logits[0]
+
+
+@torch.no_grad()
+def head_inputs(model: Any) -> torch.Tensor:
+    """Hidden states of `TOKENS` before the output embedding."""
+    return model.model(TOKENS).last_hidden_state[0]
+
+
+def assert_alike(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:
+    assert (actual - expected).abs().max() <= tolerance * expected.abs().max()
