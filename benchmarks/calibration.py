@@ -1,9 +1,9 @@
 """`make bench-calibration`: does a target false-positive rate hold on unseen harmless prompts?
 
-The guard of `make bench-safety` is calibrated by `steerbridge calibrate` to 1 % on half of the
-harmless prompts that it was not trained on, in transformers (F32) and in llama.cpp (Q4_1), and
-measured on the other half, in the same runtime. `interval` is Wilson's 95 % interval of the
-measured rate; `inside` whether the target lies in it.
+`steerbridge calibrate` calibrates the guard of `make bench-safety` to 1 % on half of the harmless
+prompts that it was not trained on, in transformers (F32) and in llama.cpp (Q4_1). The rate is
+then measured on the other half, in the same runtime. `interval` is Wilson's 95 % interval of the
+measured rate, `inside` is true if the target lies in it.
 """
 
 from __future__ import annotations
@@ -17,36 +17,34 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
+import guards
 from common import CACHE, ROOT, arguments, finish, open_smollm2, share, splits
-from steerbridge import calibration, data, reference
-from steerbridge.cli.common import smollm2
-from steerbridge.data import Example
+from steerbridge import Example, SteeringPackage, calibration, load, reference, smollm2
+from steerbridge.data import folds
 from steerbridge.evaluation.measure import wilson
-from steerbridge.package import SteeringPackage, load
 
 TARGET = 0.01
 
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--package", type=Path, default=CACHE / "smollm2-guard.gguf")
+    guards.add_option(parser, default="safety")
     options = parser.parse_args()
-    if not options.package.exists():
-        sys.exit(f"no package at {options.package}: run make bench-safety first")
+    guard = guards.chosen(options)
     _, test, public = splits(options.data)
     # One kind: each kind has a threshold of its own, and the strictest one decides.
     known = [Example(e.text, e.harmful, "unseen", e.pair) for e in test if e.kind != "borderline"]
-    fold = np.asarray(data.folds(known, 2, seed=7))
+    fold = np.asarray(folds(known, 2, seed=7))
     fitted, unseen = ([e for e, f in zip(known, fold, strict=True) if f == k] for k in (0, 1))
     folder = CACHE / "calibration"
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "prompts.jsonl"
     lines = [json.dumps({"prompt": e.text, "harmful": e.harmful, "kind": e.kind}) for e in fitted]
     file.write_text("\n".join(lines), "utf-8")
-    result: dict[str, Any] = {"target": TARGET, "public_data": public}
+    result: dict[str, Any] = {"guard": str(guard), "target": TARGET, "public_data": public}
     for runtime in ("hf", "llama.cpp"):
         out = folder / f"{runtime}.gguf"
-        calibrated(options.package, runtime, file, out)
+        calibrated(guard.path, runtime, file, out)
         model = opened(runtime)
         package = load(out).calibrated(runtime, model.quantisation)
         result[f"{runtime} {model.quantisation}"] = measured(model, package, unseen)

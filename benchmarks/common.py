@@ -8,14 +8,13 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from steerbridge import data
-from steerbridge.cli.common import smollm2
-from steerbridge.data import Example
+from ratios import Times, alternate
+from steerbridge import Example, Progress, SteeringPackage, corpus_examples, read_examples, smollm2
 from steerbridge.low_rank import low_rank as truncated
-from steerbridge.package import SteeringPackage
 from steerbridge.spec import DenseMatrix, LowRankMatrix
 from steerbridge.tensors import Tensor
 
@@ -41,14 +40,14 @@ def splits(folder: Path) -> tuple[list[Example], list[Example], bool]:
 
     Test kinds: `pair` (harmful and harmless), `general` and `borderline`, none trained on.
     """
-    train = data.from_corpus("train") + data.from_corpus("validation")
-    held = data.from_corpus("test")
+    train = corpus_examples("train") + corpus_examples("validation")
+    held = corpus_examples("test")
     borderline = [e for e in held if e.kind == "borderline"]
     if not (folder / "vlsafe_pairs.jsonl").is_file():
         return train, held, False
-    pairs = data.read_jsonl(folder / "vlsafe_pairs.jsonl")
-    general = data.read_jsonl(folder / "benign_general.jsonl")
-    arena = data.read_jsonl(folder / "benign_arena.jsonl")
+    pairs = read_examples(folder / "vlsafe_pairs.jsonl")
+    general = read_examples(folder / "benign_general.jsonl")
+    arena = read_examples(folder / "benign_arena.jsonl")
     half = len(general) // 2
     return (
         [*pairs[:4000], *general[:half], *arena[:350], *train],
@@ -94,20 +93,20 @@ def resident(pid: int) -> int:
 
 
 def share(values: Iterable[bool]) -> float:
-    found = list(values)
-    return round(sum(found) / len(found), 4)
+    flags = list(values)
+    return round(sum(flags) / len(flags), 4)
 
 
 def with_threshold(package: SteeringPackage, threshold: float) -> SteeringPackage:
     """The package whose every probe has this threshold."""
-    probes = tuple(p.model_copy(update={"threshold": threshold}) for p in package.spec.probes)
-    return SteeringPackage(package.spec.model_copy(update={"probes": probes}), package.tensors)
+    return package.replace(
+        probes=tuple(p.replace(threshold=threshold) for p in package.spec.probes)
+    )
 
 
 def with_act(package: SteeringPackage, act: Any, tensors: Mapping[str, Tensor]) -> SteeringPackage:
     """The package with this intervention, of the same id, in the place of its own."""
-    spec = package.spec.model_copy(update={"interventions": (act,)})
-    return SteeringPackage(spec, {**package.tensors, **tensors})
+    return package.replace(interventions=(act,), tensors={**package.tensors, **tensors})
 
 
 def low_rank(package: SteeringPackage, rank: int) -> SteeringPackage:
@@ -116,36 +115,34 @@ def low_rank(package: SteeringPackage, rank: int) -> SteeringPackage:
     if not isinstance(head.weight, DenseMatrix):
         return package
     cut = truncated(package.tensors[head.weight.matrix].float32(), rank)
-    act = head.model_copy(update={"weight": LowRankMatrix(form="low_rank", u="u", v="v")})
+    act = head.replace(weight=LowRankMatrix(form="low_rank", u="u", v="v"))
     return with_act(package, act, {"u": Tensor.of(cut.u), "v": Tensor.of(cut.v)})
 
 
-def alternate(round: int, runs: Mapping[str, Callable[[], float]]) -> dict[str, float]:
-    """Seconds of each run: the fastest of three, the runs taking turns in who goes first."""
-    names = list(runs)
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for k in range(3):
-        turn = (round + k) % len(names)
-        for name in names[turn:] + names[:turn]:
-            times[name].append(runs[name]())
-    return {name: min(found) for name, found in times.items()}
+def generation_times(
+    round: int, runs: Mapping[str, Callable[[int], float]], new: int
+) -> tuple[Times, Times]:
+    """Seconds that each run takes to the first of `new` tokens, and for the tokens after it."""
+    first = alternate(round, {name: partial(run, 1) for name, run in runs.items()})
+    whole = alternate(round, {name: partial(run, new) for name, run in runs.items()})
+    return first, {name: whole[name] - first[name] for name in runs}
 
 
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def progress() -> Callable[[str, int, int], None]:
-    """Says what is done, at most every 20 seconds a task and when it is complete."""
+def progress() -> Progress:
+    """Says how far each step is: at most every 20 seconds, and when it is complete."""
     shown: dict[str, float] = {}
     start = time.monotonic()
 
-    def tell(what: str, done: int, total: int) -> None:
-        if time.monotonic() - shown.get(what, 0) > 20 or done == total:
-            shown[what] = time.monotonic()
-            say(f"{time.monotonic() - start:6.0f} s  {what} {done}/{total or '?'}")
+    def show(step: str, done: int, total: int) -> None:
+        if time.monotonic() - shown.get(step, 0) > 20 or done == total:
+            shown[step] = time.monotonic()
+            say(f"{time.monotonic() - start:6.0f} s  {step} {done}/{total or '?'}")
 
-    return tell
+    return show
 
 
 def finish(result: dict[str, Any]) -> None:

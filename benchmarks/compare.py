@@ -1,4 +1,4 @@
-"""What both parts of `make parity` share: variants of a guard, answers of two runtimes compared."""
+"""What both parts of `make parity` share: variants of a guard, and how answers are compared."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from typing import Any
 import numpy as np
 
 from common import low_rank, share, with_act, with_threshold
-from steerbridge.data import Example, from_corpus
-from steerbridge.package import SteeringPackage
-from steerbridge.runtime import Generation
+from steerbridge import Example, Generation, SteeringPackage, corpus_examples
 from steerbridge.spec import AddVector, LayerOutput, ProjectOut, Target
 from steerbridge.tensors import Tensor
 from steerbridge.training.states import all_readings
@@ -58,7 +56,7 @@ def mean_difference(hf: Any, layer: int) -> Any:
         for r in all_readings(hf.facts.num_layers)
         if str(r) == f"layer_input[{layer}] @ prompt_end"
     )
-    examples = [e for e in from_corpus("train") if e.kind == "pair"][:200]
+    examples = [e for e in corpus_examples("train") if e.kind == "pair"][:200]
     states = np.empty((len(examples), 1, hf.facts.hidden_size), np.float32)
     hf.capture(examples, [reading], states)
     harmful = np.array([e.harmful for e in examples])
@@ -70,7 +68,7 @@ def compared(
 ) -> dict[str, Any]:
     """Shares over all variants, and the share of equal tokens of each."""
     pairs = {name: list(zip(want[name], got[name], strict=True)) for name in want}
-    every = [pair for found in pairs.values() for pair in found]
+    every = [pair for answers in pairs.values() for pair in answers]
     scores = [[a.outcome.verdicts[0].score for a in pair if a.outcome] for pair in every]
     differences = np.abs(np.diff(np.array(scores), axis=1))
     return {
@@ -79,7 +77,7 @@ def compared(
         "verdicts_equal": share(fired(a) == fired(b) for a, b in every),
         "tokens_equal": share(a.tokens == b.tokens for a, b in every),
         "tokens_equal_by_intervention": {
-            name: share(a.tokens == b.tokens for a, b in found) for name, found in pairs.items()
+            name: share(a.tokens == b.tokens for a, b in answers) for name, answers in pairs.items()
         },
         "leading_tokens_equal": round(float(np.mean([leading(a, b) for a, b in every])), 4),
     }

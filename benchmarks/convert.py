@@ -1,11 +1,11 @@
-"""`make bench-convert`: every pair of formats, and what a large head costs to convert.
+"""`make bench-convert`: every pair of formats, and the cost of converting a large head.
 
-`pairs` has an entry for each ordered pair: `ok`, `lossy` or `impossible` with the reason in words;
-`roundtrip_exact` lists the formats that gave back every bit of what they promise to. Throughput is
-that of a package directory with a dense 3584 x 3584 head (F32) becoming one GGUF file, against
-copying the same bytes, interleaved; `peak_memory_ratio` the same conversion of a 16384 x 16384
-head in a process of its own: its peak resident memory, mapped pages included, above what it had
-before, as a multiple of the tensor.
+`pairs` has an entry for each ordered pair: `ok`, `lossy` or `impossible`, with the reason;
+`roundtrip_exact` lists the formats whose round trip was bit-identical. Throughput: a package
+directory with a dense 3584 x 3584 head (F32) is converted to one GGUF file, relative to copying the
+same bytes, interleaved. `peak_memory_ratio`: the same conversion of a 16384 x 16384 head in a
+separate process; the increase of its peak resident memory, mapped pages included, as a multiple of
+the tensor size.
 """
 
 from __future__ import annotations
@@ -20,16 +20,15 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 import artifacts
 import helpers
+import ratios
 from common import arguments, finish, say
 from steerbridge.errors import NotRepresentable, WouldLose
 from steerbridge.fingerprint import ModelFacts
-from steerbridge.formats import formats
+from steerbridge.format import formats
 from steerbridge.package import load
 from steerbridge_convert import convert
 from steerbridge_hf.sites import facts
@@ -50,14 +49,14 @@ def main() -> None:
         root = Path(folder)
         pairs, exact = matrix(root)
         say(f"pairs: {dict(Counter(p['status'] for p in pairs.values()))}")
-        ratio = throughput(root)
-        say(f"throughput ratio {ratio}")
+        speed = throughput(root)
+        say(f"throughput ratio {speed['throughput_ratio']}")
         memory = peak_ratio(root)
     finish(
         {
             "pairs": pairs,
             "roundtrip_exact": exact,
-            "throughput_ratio": ratio,
+            **speed,
             "peak_memory_ratio": memory,
         }
     )
@@ -67,29 +66,29 @@ def main() -> None:
 
 
 def matrix(root: Path) -> tuple[dict[str, Any], list[str]]:
-    """The end of each conversion, and which formats give back every bit."""
+    """The result of each conversion, and the formats whose round trip is bit-identical."""
     model = helpers.tiny()
     weights = root / "model"
     model.save_pretrained(weights)
     names = sorted(formats())
-    made = {n: artifacts.written(n, root / "artifacts", weights, facts(model)) for n in names}
+    paths = {n: artifacts.written(n, root / "artifacts", weights, facts(model)) for n in names}
     pairs = {
-        f"{a} -> {b}": ended(made[a], a, b, root / "pairs", weights)
+        f"{a} -> {b}": result(paths[a], a, b, root / "pairs", weights)
         for a in names
         for b in names
         if a != b
     }
-    exact = [n for n in names if formats()[n].exact and comes_back(made[n], n, root, weights)]
+    exact = [n for n in names if formats()[n].exact and comes_back(paths[n], n, root, weights)]
     return pairs, exact
 
 
-def ended(source: Path, before: str, after: str, folder: Path, weights: Path) -> dict[str, str]:
+def result(source: Path, before: str, after: str, folder: Path, weights: Path) -> dict[str, str]:
     sample = artifacts.SAMPLES[after]
     target = folder / f"{before}.{after}" / f"{sample.name}{sample.suffix}"
     options: dict[str, Any] = {
         "to": after,
         "source_format": before,
-        "answers": artifacts.asked(before, after),
+        "answers": artifacts.answers_between(before, after),
         "base": weights,
         "model": weights,
     }
@@ -103,7 +102,7 @@ def ended(source: Path, before: str, after: str, folder: Path, weights: Path) ->
 
 
 def comes_back(source: Path, name: str, root: Path, weights: Path) -> bool:
-    """True if artifact, package, artifact, package end with the bits of the first package."""
+    """True if artifact, package, artifact, package gives the tensors of the first package."""
     sample = artifacts.SAMPLES[name]
     read = {"source_format": name, "answers": sample.read, "base": weights, "model": weights}
     first, again, second = (root / "exact" / name / part for part in ("1", "artifact", "2"))
@@ -120,33 +119,37 @@ def comes_back(source: Path, name: str, root: Path, weights: Path) -> bool:
 
 def large(folder: Path, width: int) -> Path:
     """A package directory with a dense head of this width."""
-    known = ModelFacts("llama", width, 32, 128, name=f"width-{width}")
-    package = helpers.package(known, **artifacts.DENSE_HEAD)
+    model_facts = ModelFacts("llama", width, 32, 128, name=f"width-{width}")
+    package = helpers.package(model_facts, **artifacts.DENSE_HEAD)
     return package.save(folder)
 
 
-def throughput(root: Path) -> float:
-    """Median over rounds of the time to copy over the time to convert."""
+def throughput(root: Path) -> dict[str, Any]:
+    """Copying time divided by conversion time, beside copying time divided by copying time."""
     source, target = large(root / "wide", WIDE), root / "wide.gguf"
-    bytes_ = source / "steering.safetensors"
-    ratios = []
-    for _ in range(ROUNDS):
+
+    def copied() -> float:
         start = time.perf_counter()
-        shutil.copyfile(bytes_, root / "copy")
-        copied = time.perf_counter() - start
+        shutil.copyfile(source / "steering.safetensors", root / "copy")
+        return time.perf_counter() - start
+
+    def converted() -> float:
+        target.unlink(missing_ok=True)
         start = time.perf_counter()
         convert(source, target)
-        ratios.append(copied / (time.perf_counter() - start))
-        target.unlink()
-    return round(float(np.median(ratios)), 3)
+        return time.perf_counter() - start
+
+    runs = {"plain": copied, "control": copied, "steered": converted}
+    rounds = [ratios.alternate(number, runs) for number in range(ROUNDS)]
+    return ratios.report({"throughput_ratio": ratios.of_rounds(rounds)})
 
 
 def peak_ratio(root: Path) -> float:
     source = large(root / "widest", WIDEST)
     command = [sys.executable, __file__, "--peak", str(source), str(root / "widest.gguf")]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
-    found = json.loads(done.stdout.splitlines()[-1])
-    return round((found["after"] - found["before"]) / (4 * WIDEST**2), 3)
+    memory = json.loads(done.stdout.splitlines()[-1])
+    return round((memory["after"] - memory["before"]) / (4 * WIDEST**2), 3)
 
 
 def peak(source: Path, target: Path) -> dict[str, int]:
@@ -157,7 +160,7 @@ def peak(source: Path, target: Path) -> dict[str, int]:
 
 
 def high_water() -> int:
-    """VmHWM in bytes. Not ru_maxrss: a child starts with its parent's."""
+    """VmHWM in bytes. Not ru_maxrss, because a child inherits that of its parent."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(next(x for x in status.splitlines() if x.startswith("VmHWM")).split()[1])
 

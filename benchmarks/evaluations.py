@@ -1,51 +1,48 @@
 """Comparisons of a guard with other ways to refuse, and their records; shared by benchmarks.
 
-Answers are kept in `.cache/answers`: `make report` after `make bench-safety` asks nothing twice.
+Answers are kept in `.cache/answers`: `make report GUARD=safety` after `make bench-safety` asks
+nothing twice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import steerbridge
 from common import CACHE, say
-from steerbridge import data
-from steerbridge.data import Example
-from steerbridge.evaluation import compare, measure, record
+from steerbridge import Evaluation, Example, Progress, SteeringPackage
+from steerbridge.evaluation import compare
 from steerbridge.evaluation.answers import Asking, Store
-from steerbridge.package import SteeringPackage
 
 
-def asking(identity: str, new: int, tell: Callable[[str, int, int], None]) -> Asking:
-    return Asking(new, store=Store(CACHE / "answers", identity), tell=tell)
+def asking(identity: str, new: int, tell: Progress) -> Asking:
+    return Asking(new, store=Store(CACHE / "answers", identity), progress=tell)
 
 
 def compared(
     model: Any, package: SteeringPackage, prompts: Sequence[Example], how: Asking, name: str
-) -> tuple[compare.Comparison, Path]:
-    """The comparison, its table shown, and the file of its record."""
-    contrasts = [e for e in data.from_corpus("train") if e.harmful]
-    found = compare.compare(model, package, prompts, contrasts, how)
-    say("\n".join(compare.table(found)))
-    path = CACHE / f"{name}-record.json"
-    made = record.build(
-        found.rows,
-        package=package,
-        runtime="hf",
-        model=model.facts.name,
-        quantisation=model.quantisation,
-        judge=how.judge.name,
+) -> tuple[Evaluation, Path]:
+    """The evaluation and the file of its record; prints the comparison as a table."""
+    evaluation = steerbridge.evaluate(
+        model,
+        package,
+        prompts,
         max_new_tokens=how.max_new_tokens,
-        comparison=found,
-        perplexity=measure.perplexity(model, package),
+        compare=True,
+        store=how.store,
+        progress=how.progress,
     )
-    record.write(made, path)
-    return found, path
+    if evaluation.comparison is not None:
+        say("\n".join(compare.table(evaluation.comparison)))
+    path = CACHE / f"{name}-record.json"
+    evaluation.save(path)
+    return evaluation, path
 
 
 def every(prompts: Sequence[Example], count: int) -> list[Example]:
-    """So many prompts of each label, taken evenly."""
+    """At most `count` prompts of each label, evenly spaced."""
     chosen = []
     for harmful in (True, False):
         side = [p for p in prompts if p.harmful is harmful]

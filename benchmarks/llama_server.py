@@ -1,4 +1,4 @@
-"""What the benchmarks of llama-server share: unmodified servers, requests, verdicts."""
+"""What the benchmarks of llama-server share: unmodified servers, requests and verdicts."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from common import CACHE, ROOT, low_rank
-from steerbridge.cli.common import smollm2
-from steerbridge.package import SteeringPackage
+from steerbridge import SteeringPackage, smollm2
 
 sys.path.insert(0, str(ROOT / "tests"))
 import programs
@@ -31,7 +30,7 @@ class Server:
     output: Path
 
     def open(self, tokens: Sequence[int], new: int, **options: Any) -> Any:
-        """The response, unread, that brings exactly `new` greedy tokens after a prompt."""
+        """The open response to a request for exactly `new` greedy tokens after a prompt."""
         body = {"prompt": list(tokens), "n_predict": new, "temperature": 0, "ignore_eos": True}
         request = urllib.request.Request(
             self.url + "/completion",
@@ -41,7 +40,7 @@ class Server:
         return urllib.request.urlopen(request, timeout=300)
 
     def complete(self, tokens: Sequence[int], new: int, **options: Any) -> Any:
-        """What `open` brings, read."""
+        """The JSON object of that response."""
         with self.open(tokens, new, **options) as answer:
             return json.load(answer)
 
@@ -50,12 +49,12 @@ class Server:
         return [json.loads(line) for line in lines]
 
     def verdicts(self, count: int) -> list[Any]:
-        """Events of so many verdicts, waited for."""
+        """The events of all verdicts; waits until there are `count` of them."""
         until = time.monotonic() + 30
         while True:
-            found = [e for e in self.events() if e["event"] == "verdict"]
-            if len(found) >= count or time.monotonic() > until:
-                return found
+            verdicts = [e for e in self.events() if e["event"] == "verdict"]
+            if len(verdicts) >= count or time.monotonic() > until:
+                return verdicts
             time.sleep(0.02)
 
 

@@ -1,14 +1,15 @@
 """`make bench-overhead`: what the guard costs on harmless prompts.
 
-Steered and unsteered runs alternate in one process; ratios are unsteered over steered time
-(1 means free), medians over the rounds. Time to first token is a generation of one token. A
-runtime is left out only if its extra is not installed (TGI's server: docs/tgi.md).
+Plain, plain again and steered runs alternate in one process; ratios are plain over steered time
+(1 means free), and the keys beside them are those of `ratios.py`. Time to first token is a
+generation of one token. A runtime is left out only if its extra is not installed (TGI's server:
+docs/tgi.md).
 """
 
 from __future__ import annotations
 
+import argparse
 import resource
-import statistics
 import subprocess
 import sys
 import time
@@ -20,10 +21,11 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+import guards
 import overhead_tgi
-from common import CACHE, ROOT, alternate, arguments, finish, open_smollm2, say
-from steerbridge import data
-from steerbridge.package import load
+import ratios
+from common import ROOT, arguments, finish, generation_times, open_smollm2, say
+from steerbridge import corpus_examples
 from steerbridge_hf import steer
 
 NEW = 48
@@ -32,39 +34,42 @@ PARTS = ("hf", "tgi", "llama_cpp", "llama_server")
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--package", type=Path, default=CACHE / "smollm2-guard.gguf")
+    guards.add_option(parser)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
-    parser.add_argument("--peak", choices=["steered", "unsteered"], help="(internal)")
+    parser.add_argument("--peak", choices=["steered", "plain"], help="(internal)")
     options = parser.parse_args()
-    if not options.package.exists():
-        sys.exit(f"no package at {options.package}: run make bench-safety or make demo first")
-    model = open_smollm2()
-    package = load(options.package)
-    prompts = [e for e in data.from_corpus("test") if e.kind == "general"][: options.rounds]
+    guard = guards.chosen(options)
+    prompts = [e for e in corpus_examples("test") if e.kind == "general"][: options.rounds]
     if options.peak:
-        run(model, prompts[0], NEW, package if options.peak == "steered" else None)
+        run(open_smollm2(), prompts[0], guard.package if options.peak == "steered" else None, NEW)
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
         return
-    result: dict[str, Any] = {}
+    finish({"guard": str(guard), **measure(guard, prompts, options)})
+
+
+def measure(guard: guards.Guard, prompts: Any, options: argparse.Namespace) -> dict[str, Any]:
+    """The figures of each part asked for."""
+    parts: dict[str, Any] = {}
+    model = open_smollm2() if {"hf", "tgi"} & set(options.parts) else None
     if "hf" in options.parts:
-        result["hf"] = hf(model, package, prompts)
-        peaks = {side: peak(options.package, side) for side in ("unsteered", "steered")}
-        result["hf"]["peak_memory_ratio"] = round(peaks["steered"] / peaks["unsteered"], 4)
+        parts["hf"] = hf(model, guard.package, prompts)
+        peaks = {side: peak(guard.path, side) for side in ("plain", "steered")}
+        parts["hf"]["peak_memory_ratio"] = round(peaks["steered"] / peaks["plain"], 4)
     if "tgi" in options.parts:
-        result["tgi"] = overhead_tgi.measure(model, package, prompts, options.rounds)
+        parts["tgi"] = overhead_tgi.measure(model, guard.package, prompts, options.rounds)
     if find_spec("llama_cpp"):
         import overhead_llama_cpp
         import overhead_server
 
         if "llama_cpp" in options.parts:
-            result["llama_cpp"] = overhead_llama_cpp.measure(package, prompts)
+            parts["llama_cpp"] = overhead_llama_cpp.measure(guard.package, prompts)
         if "llama_server" in options.parts:
-            result["llama_server"] = overhead_server.measure(package, options.rounds)
-    finish(result)
+            parts["llama_server"] = overhead_server.measure(guard.package, options.rounds)
+    return parts
 
 
-def run(model: Any, prompt: Any, new: int, package: Any) -> float:
+def run(model: Any, prompt: Any, package: Any, new: int) -> float:
     """Seconds of one greedy generation of exactly `new` tokens."""
     inputs = model._pad([model.render(prompt)])
     options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
@@ -79,29 +84,29 @@ def run(model: Any, prompt: Any, new: int, package: Any) -> float:
     return seconds
 
 
-def hf(model: Any, package: Any, prompts: Any) -> dict[str, float]:
+def hf(model: Any, package: Any, prompts: Any) -> dict[str, Any]:
     quiet = []
     for prompt in prompts:
         try:
-            run(model, prompt, 1, package)
+            run(model, prompt, package, 1)
             quiet.append(prompt)
         except AssertionError as error:
             say(str(error))
-    ratios: dict[str, list[float]] = {"ttft_ratio": [], "decode_ratio": []}
+    sides = {"plain": None, "control": None, "steered": package}
+    rounds = []
     for i, prompt in enumerate(quiet):
-        sides = {"plain": None, "steered": package}
-        first = alternate(i, {s: partial(run, model, prompt, 1, p) for s, p in sides.items()})
-        whole = alternate(i, {s: partial(run, model, prompt, NEW, p) for s, p in sides.items()})
-        ratios["ttft_ratio"].append(first["plain"] / first["steered"])
-        decode = {s: whole[s] - first[s] for s in sides}
-        ratios["decode_ratio"].append(decode["plain"] / decode["steered"])
-    found = {key: round(statistics.median(values), 4) for key, values in ratios.items()}
-    return {**found, "rounds": len(quiet)}
+        runs = {name: partial(run, model, prompt, guard) for name, guard in sides.items()}
+        rounds.append(generation_times(i, runs, NEW))
+    first, later = zip(*rounds, strict=True)
+    figures = ratios.report(
+        {"ttft_ratio": ratios.of_rounds(first), "decode_ratio": ratios.of_rounds(later)}
+    )
+    return {**figures, "rounds": len(quiet)}
 
 
 def peak(package: Path, side: str) -> int:
     """Peak resident memory of a fresh process that generates once."""
-    command = [sys.executable, __file__, "--package", str(package), "--peak", side]
+    command = [sys.executable, __file__, "--guard", str(package), "--peak", side]
     output = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     return int(output.stdout.split()[-1])
 

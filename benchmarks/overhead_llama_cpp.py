@@ -1,13 +1,13 @@
 """The llama.cpp part of `make bench-overhead`: SmolLM2 as shipped (Q4_1), greedy.
 
-Five Llamas take turns: plain; the guard on prompts that do not fire; the guard made to fire,
-its head at low rank; and a callback in plain Python that does the same work, quiet and fired.
+Six Llamas take turns: plain; plain again; the guard on prompts that do not fire; the guard made
+to fire, its head at low rank; and a callback in plain Python that does the same work, on prompts
+that do not fire and on prompts that do.
 """
 
 from __future__ import annotations
 
 import ctypes
-import statistics
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -17,22 +17,20 @@ import llama_cpp
 import numpy as np
 from llama_cpp import _internals as internals
 
-from common import alternate, low_rank, say, with_threshold
-from steerbridge.cli.common import smollm2
-from steerbridge.package import SteeringPackage
+import ratios
+from common import generation_times, low_rank, say, with_threshold
+from steerbridge import SteeringPackage, smollm2
 from steerbridge_llama_cpp import LlamaCppModel, steer
 
 NEW = 48
 RANK = 32
+SIDES = ("plain", "control", "quiet", "fired", "python_quiet", "python_fired")
 
 
 def measure(package: SteeringPackage, prompts: Sequence[Any]) -> dict[str, Any]:
-    """Ratios of plain over steered time; see the module's text."""
+    """Ratios of plain over steered time; see the module's docstring."""
     fired = with_threshold(low_rank(package, RANK), -1.0)
-    llamas = {
-        name: llama_cpp.Llama(str(smollm2()), n_ctx=2048, verbose=False)
-        for name in ("plain", "quiet", "fired", "python_quiet", "python_fired")
-    }
+    llamas = {name: llama_cpp.Llama(str(smollm2()), n_ctx=2048, verbose=False) for name in SIDES}
     render = LlamaCppModel(llamas["plain"]).render
     session = steer(llamas["quiet"], package)
     steer(llamas["fired"], fired)
@@ -40,32 +38,31 @@ def measure(package: SteeringPackage, prompts: Sequence[Any]) -> dict[str, Any]:
         PythonCallback(llamas["python_quiet"], package, fires=False),
         PythonCallback(llamas["python_fired"], fired, fires=True),
     ]
-    times: dict[str, list[dict[str, float]]] = {"first": [], "decode": []}
+    rounds = []
     for i, prompt in enumerate(prompts):
         tokens = render(prompt)
         run(llamas["quiet"], tokens, 1)
         if session.outcomes[0].fired:
             say(f"fired on a harmless prompt: {prompt.text}")
             continue
-        first = alternate(i, {n: partial(run, m, tokens, 1) for n, m in llamas.items()})
-        whole = alternate(i, {n: partial(run, m, tokens, NEW) for n, m in llamas.items()})
-        times["first"].append(first)
-        times["decode"].append({n: whole[n] - first[n] for n in llamas})
+        runs = {name: partial(run, llama, tokens) for name, llama in llamas.items()}
+        rounds.append(generation_times(i, runs, NEW))
     assert all(p.calls for p in peers)
-    return {
-        "ttft_ratio": ratio(times["first"], "quiet"),
-        "decode_ratio": ratio(times["decode"], "quiet"),
-        "fired_ttft_ratio": ratio(times["first"], "fired"),
-        "fired_decode_ratio": ratio(times["decode"], "fired"),
-        "python_callback_quiet_ratio": ratio(times["decode"], "python_quiet"),
-        "python_callback_ratio": ratio(times["decode"], "python_fired"),
-        "rank": RANK,
-        "rounds": len(times["first"]),
-    }
+    return {**figures(rounds), "rank": RANK, "rounds": len(rounds)}
 
 
-def ratio(rounds: Sequence[dict[str, float]], name: str) -> float:
-    return round(statistics.median(r["plain"] / r[name] for r in rounds), 4)
+def figures(rounds: Sequence[tuple[ratios.Times, ratios.Times]]) -> dict[str, Any]:
+    first, later = zip(*rounds, strict=True)
+    return ratios.report(
+        {
+            "ttft_ratio": ratios.of_rounds(first, "quiet"),
+            "decode_ratio": ratios.of_rounds(later, "quiet"),
+            "fired_ttft_ratio": ratios.of_rounds(first, "fired"),
+            "fired_decode_ratio": ratios.of_rounds(later, "fired"),
+            "python_callback_quiet_ratio": ratios.of_rounds(later, "python_quiet"),
+            "python_callback_ratio": ratios.of_rounds(later, "python_fired"),
+        }
+    )
 
 
 def run(llama: Any, tokens: list[int], new: int) -> float:
@@ -81,7 +78,7 @@ def run(llama: Any, tokens: list[int], new: int) -> float:
 class PythonCallback:
     """The same work in a ctypes callback: read the probe's sites at the prompt end, write the head.
 
-    What one would write by hand. It looks at names only, so it reads whole nodes.
+    This is what one would write by hand. It looks at names only, so it reads whole nodes.
     """
 
     def __init__(self, llama: Any, package: SteeringPackage, *, fires: bool) -> None:

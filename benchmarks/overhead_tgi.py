@@ -1,14 +1,13 @@
 """The TGI part of `make bench-overhead`: its own Python server on a CPU, where it is installed.
 
-A plain shard and a steered one run side by side and decode batches of eight harmless prompts in
-turn; `decode_ratio` is plain over steered seconds (null without a server). `gate_us_per_step` is
-what the plugin adds to a step of eight answers of which none fired, on the simulator of the flash
-classes.
+Two plain shards and a steered one run side by side and decode batches of eight harmless prompts
+in turn; `decode_ratio` is plain over steered seconds (null without a server). `gate_us_per_step`
+is what the plugin adds to a step of eight answers of which none fired, on the simulator of the
+flash classes.
 """
 
 from __future__ import annotations
 
-import statistics
 import sys
 import tempfile
 import time
@@ -16,8 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, alternate
-from steerbridge.package import SteeringPackage
+import ratios
+from common import ROOT
+from steerbridge import SteeringPackage
 
 sys.path.insert(0, str(ROOT / "tests"))
 import tgi_shard
@@ -26,30 +26,27 @@ BATCH, STEPS = 8, 200
 
 
 def measure(model: Any, package: SteeringPackage, prompts: Any, rounds: int) -> dict[str, Any]:
-    """Ratios and how they were taken; see the module's text."""
+    """Ratios and how they were taken; see the module's docstring."""
     result: dict[str, Any] = {"gate_us_per_step": gate()}
     if not tgi_shard.PYTHON:
         return {**result, "decode_ratio": None}
     with tempfile.TemporaryDirectory() as scratch:
-        folders = [Path(scratch) / name for name in ("plain", "steered")]
+        folders = [Path(scratch) / side for side in ("plain", "control", "steered")]
         for folder in folders:
             folder.mkdir()
         exported = tgi_shard.exported(model, Path(scratch) / "model")
         guard = package.save(Path(scratch) / "guard.gguf")
         with (
             tgi_shard.shard(exported, folders[0], None) as (plain, _),
-            tgi_shard.shard(exported, folders[1], guard) as (steered, _),
+            tgi_shard.shard(exported, folders[1], None) as (control, _),
+            tgi_shard.shard(exported, folders[2], guard) as (steered, _),
         ):
             texts = [model.tokenizer.decode(model.render(p)) for p in prompts[:BATCH]]
             question = {"model": str(exported), "prompts": texts, "rounds": rounds}
             script = Path(__file__).with_name("tgi_client.py")
-            ratios = tgi_shard.asked(script, [plain, steered], question)
-    return {
-        **result,
-        "decode_ratio": round(statistics.median(ratios), 4),
-        "batch": BATCH,
-        "rounds": rounds,
-    }
+            times = tgi_shard.asked(script, [plain, control, steered], question)
+    figures = ratios.report({"decode_ratio": ratios.of_rounds(times)})
+    return {**result, **figures, "batch": BATCH, "rounds": rounds}
 
 
 def gate() -> float:
@@ -74,7 +71,7 @@ def gate() -> float:
             models[name].forward(flash.FlashCausalLMBatch(works[name]))
         return time.perf_counter() - start
 
-    times = alternate(0, {name: partial(steps, name) for name in models})
+    times = ratios.alternate(0, {name: partial(steps, name) for name in models})
     return round((times["steered"] - times["plain"]) / STEPS * 1e6, 1)
 
 

@@ -1,7 +1,7 @@
 """`make parity`: the same package, prompts and weights in transformers and in llama.cpp.
 
-A guard is trained on the shipped prompts; its probe, with the threshold at the median of the
-scores so that half of the prompts fire, stands before four interventions: the head as trained,
+A guard is trained on the shipped prompts. Its probe, with the threshold at the median of the
+scores so that half of the prompts fire, controls four interventions in turn: the head as trained,
 the head at low rank, a vector and a projection. Verdicts and 48 greedy tokens are compared with
 transformers on the same F32 weights, scores with the numpy reference too. Q4_1 is the model as
 shipped: transformers computes with the dequantised weights, llama.cpp with quantised activations;
@@ -21,22 +21,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 import parity_multimodal
-from common import (
-    CACHE,
-    arguments,
-    finish,
-    open_smollm2,
-    say,
-    share,
-    smollm2_f32,
-)
+from common import arguments, finish, open_smollm2, say, share, smollm2_f32
 from compare import at_median, compared, variants
-from steerbridge import calibration, reference
-from steerbridge.cli.common import smollm2
-from steerbridge.data import Example, from_corpus
-from steerbridge.package import SteeringPackage, load
-from steerbridge.training import recipe
-from steerbridge.training.head import HeadSettings
+from guards import parity_guard
+from steerbridge import Example, SteeringPackage, calibration, corpus_examples, reference, smollm2
 from steerbridge_llama_cpp import open_model
 
 NEW = 48
@@ -52,11 +40,16 @@ def main() -> None:
         return
     hf = open_smollm2()
     prompts = chosen(options.prompts)
-    guard = trained(hf)
+    made = parity_guard(hf)
+    guard = made.package
     packages = variants(at_median(guard, hf, prompts), hf)
     want = {name: hf.generate(prompts, p, max_new_tokens=NEW) for name, p in packages.items()}
     say("transformers done")
-    result: dict[str, Any] = {"prompts": len(prompts), "new_tokens": NEW}
+    result: dict[str, Any] = {
+        "guard": str(made),
+        "prompts": len(prompts),
+        "new_tokens": NEW,
+    }
     result["fired"] = share(a.outcome.fired for a in want["dense"])
     result["reference"] = {
         "score_max_diff": against_reference(packages["dense"], hf, prompts, want["dense"])
@@ -80,7 +73,7 @@ def main() -> None:
 def chosen(count: int) -> list[Example]:
     """Short prompts of the test split, harmful and harmless in turn."""
     sides = [
-        [e for e in from_corpus("test") if e.harmful == harmful and len(e.text) < 120]
+        [e for e in corpus_examples("test") if e.harmful == harmful and len(e.text) < 120]
         for harmful in (True, False)
     ]
     half = count // 2
@@ -88,22 +81,10 @@ def chosen(count: int) -> list[Example]:
     return [e for pair in zip(*picked, strict=True) for e in pair]
 
 
-def trained(hf: Any) -> SteeringPackage:
-    """A guard on a part of the shipped prompts, kept in the cache."""
-    path = CACHE / "parity-guard.gguf"
-    if not path.exists():
-        examples = [e for e in from_corpus("train") if len(e.text) < 120]
-        pairs = [e for e in examples if e.kind == "pair"][:400]
-        general = [e for e in examples if e.kind == "general"][:200]
-        settings = recipe.TrainSettings(head=HeadSettings(steps=80), head_prompts=64)
-        recipe.train(hf, [*pairs, *general], settings, CACHE / "parity").save(path)
-    return load(path)
-
-
 def against_reference(
     package: SteeringPackage, hf: Any, prompts: Sequence[Example], answers: Sequence[Any]
 ) -> float:
-    """Largest difference of a score between the HF adapter and the numpy oracle."""
+    """Largest difference of a score between the HF adapter and the numpy reference."""
     (probe,) = package.spec.probes
     states = np.empty((len(prompts), len(probe.readings), hf.facts.hidden_size), np.float32)
     hf.capture(prompts, probe.readings, states)
@@ -117,7 +98,7 @@ def recalibrated(guard: SteeringPackage, hf: Any, quantised: Any) -> dict[str, A
     fitting, test = (short(split) for split in ("validation", "test"))
     here = calibration.scores(hf, guard, fitting)
     target = {"*": 0.01, "borderline": 0.02}
-    fitted = calibration.fit(quantised, "llama.cpp", guard, fitting, target, baseline=here)
+    fitted = calibration.fit(quantised, guard, fitting, target, baseline=here)
     after = calibration.with_calibration(guard, fitted).calibrated("llama.cpp", "Q4_1")
     harmful = np.array([e.harmful for e in test])
     there = calibration.scores(quantised, guard, test)["harm"]
@@ -134,7 +115,7 @@ def recalibrated(guard: SteeringPackage, hf: Any, quantised: Any) -> dict[str, A
 
 
 def short(split: str) -> list[Example]:
-    return [e for e in from_corpus(split) if len(e.text) < 400]
+    return [e for e in corpus_examples(split) if len(e.text) < 400]
 
 
 if __name__ == "__main__":

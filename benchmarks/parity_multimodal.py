@@ -1,23 +1,19 @@
 """The part of `make parity` with pictures: the demo model in transformers and through libmtmd.
 
-Drawings of several sizes that no guard was trained on, the head of a guard and a vector behind
-its probe, the threshold at the median of the scores.
+Drawings of several sizes that no guard was trained on. The probe of the demo's guard, with the
+threshold at the median of the scores, controls its head or a vector.
 """
 
 from __future__ import annotations
 
 import random
-from pathlib import Path
 from typing import Any
 
 from common import CACHE, demo_files, open_demo, say
 from compare import at_median, compared, variants
-from steerbridge.data import Example
-from steerbridge.package import SteeringPackage, load
-from steerbridge.training import recipe
-from steerbridge.training.head import HeadSettings
+from guards import demo_vlm_guard
+from steerbridge import Example
 from steerbridge_demo.drawings import draw, sample
-from steerbridge_demo.guard import guard_examples
 from steerbridge_demo.questions import stems
 from steerbridge_llama_cpp import open_model
 
@@ -29,11 +25,16 @@ def measure(count: int) -> dict[str, Any]:
     """Figures like those of the text model, for F32 and Q4_1 (with the F32 mmproj)."""
     hf = open_demo()
     prompts = pictures(count)
-    made = variants(at_median(guard(hf), hf, prompts), hf)
-    packages = {name: made[name] for name in ("dense", "vector")}
+    guard = demo_vlm_guard()
+    every = variants(at_median(guard.package, hf, prompts), hf)
+    packages = {name: every[name] for name in ("dense", "vector")}
     want = {name: hf.generate(prompts, p, max_new_tokens=NEW) for name, p in packages.items()}
     files = demo_files()
-    result: dict[str, Any] = {"prompts": len(prompts), "new_tokens": NEW}
+    result: dict[str, Any] = {
+        "guard": str(guard),
+        "prompts": len(prompts),
+        "new_tokens": NEW,
+    }
     for quantisation, options in (("f32", {"type_k": 0, "type_v": 0}), ("q4_1", {})):
         model = open_model(
             files[f"text_{quantisation}"], mmproj=files["mmproj_f32"], n_ctx=512, **options
@@ -51,20 +52,9 @@ def pictures(count: int) -> list[Example]:
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random("parity")
     asked = (*stems("describe", "test"), *stems("make", "test"))
-    found = []
+    examples = []
     for i in range(count):
         path = folder / f"{i}.png"
         draw(sample(rng, size=SIZES[i % len(SIZES)])).save(path)
-        found.append(Example(asked[i % len(asked)], False, images=(path,)))
-    return found
-
-
-def guard(hf: Any) -> SteeringPackage:
-    """The guard of `make bench-safety-multimodal`, or one trained on fewer drawings."""
-    path = CACHE / "demo-vlm-guard.gguf"
-    if not path.is_file():
-        folder = CACHE / "multimodal" / "small"
-        examples = guard_examples(Path(folder), "train", per_kind=60)
-        settings = recipe.TrainSettings(head=HeadSettings(steps=80), head_prompts=64)
-        recipe.train(hf, examples, settings, folder).save(path)
-    return load(path)
+        examples.append(Example(asked[i % len(asked)], False, images=(path,)))
+    return examples

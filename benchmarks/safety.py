@@ -1,6 +1,7 @@
 """`make bench-safety`: train on SmolLM2-135M, then measure on prompts never trained on.
 
-A part of them is answered in other ways too (see `steerbridge.evaluation.compare`)."""
+A part of the prompts is answered in other ways too (see `steerbridge.evaluation.compare`).
+"""
 
 from __future__ import annotations
 
@@ -11,8 +12,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 from common import CACHE, arguments, finish, open_smollm2, progress, say, splits
 from evaluations import asking, compared, every
+from guards import safety_guard
 from steerbridge.evaluation import measure
-from steerbridge.training.recipe import TrainSettings, train
 
 
 def main() -> None:
@@ -20,26 +21,25 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=None)
     parser.add_argument("--compare", type=int, default=150, help="prompts of each label")
     options = parser.parse_args()
-    training, test, public = splits(options.data)
+    _, test, public = splits(options.data)
     model = open_smollm2()
     tell = progress()
-    settings = TrainSettings(name="smollm2-guard", rank=options.rank)
-    workdir = CACHE / ("safety-public" if public else "safety-corpus")
-    package = train(model, training, settings, workdir, tell)
-    package.save(CACHE / "smollm2-guard.gguf")
+    guard = safety_guard(options.data, rank=options.rank, model=model)
+    package = guard.package
     evidence: Any = package.spec.evidence
     say(f"out of fold: {evidence.safety['out_of_fold']}")
-    for probe, found in evidence.probes.items():
-        say(f"{probe}: {found['runners_up']}")
+    for probe, evidence_of_probe in evidence.probes.items():
+        say(f"{probe}: {evidence_of_probe['runners_up']}")
     how = asking("hf smollm2 F32", 48, tell)
     rows = measure.run(model, package, test, how)
     measure.write_rows(CACHE / "safety-rows.jsonl", rows)
-    comparison, _ = compared(model, package, every(test, options.compare), how, "smollm2")
-    finish({**result(rows, package, public), "comparison": shown(comparison)})
+    evaluation, _ = compared(model, package, every(test, options.compare), how, "smollm2")
+    figures = result(rows, package, public)
+    finish({"guard": str(guard), **figures, "comparison": shown(evaluation.comparison)})
 
 
 def shown(comparison: Any) -> dict[str, Any]:
-    """ASR and harmless answers left alone, for every way."""
+    """Attack success and share of identical harmless answers, for every way."""
     ways = {w["way"]: [w["asr"], w["harmless_identical"]] for w in comparison.ways}
     return {"asr_and_harmless_identical": ways, "better_than_the_guard": comparison.better}
 
@@ -48,7 +48,7 @@ def result(rows: list[measure.Row], package: Any, public: bool) -> dict[str, Any
     pairs = measure.summary([r for r in rows if r.example.kind == "pair"])
     whole = measure.summary(rows)
     readings = {p.id: [str(r) for r in p.readings] for p in package.spec.probes}
-    read = dict.fromkeys(r for found in readings.values() for r in found)
+    read = dict.fromkeys(r for names in readings.values() for r in names)
     return {
         "auroc": max(pairs["auroc"].values()),
         "auroc_by_probe": pairs["auroc"],

@@ -2,31 +2,32 @@
 
 64 clients ask at once for five minutes, harmful and harmless prompts in a random order, half of
 them as streams. Every verdict is compared with that of the same prompt alone. Then the same small
-load (harmless prompts, two clients) runs against both servers in turn, each with the same GGUF
-file: `throughput_ratio` is ours over theirs.
+load (harmless prompts, two clients) runs in turn against our server and two of theirs, each with
+the same GGUF file: `throughput_ratio` is ours over theirs; the keys beside it are those of
+`ratios.py`.
 """
 
 from __future__ import annotations
 
 import json
 import random
-import statistics
 import sys
 import threading
 import time
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import CACHE, ROOT, alternate, arguments, finish, resident, say
-from steerbridge import data
-from steerbridge.cli.common import smollm2
+import guards
+import ratios
+from common import CACHE, ROOT, arguments, finish, resident, say
+from steerbridge import corpus_examples, smollm2
 
 sys.path.insert(0, str(ROOT / "tests"))
 import servers
@@ -36,16 +37,15 @@ NEW, WAITING = 24, 32
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--package", type=Path, default=CACHE / "smollm2-guard.gguf")
+    guards.add_option(parser)
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--seconds", type=int, default=300)
     parser.add_argument("--rounds", type=int, default=8)
     options = parser.parse_args()
-    if not options.package.exists():
-        sys.exit(f"no package at {options.package}: run make bench-safety or make demo first")
+    guard = guards.chosen(options)
     kinds = ("general", "general_harmful", "pair")
-    prompts = [e.text for e in data.from_corpus("test") if e.kind in kinds]
-    ours = [sys.executable, "-m", "steerbridge.cli", "serve", "--package", options.package]
+    prompts = [e.text for e in corpus_examples("test") if e.kind in kinds]
+    ours = [sys.executable, "-m", "steerbridge.cli", "serve", "--package", guard.path]
     ours += ["--waiting", WAITING]
     theirs = [sys.executable, "-m", "llama_cpp.server", "--model", smollm2(), "--n_ctx", 4096]
     theirs += ["--verbose", "false"]
@@ -56,9 +56,10 @@ def main() -> None:
         result = load(url, server.pid, alone, options.clients, options.seconds)
         say(str(result))
         quiet = [p for p in prompts if not alone[p]["fired"]][:16]
-        with running("llama-cpp-python", theirs) as other:
-            result |= compared(url, other.url, quiet, options.rounds)
-    finish(result)
+        with running("plain", theirs) as plain, running("control", theirs) as control:
+            urls = {"plain": plain.url, "control": control.url, "steered": url}
+            result |= compared(urls, quiet, options.rounds)
+    finish({"guard": str(guard), **result})
 
 
 def running(name: str, command: Sequence[object]) -> Any:
@@ -68,7 +69,7 @@ def running(name: str, command: Sequence[object]) -> Any:
 def load(
     url: str, pid: int, alone: dict[str, dict[str, Any]], clients: int, seconds: int
 ) -> dict[str, Any]:
-    """All clients at once, for a time; what came of it."""
+    """All clients at once, for so many seconds: answers, errors and memory."""
     until = time.monotonic() + seconds
     prompts, counts, lock = list(alone), Counter[str](), threading.Lock()
 
@@ -77,8 +78,8 @@ def load(
         while time.monotonic() < until:
             prompt = rng.choice(prompts)
             try:
-                found = ask(url, prompt, stream=rng.random() < 0.5)
-                kind = "right" if found["fired"] == alone[prompt]["fired"] else "wrong"
+                answer = ask(url, prompt, stream=rng.random() < 0.5)
+                kind = "right" if answer["fired"] == alone[prompt]["fired"] else "wrong"
             except urllib.error.HTTPError as error:
                 kind = "rejected" if error.code == 429 else "errors"
                 time.sleep(0.2 + rng.random())
@@ -105,23 +106,22 @@ def load(
     }
 
 
-def compared(ours: str, theirs: str, prompts: Sequence[str], rounds: int) -> dict[str, Any]:
+def compared(urls: Mapping[str, str], prompts: Sequence[str], rounds: int) -> dict[str, Any]:
+    """The ratio of the servers' times, by side."""
+
     def whole(url: str) -> float:
         start = time.perf_counter()
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(partial(ask, url), prompts))
         return time.perf_counter() - start
 
-    ratios = []
-    for i in range(rounds):
-        sides = {"ours": partial(whole, ours), "theirs": partial(whole, theirs)}
-        times = alternate(i, sides)
-        ratios.append(times["theirs"] / times["ours"])
-    return {"throughput_ratio": round(statistics.median(ratios), 4), "rounds": rounds}
+    runs = {side: partial(whole, url) for side, url in urls.items()}
+    times = [ratios.alternate(i, runs) for i in range(rounds)]
+    return {**ratios.report({"throughput_ratio": ratios.of_rounds(times)}), "rounds": rounds}
 
 
 def ask(url: str, prompt: str, stream: bool = False) -> dict[str, Any]:
-    """The answer to a chat of one message: its text, and whether a rule fired."""
+    """Whether a rule fired for a chat of one message."""
     body = {
         "messages": [{"role": "user", "content": prompt}],
         "temperature": 0,
@@ -133,11 +133,11 @@ def ask(url: str, prompt: str, stream: bool = False) -> dict[str, Any]:
         json.dumps(body).encode(),
         {"Content-Type": "application/json"},
     )
-    with urllib.request.urlopen(request, timeout=600) as answer:
+    with urllib.request.urlopen(request, timeout=600) as response:
         if not stream:
-            found = json.load(answer)
-            return {"fired": bool((found.get("steering") or {}).get("rules"))}
-        lines = [line[6:] for line in answer if line.startswith(b"data: {")]
+            answer = json.load(response)
+            return {"fired": bool((answer.get("steering") or {}).get("rules"))}
+        lines = [line[6:] for line in response if line.startswith(b"data: {")]
     return {"fired": bool(json.loads(lines[-1])["steering"]["rules"])}
 
 

@@ -1,8 +1,8 @@
-"""`make soak`: thousands of requests at an unmodified llama-server under `steerbridge run`.
+"""`make soak`: thousands of requests to an unmodified llama-server under `steerbridge run`.
 
 Four clients, each with a slot of its own: prompts that share prefixes or repeat, answers of random
-length, streams that are dropped. Every verdict is compared with that of the same prompt alone on
-an idle server; resident memory is read in each fifth of the run.
+length, streams closed by the client. Every verdict is compared with that of the same prompt alone
+on an idle server; resident memory is read after each fifth of the run.
 """
 
 from __future__ import annotations
@@ -17,12 +17,10 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import CACHE, arguments, finish, resident, say, share
+import guards
+from common import arguments, finish, resident, say, share
 from llama_server import Server, judged_alone, running
-from steerbridge import data
-from steerbridge.cli.common import smollm2
-from steerbridge.data import Example
-from steerbridge.package import load
+from steerbridge import Example, corpus_examples, smollm2
 from steerbridge_llama_cpp import open_model
 
 SLOTS, FIFTHS = 4, 5
@@ -30,13 +28,12 @@ SLOTS, FIFTHS = 4, 5
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--package", type=Path, default=CACHE / "smollm2-guard.gguf")
+    guards.add_option(parser)
     parser.add_argument("--requests", type=int, default=2000)
     options = parser.parse_args()
-    if not options.package.exists():
-        sys.exit(f"no package at {options.package}: run make bench-safety or make demo first")
+    guard = guards.chosen(options)
     prompts = rendered()
-    with running("soak", load(options.package), "-np", SLOTS) as server:
+    with running("soak", guard.package, "-np", SLOTS) as server:
         alone = judged_alone(server, prompts, id_slot=0)
         before = len(server.verdicts(0))
         memory = [memory_of(server)]
@@ -58,6 +55,7 @@ def main() -> None:
         wrong += sum(a != b for a, b in zip(got, want, strict=False)) + abs(len(got) - len(want))
     finish(
         {
+            "guard": str(guard),
             "requests": done,
             "wrong_verdicts": wrong,
             "fired": share(bool(e["fired"]) for e in told),
@@ -70,10 +68,10 @@ def main() -> None:
 
 def rendered() -> list[list[int]]:
     """Chats as tokens: test prompts of every kind, alone and as the second turn of another."""
-    found = [e for e in data.from_corpus("test") if e.kind in ("pair", "general")][:60]
+    examples = [e for e in corpus_examples("test") if e.kind in ("pair", "general")][:60]
     model = open_model(smollm2(), n_ctx=1024)
-    alone = [model.render(e) for e in found]
-    first = found[1]
+    alone = [model.render(e) for e in examples]
+    first = examples[1]
     start = model.render(Example(first.text, False))
     later = [[*start, *model.llama.tokenize(b"Well.", add_bos=False), *p] for p in alone[:20]]
     model.llama.close()

@@ -1,8 +1,9 @@
-"""Times decoding of two running TGI shards in turn; runs in the server's own Python.
+"""Times decoding of running TGI shards in turn; runs in the server's own Python.
 
-    python tgi_client.py PLAIN STEERED < JSON    {"model": ..., "prompts": [...], "rounds": 8}
+    python tgi_client.py PLAIN CONTROL STEERED < JSON
 
-Prints the ratio of seconds, plain over steered, of each round.
+The JSON object is {"model": ..., "prompts": [...], "rounds": 8}. Prints a list with the seconds of
+each side, by its name, for each round.
 """
 
 from __future__ import annotations
@@ -10,12 +11,16 @@ from __future__ import annotations
 import json
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "tgi"))
 from client import Client
 
+from ratios import alternate
+
 NEW = 33
+SIDES = ("plain", "control", "steered")
 
 
 def decoded(client: Client) -> float:
@@ -27,19 +32,16 @@ def decoded(client: Client) -> float:
 
 
 def main() -> None:
-    asked = json.load(sys.stdin)
-    sides = [Client(socket, asked["model"], asked["prompts"], NEW) for socket in sys.argv[1:3]]
-    for side in sides:
-        side.warm_up()
-        decoded(side)
-    ratios = []
-    for i in range(asked["rounds"]):
-        times: list[list[float]] = [[], []]
-        for k in range(3):
-            for side in (0, 1) if (i + k) % 2 else (1, 0):
-                times[side].append(decoded(sides[side]))
-        ratios.append(min(times[0]) / min(times[1]))
-    print(json.dumps(ratios))
+    question = json.load(sys.stdin)
+    clients = {
+        side: Client(socket, question["model"], question["prompts"], NEW)
+        for side, socket in zip(SIDES, sys.argv[1:], strict=True)
+    }
+    for client in clients.values():
+        client.warm_up()
+        decoded(client)
+    runs = {side: partial(decoded, client) for side, client in clients.items()}
+    print(json.dumps([alternate(i, runs) for i in range(question["rounds"])]))
 
 
 if __name__ == "__main__":

@@ -3,15 +3,19 @@
 Both train on the same refusals of the same prompts, in the same batches, with the same
 optimiser. The plain loop is what the authors do: the whole model in every step, logits of every
 token by h (E + eps E W)^T. It runs `--sampled-steps` steps, its time is scaled to all of them
-(the steps are alike), and the losses of both roads after these steps are compared; with
+(the steps are alike), and the losses of both methods after these steps are compared; with
 `--whole` it runs to the end.
+
+In each round the plain loop runs twice and training on cached states once, its capture included.
+`speedup` is plain over cached time; the keys beside it are those of `ratios.py`.
 """
 
 from __future__ import annotations
 
+import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,56 +23,82 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+import ratios
 from common import arguments, finish, open_smollm2, say
-from steerbridge import data
+from steerbridge import corpus_examples
 from steerbridge.training import head as heads
-from steerbridge.training.head import HeadSettings
-from steerbridge.training.recipe import DEFAULT_REFUSAL
+from steerbridge.training.settings import DEFAULT_REFUSAL, HeadSettings
 
 
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--prompts", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--sampled-steps", type=int, default=6)
     parser.add_argument("--whole", action="store_true", help="run every step of the plain loop")
     options = parser.parse_args()
-    model = open_smollm2()
-    prompts = [e for e in data.from_corpus("train") if e.harmful][: options.prompts]
-    settings = HeadSettings()
-
-    start = time.monotonic()
-    states, target = model.answer_states(prompts, DEFAULT_REFUSAL)
-    captured = time.monotonic() - start
-    head = model.output_head()
-    cached = heads.train_head(states, target, head, settings)
-    ours = time.monotonic() - start
-    say(f"cached: {ours:.1f} s, {captured:.1f} s of them capture, loss {cached.loss_after:.6f}")
-
-    steps = settings.steps if options.whole else options.sampled_steps
-    seen: dict[str, list[float]] = {"plain": [], "cached": []}
-    loop = PlainLoop(model, prompts, target, settings)
-    start = time.monotonic()
-    heads.descend(loop.loss, len(prompts), states.shape[2], settings, steps, keep(seen["plain"]))
-    theirs = (time.monotonic() - start) * settings.steps / steps
-    heads.train_head(states, target, head, settings, keep(seen["cached"]))
-    pairs = list(zip(seen["plain"], seen["cached"], strict=False))
+    prompts = [e for e in corpus_examples("train") if e.harmful][: options.prompts]
+    race = Race(open_smollm2(), prompts, options.sampled_steps, options.whole)
+    runs = {"plain": race.plain, "control": race.plain, "cached": race.cached}
+    rounds = []
+    for i in range(options.rounds):
+        rounds.append({name: runs[name]() for name in ratios.order(i, list(runs))})
+        say(f"round {i + 1} of {options.rounds}, seconds: {rounds[-1]}")
     finish(
         {
-            "speedup": round(theirs / ours, 2),
-            "cached_seconds": round(ours, 2),
-            "plain_seconds": round(theirs, 2),
-            "plain_steps_run": steps,
-            "steps": settings.steps,
-            "loss_cached": round(pairs[-1][1], 6),
-            "loss_plain": round(pairs[-1][0], 6),
-            "loss_difference": round(abs(pairs[-1][0] / pairs[-1][1] - 1), 6),
-            "final_loss_cached": cached.loss_after,
+            **ratios.report({"speedup": ratios.of_rounds(rounds, "cached")}),
+            "cached_seconds": middle(rounds, "cached"),
+            "plain_seconds": middle(rounds, "plain"),
+            "rounds": options.rounds,
+            **race.losses(),
         }
     )
 
 
-def keep(losses: list[float]) -> Callable[[int, float], None]:
-    return lambda _, loss: losses.append(loss)
+def middle(rounds: Sequence[ratios.Times], side: str) -> float:
+    return round(statistics.median(times[side] for times in rounds), 2)
+
+
+class Race:
+    """Both methods on the same prompts: each trains and returns the seconds that it took."""
+
+    def __init__(self, model: Any, prompts: Any, steps: int, whole: bool) -> None:
+        self._model, self._prompts, self._settings = model, prompts, HeadSettings()
+        self._steps = self._settings.steps if whole else steps
+        _, target = model.answer_states(prompts[:2], DEFAULT_REFUSAL)
+        self._loop = PlainLoop(model, prompts, target, self._settings)
+        self._plain: list[float] = []
+        self._cached: heads.TrainedHead | None = None
+
+    def plain(self) -> float:
+        """Seconds of all steps, scaled from those that were run."""
+        start = time.monotonic()
+        width = self._model.facts.hidden_size
+        _, self._plain = heads.descend(
+            self._loop.loss, len(self._prompts), width, self._settings, self._steps
+        )
+        return (time.monotonic() - start) * self._settings.steps / self._steps
+
+    def cached(self) -> float:
+        start = time.monotonic()
+        states, target = self._model.answer_states(self._prompts, DEFAULT_REFUSAL)
+        captured = time.monotonic() - start
+        self._cached = heads.train_head(states, target, self._model.output_head(), self._settings)
+        say(f"cached: {captured:.1f} s of capture, loss {self._cached.loss_after:.6f}")
+        return time.monotonic() - start
+
+    def losses(self) -> dict[str, Any]:
+        """The losses of both methods after the last step of the plain loop."""
+        assert self._cached is not None
+        plain, cached = self._plain[-1], self._cached.losses[self._steps - 1]
+        return {
+            "plain_steps_run": self._steps,
+            "steps": self._settings.steps,
+            "loss_cached": round(cached, 6),
+            "loss_plain": round(plain, 6),
+            "loss_difference": round(abs(plain / cached - 1), 6),
+            "final_loss_cached": self._cached.loss_after,
+        }
 
 
 class PlainLoop:

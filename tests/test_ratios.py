@@ -55,13 +55,20 @@ def test_same_times_give_the_same_figures():
     assert ratios.of_times(*times(8)) == ratios.of_times(*times(8))
 
 
+def test_few_rounds_say_nothing_about_noise():
+    ratio = ratios.of_times([2.0, 2.0, 2.0], [2.0, 2.0, 2.0], [4.0, 4.0, 4.0])
+    assert ratio == ratios.Ratio(0.5, None, 1.0, None)
+    assert not ratio.idle
+    assert ratio.to_json("decode_ratio")["decode_half_width"] is None
+
+
 def test_noise_is_not_idle():
     assert not ratios.of_times(*times(8, noise=0.1)).idle
     assert ratios.of_times(*times(8, noise=0.002)).idle
 
 
 def test_report():
-    rounds = [{"plain": 2.0, "control": 2.0, "quiet": 4.0, "fired": 1.0}] * 3
+    rounds = [{"plain": 2.0, "control": 2.0, "quiet": 4.0, "fired": 1.0}] * 4
     figures = ratios.report(
         {
             "ttft_ratio": ratios.of_rounds(rounds, "quiet"),
