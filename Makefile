@@ -61,7 +61,7 @@ test-apps: setup setup-apps
 	@echo '{"test-apps": "passed"}'
 
 # Every extra, installed from the wheel in an environment of its own, and used once.
-test-install: setup setup-apps
+test-install: setup
 	@$(PYTHON) tests/install
 
 # The core with the oldest packages that pyproject.toml allows.
