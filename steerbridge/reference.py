@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -48,13 +49,18 @@ AnySite = LayerInput | LayerOutput | HeadInput
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What one probe said about one request."""
+    """What one probe said about one request.
+
+    `unjudged` says why the probe could not be judged: it then counts as fired, and its score is
+    NaN.
+    """
 
     probe: str
     score: float
     threshold: float
     comparator: str
     fired: bool
+    unjudged: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,16 +132,39 @@ def standardise(probe: Probe, tensors: Tensors, x_NI: ArrayLike) -> Float64:
 
 def score(probe: Probe, tensors: Tensors, x_NI: ArrayLike) -> Float64:
     """Scores [N] of probe inputs [N, I] (or [I]), I = K * D, before standardisation."""
-    x = standardise(probe, tensors, x_NI)
     with np.errstate(all="ignore"):  # NaN and infinity are results here: they fire
+        return squash(probe, logits(probe, tensors, x_NI))
+
+
+def logits(probe: Probe, tensors: Tensors, x_NI: ArrayLike) -> Float64:
+    """What a probe computes [N, C] before it is squashed: a value per class, or one value."""
+    x = standardise(probe, tensors, x_NI)
+    with np.errstate(all="ignore"):
         match probe:
             case LinearProbe():
-                y = x @ tensors[probe.weight].float32().astype(np.float64) + probe.bias
-                return np.asarray(y) if probe.link == "identity" else _sigmoid(y)
+                weight = tensors[probe.weight].float32().astype(np.float64)
+                return np.asarray(x @ weight + probe.bias)[:, None]
             case CosineProbe():
-                return _cosine(probe, tensors, x)
+                return _cosine(probe, tensors, x)[:, None]
             case MlpProbe():
                 return _mlp(probe, tensors, x)
+
+
+def squash(probe: Probe, logits_NC: Float64) -> Float64:
+    """Scores [N] from logits [N, C]."""
+    y = logits_NC
+    match probe:
+        case LinearProbe(link="sigmoid"):
+            return _sigmoid(y[:, 0])
+        case MlpProbe(output=Softmax(classes=classes, harmful=harmful)):
+            exp = np.exp(y - y.max(axis=1, keepdims=True))
+            chosen: Float64 = exp[:, classes.index(harmful)]
+            return np.asarray(chosen / exp.sum(axis=1))
+        case MlpProbe():
+            assert not isinstance(probe.output, Softmax)
+            high = _sigmoid(y[:, 0])
+            return high if probe.output.harmful_when == "high" else 1 - high
+    return y[:, 0]
 
 
 def score_readings(probe: Probe, tensors: Tensors, readings_NKD: ArrayLike) -> Float64:
@@ -183,12 +212,7 @@ def _mlp(probe: MlpProbe, tensors: Tensors, x: Float64) -> Float64:
             x = _ACTIVATIONS[probe.activation](x)
         weight = tensors[layer.weight].float32().astype(np.float64)
         x = x @ weight.T + tensors[layer.bias].float32()
-    if isinstance(probe.output, Softmax):
-        exp = np.exp(x - x.max(axis=1, keepdims=True))
-        chosen: Float64 = exp[:, probe.output.classes.index(probe.output.harmful)]
-        return np.asarray(chosen / exp.sum(axis=1))
-    high = _sigmoid(x[:, 0])
-    return high if probe.output.harmful_when == "high" else 1 - high
+    return x
 
 
 def _sigmoid(y: Float64) -> Float64:
@@ -209,16 +233,53 @@ def fires(probe: Probe, scores: ArrayLike) -> NDArray[np.bool_]:
 
 
 def verdict(probe: Probe, value: float) -> Verdict:
-    """Compare one score with the probe's threshold."""
+    """Compare one score with the probe's threshold; a score that is not finite is unjudged."""
+    if not math.isfinite(value):
+        return unjudged(probe, NOT_FINITE)
     fired = bool(fires(probe, value))
     return Verdict(probe.id, float(value), probe.threshold, probe.comparator, fired)
+
+
+def unjudged(probe: Probe, reason: str) -> Verdict:
+    """The verdict of a probe that could not be judged: it counts as fired."""
+    return Verdict(probe.id, math.nan, probe.threshold, probe.comparator, True, reason)
+
+
+NOT_FINITE: Final = "its states or logits are not finite"
+TOO_SHORT: Final = "the prompt is shorter than its reading needs"
+
+
+def judge(
+    probe: Probe,
+    tensors: Tensors,
+    hidden_at: Callable[[AnySite], NDArray[np.floating]],
+    image_rows_T: NDArray[np.bool_] | None = None,
+) -> Verdict:
+    """The verdict of a probe on one prompt; `hidden_at(site)` gives its states [T, D].
+
+    Finiteness is tested on the states that are read and on the logits, because squashing hides
+    an infinite one.
+    """
+    try:
+        x = probe_input(probe, tensors, hidden_at, image_rows_T)
+    except IndexError:
+        return unjudged(probe, TOO_SHORT)
+    return verdict_of(probe, tensors, x)
+
+
+def verdict_of(probe: Probe, tensors: Tensors, x_I: ArrayLike) -> Verdict:
+    """The verdict of a probe on its input [I], before standardisation."""
+    outputs = logits(probe, tensors, x_I)
+    if not (np.isfinite(np.asarray(x_I, np.float64)).all() and np.isfinite(outputs).all()):
+        return unjudged(probe, NOT_FINITE)
+    with np.errstate(all="ignore"):
+        return verdict(probe, float(squash(probe, outputs)[0]))
 
 
 def verdicts(package: SteeringPackage, inputs: Mapping[str, ArrayLike]) -> tuple[Verdict, ...]:
     """Verdicts of all probes of a package on one request's inputs (probe id -> [I])."""
     return tuple(
-        verdict(probe, score(probe, package.tensors, inputs[probe.id])[0])
-        for probe in package.spec.probes
+        verdict_of(probe, package.tensors, inputs[probe.id]) for probe in package.spec.probes
     )
 
 

@@ -1,0 +1,291 @@
+"""Packages and prompts of the conformance kit: guards that fire on some prompts and not on others.
+
+A case is a package for the tiny model and prompts of which its rules hold for about half. Prompts
+are chosen so that no right answer hangs on rounding: scores keep a distance from the threshold,
+and the best logit of every step from the second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Final
+
+import numpy as np
+
+from steerbridge import reference
+from steerbridge.package import SteeringPackage, parse
+from steerbridge.spec import CosineProbe, LinearProbe, MlpProbe, Probe, tensor_shapes
+from steerbridge.tensors import Tensor
+from steerbridge.testing.model import LAYERS, TinyModel
+from steerbridge.testing.oracle import Expected, answer, judge, plain
+
+Json = dict[str, Any]
+
+NEW: Final = 8  # tokens of an answer, unless a shape asks for more
+MARGIN: Final = 0.02  # between the two best logits
+DISTANCE: Final = 0.02  # of a score from the threshold
+RANK: Final = 4
+PROMPTS: Final = 48
+_LETTERS: Final = "abcdefghijklmnopqrstuvwxyz ,.?!"
+
+
+def site(text: str) -> Json:
+    """`layer_input[2]` as JSON."""
+    stream, _, layer = text.rstrip("]").partition("[")
+    return {"stream": stream, **({"layer": int(layer)} if layer else {})}
+
+
+def reading(at: str, position: str = "prompt_end", offset: int = 0) -> Json:
+    """A reading as JSON."""
+    return {
+        "site": site(at),
+        "position": {"type": position, **({"offset": offset} if offset else {})},
+    }
+
+
+END: Final = (reading("layer_input[2]"),)
+
+
+def linear(
+    link: str = "sigmoid", comparator: str = ">", readings: Sequence[Json] = END, id: str = "p"
+) -> Json:
+    """A linear probe; its threshold is set from the prompts."""
+    return {
+        "id": id,
+        "type": "linear",
+        "readings": list(readings),
+        "weight": f"{id}.weight",
+        "bias": 0.25,
+        "link": link,
+        "comparator": comparator,
+        "threshold": 0.0,
+    }
+
+
+def mlp(activation: str = "relu", output: Json | None = None, layers: int = 2) -> Json:
+    """An MLP probe, softmax over two classes unless `output` says otherwise."""
+    softmax = {"type": "softmax", "classes": ["harmful", "harmless"], "harmful": "harmful"}
+    return {
+        "id": "p",
+        "type": "mlp",
+        "readings": list(END),
+        "layers": [{"weight": f"p.{i}.weight", "bias": f"p.{i}.bias"} for i in range(layers)],
+        "activation": activation,
+        "output": output or softmax,
+        "comparator": ">",
+        "threshold": 0.0,
+    }
+
+
+def cosine(squash: str = "tanh") -> Json:
+    """A probe of activation steering's conditions (CAST)."""
+    return {
+        "id": "p",
+        "type": "cosine",
+        "readings": list(END),
+        "direction": "p.direction",
+        "squash": squash,
+        "comparator": ">",
+        "threshold": 0.0,
+    }
+
+
+def head(form: str = "low_rank", id: str = "h") -> Json:
+    """A head matrix, strong enough to change every answer."""
+    parts = {"low_rank": {"u": f"{id}.u", "v": f"{id}.v"}, "dense": {"matrix": f"{id}.matrix"}}
+    return {
+        "id": id,
+        "type": "head_matrix",
+        "position": "from_prompt_end",
+        "eps": 1.0,
+        "weight": {"form": form, **parts[form]},
+    }
+
+
+def at_layers(
+    type: str, *outputs: int, alpha: float, position: str = "from_prompt_end", id: str = "v"
+) -> Json:
+    """`add_vector` or `project_out` at the outputs of these blocks."""
+    targets = [{"site": site(f"layer_output[{k}]"), "vector": f"{id}.{k}"} for k in outputs]
+    return {"id": id, "type": type, "position": position, "alpha": alpha, "targets": targets}
+
+
+def rule(
+    probes: Sequence[str] | None, acts: Sequence[str], kind: str = "any", id: str = "r", **more: Any
+) -> Json:
+    """A rule; `probes` None: unconditional."""
+    return {
+        "id": id,
+        "condition": None if probes is None else {"type": kind, "probes": list(probes)},
+        "interventions": list(acts),
+        "strength": {"type": "constant", "value": 1.0},
+        **more,
+    }
+
+
+@dataclass(frozen=True)
+class Case:
+    """A package for the tiny model, and prompts that its rules hold for, and others."""
+
+    model: TinyModel
+    package: SteeringPackage
+    prompts: tuple[str, ...]
+    _answers: dict[tuple[str, int], Expected] = field(default_factory=dict, compare=False)
+
+    @cached_property
+    def fired(self) -> list[str]:
+        """Prompts for which a rule holds."""
+        return [p for p in self.prompts if self.expected(p, 1).outcome.rules]  # type: ignore[union-attr]
+
+    @cached_property
+    def quiet(self) -> list[str]:
+        """Prompts for which none holds."""
+        return [p for p in self.prompts if p not in self.fired]
+
+    def expected(self, prompt: str, new: int = NEW) -> Expected:
+        """The right answer to a prompt, computed once."""
+        if (prompt, new) not in self._answers:
+            ids = self.model.encode(prompt)
+            self._answers[prompt, new] = answer(self.model, self.package, ids, new)
+        return self._answers[prompt, new]
+
+    def sound(self, prompt: str, new: int = NEW) -> bool:
+        """True if rounding cannot change the right answer, and steering is seen in its tokens."""
+        ids, outcome = self.model.encode(prompt), self.expected(prompt, 1).outcome
+        assert outcome is not None
+        far = all(
+            abs(v.score - v.threshold) > DISTANCE * max(1.0, abs(v.threshold))
+            for v in outcome.verdicts
+            if not v.unjudged
+        )
+        if not far:
+            return False
+        expected = self.expected(prompt, new)
+        if expected.margin < MARGIN:
+            return False
+        unsteered = plain(self.model, ids, new)
+        differs = unsteered.tokens != expected.tokens
+        return unsteered.margin > MARGIN and differs == bool(outcome.rules)
+
+
+def case(
+    model: TinyModel,
+    probes: Sequence[Json] = (linear(),),
+    interventions: Sequence[Json] = (head(),),
+    rules: Sequence[Json] | None = None,
+    seed: int = 0,
+    count: int = PROMPTS,
+) -> Case:
+    """A case with random tensors; thresholds are set so that about half of the prompts fire."""
+    if rules is None:
+        rules = [rule([p["id"] for p in probes], [i["id"] for i in interventions])]
+    spec = parse(
+        {
+            "spec_version": "1.0",
+            "name": "conformance",
+            "base_model": model.facts.info().model_dump(exclude_unset=True),
+            "probes": list(probes),
+            "interventions": list(interventions),
+            "rules": list(rules),
+        }
+    )
+    tensors = _tensors(spec, np.random.default_rng(seed))
+    prompts = prompts_of(seed, count)
+    package = _centred(model, SteeringPackage(spec, tensors), prompts)
+    package = _with_thresholds(model, package, prompts)
+    whole = Case(model, package, tuple(prompts))
+    return Case(model, package, tuple(p for p in prompts if whole.sound(p)))
+
+
+def prompts_of(seed: int, count: int = PROMPTS) -> list[str]:
+    """Random texts of 3 to 30 bytes."""
+    rng = np.random.default_rng([seed, 7])
+    lengths = rng.integers(3, 31, size=count)
+    return ["".join(rng.choice(list(_LETTERS), size=n)) for n in lengths]
+
+
+def _tensors(spec: Any, rng: np.random.Generator) -> dict[str, Tensor]:
+    """Random tensors of the right shapes; one scale for every kind."""
+    tensors: dict[str, Tensor] = {}
+    free: dict[str, int] = {}
+    for where, name, shape in tensor_shapes(spec):
+        sizes = [free.setdefault(n, RANK) if isinstance(n, str) else n for n in shape]
+        values = rng.normal(size=sizes) / (sizes[-1] ** 0.5 if len(sizes) > 1 else 1)
+        if "input_scale" in where:
+            values = np.abs(values) + 0.5
+        tensors[name] = Tensor.of(values.astype(np.float32))
+    return tensors
+
+
+def _centred(model: TinyModel, package: SteeringPackage, prompts: Sequence[str]) -> SteeringPackage:
+    """Logits of linear and MLP probes scaled to a deviation of 1.5, those of linear ones moved to
+    0 too: there a sigmoid tells them apart."""
+    tensors, probes = dict(package.tensors), []
+    for probe in package.spec.probes:
+        if not isinstance(probe, CosineProbe):
+            y = np.array([_logit(model, package, probe, p) for p in prompts])
+            factor = np.float32(1.5 / y.std())
+            last = probe.layers[-1] if isinstance(probe, MlpProbe) else probe
+            tensors[last.weight] = Tensor.of(tensors[last.weight].float32() * factor)
+            if isinstance(probe, LinearProbe):
+                probe = probe.replace(bias=float((probe.bias - np.median(y)) * factor))
+        probes.append(probe)
+    return package.replace(tensors=tensors, probes=tuple(probes))
+
+
+def _logit(model: TinyModel, package: SteeringPackage, probe: Probe, prompt: str) -> float:
+    """The probe's logit, or the difference of its two."""
+    states, _ = model.forward(model.encode(prompt))
+    depth = package.spec.depth
+    x = reference.probe_input(probe, package.tensors, lambda site: states[depth(site)])
+    y = reference.logits(probe, package.tensors, x)[0]
+    return float(y[0] - y[1]) if len(y) == 2 else float(y[0])
+
+
+def _with_thresholds(
+    model: TinyModel, package: SteeringPackage, prompts: Sequence[str]
+) -> SteeringPackage:
+    """Every threshold in the widest gap between the middle scores of the prompts."""
+    scores: dict[str, list[float]] = {p.id: [] for p in package.spec.probes}
+    for prompt in prompts:
+        for verdict in judge(model, package, model.encode(prompt)).verdicts:
+            scores[verdict.probe].append(verdict.score)
+    thresholds = {id: _gap(values) for id, values in scores.items()}
+    probes = tuple(p.replace(threshold=thresholds[p.id]) for p in package.spec.probes)
+    return package.replace(probes=probes)
+
+
+def _gap(scores: Sequence[float]) -> float:
+    known = np.sort([s for s in scores if np.isfinite(s)])
+    middle = known[len(known) * 3 // 8 : len(known) * 5 // 8 + 1]
+    at = int(np.argmax(np.diff(middle)))
+    return float((middle[at] + middle[at + 1]) / 2)
+
+
+def means(site_name: str = "layer_input[2]") -> tuple[Json, ...]:
+    """A mean over the prompt."""
+    return (reading(site_name, "prompt_mean"),)
+
+
+LAST: Final = f"layer_input[{LAYERS}]"
+
+
+def standard(model: TinyModel) -> Mapping[str, Case]:
+    """The cases that shapes use again and again: a head, layers, a mean, an earlier token."""
+    vector = at_layers("add_vector", 2, alpha=2.0)
+    return {
+        "head": case(model),
+        "layers": case(model, interventions=[vector], seed=1),
+        "mean": case(model, probes=[linear(readings=means())], seed=2),
+        "both": case(
+            model,
+            probes=[linear(readings=(*END, *means("layer_input[1]")))],
+            interventions=[head(), vector],
+            seed=3,
+        ),
+        "earlier": case(
+            model, probes=[linear(readings=(reading("layer_input[2]", offset=-2),))], seed=4
+        ),
+    }

@@ -1,0 +1,48 @@
+"""`check_runtime`: every shape of request against the oracle, for one driver."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from steerbridge.errors import SteerbridgeError
+from steerbridge.testing.driver import Driver
+from steerbridge.testing.kit import Ground, Result, Shape, Trial, Wrong
+from steerbridge.testing.shapes import SHAPES
+
+
+def check_runtime(
+    driver: Driver,
+    ground: Ground,
+    shapes: Sequence[Shape] | None = None,
+    tell: Callable[[str, Result], None] | None = None,
+) -> dict[str, Result]:
+    """Try every shape on a runtime.
+
+    Args:
+        ground: models and files; one may serve several drivers.
+        shapes: some of `SHAPES`; None: all.
+        tell: called with each result.
+
+    Returns:
+        Shape -> result. `wrong` anywhere means that the runtime breaks the contract.
+    """
+    results = {}
+    for shape in SHAPES if shapes is None else shapes:
+        results[shape.name] = _tried(shape, driver, ground)
+        if tell:
+            tell(shape.name, results[shape.name])
+    return results
+
+
+def _tried(shape: Shape, driver: Driver, ground: Ground) -> Result:
+    if missing := shape.needs - driver.abilities:
+        return Result("absent", ", ".join(sorted(missing)))
+    try:
+        shape.run(Trial(driver, ground))
+    except Wrong as wrong:
+        return Result("wrong", str(wrong))
+    except SteerbridgeError as error:
+        return Result("refused", f"{type(error).__name__}: {error}")
+    except Exception as error:  # an untyped error is no refusal
+        return Result("wrong", f"{type(error).__name__}: {error}")
+    return Result("right")

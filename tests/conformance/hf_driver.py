@@ -1,0 +1,185 @@
+"""The kit's driver for Hugging Face transformers."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+from steerbridge.package import SteeringPackage
+from steerbridge.testing.driver import Ability, Files, How, Reply
+from steerbridge.testing.model import CONTEXT, VOCAB, TinyModel
+from steerbridge_hf import steer
+
+PAD: Final = VOCAB - 1
+
+
+class Stopped(Exception):
+    """Raised by a streamer: the client has gone."""
+
+
+class Counter:
+    """A streamer that counts tokens, and leaves after some."""
+
+    def __init__(self, leave_after: int) -> None:
+        self.left, self.tokens, self.prompt = leave_after, list[int](), True
+
+    def put(self, value: Any) -> None:
+        if self.prompt:
+            self.prompt = False
+            return
+        self.tokens.append(int(value.reshape(-1)[0]))
+        if len(self.tokens) == self.left:
+            raise Stopped
+
+    def end(self) -> None:
+        pass
+
+
+class Running:
+    """A model with a package; calls share a KV cache, as a chat program keeps it."""
+
+    def __init__(self, model: Any, session: Any, draft: Path) -> None:
+        self.model, self.session, self._draft = model, session, draft
+        self._cached: list[int] = []
+        self._cache: Any = None
+
+    def ask(self, prompts: Sequence[str], new: int, how: How) -> list[Reply]:
+        rows = [TinyModel.encode(p) for p in prompts]
+        if how.threads:
+            return self._in_threads(rows, new)
+        if how.cancel_after:
+            return [self._cancelled(rows[0], new, how.cancel_after)]
+        if len(rows) == 1 and how == How():
+            return [self._in_conversation(rows[0], new)]
+        return self._generate(rows, new, how)
+
+    def _generate(self, rows: Sequence[list[int]], new: int, how: How) -> list[Reply]:
+        width = max(map(len, rows))
+        ids = torch.full((len(rows), width), PAD)
+        mask = torch.zeros_like(ids)
+        for i, row in enumerate(rows):
+            at = slice(0, len(row)) if how.padding == "right" else slice(width - len(row), width)
+            ids[i, at], mask[i, at] = torch.tensor(row), 1
+        return self._replies(ids, mask, new, how)
+
+    def _replies(self, ids: Any, mask: Any, new: int, how: How, **more: Any) -> list[Reply]:
+        options: dict[str, Any] = {"do_sample": how.temperature > 0, "num_beams": how.beams}
+        if how.temperature:
+            options |= {"temperature": how.temperature, "num_return_sequences": how.samples}
+        if how.drafts == "ngram":
+            options["prompt_lookup_num_tokens"] = 4
+        if how.drafts == "model":
+            options["assistant_model"] = opened(self._draft)
+        if how.stream:
+            options["streamer"] = Counter(0)
+        out = self.model.generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=new,
+            pad_token_id=PAD,
+            output_logits=how.beams == 1,
+            return_dict_in_generate=True,
+            **options,
+            **more,
+        )
+        outcomes = self.session.outcomes if self.session else ()
+        if len(outcomes) == len(ids) != len(out.sequences):
+            outcomes = [o for o in outcomes for _ in range(how.samples)]
+        answers = out.sequences[:, ids.shape[1] :].tolist()
+        logits = out.logits[0].numpy() if how.beams == 1 else [None] * len(answers)
+        return [
+            Reply(tuple(tokens), outcomes[i] if outcomes else None, logits[i])
+            for i, tokens in enumerate(answers)
+        ]
+
+    def _in_conversation(self, row: list[int], new: int) -> Reply:
+        """One prompt on the kept cache: what it shares with the last one is not evaluated again."""
+        shared = 0
+        for a, b in zip(row[:-1], self._cached, strict=False):
+            if a != b:
+                break
+            shared += 1
+        if self._cache is None or shared == 0:
+            self._cache = DynamicCache(config=self.model.config)
+        elif shared < len(self._cached):
+            self._cache.crop(shared - len(self._cached))
+        ids = torch.tensor([row])
+        try:
+            [reply] = self._replies(ids, torch.ones_like(ids), new, How(), cache=self._cache)
+        except Exception:
+            self._cache, self._cached = None, []
+            raise
+        assert reply.tokens is not None
+        self._cached = [*row, *reply.tokens[:-1]]
+        return reply
+
+    def _cancelled(self, row: list[int], new: int, after: int) -> Reply:
+        streamer, ids = Counter(after), torch.tensor([row])
+        try:
+            self.model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, pad_token_id=PAD,
+                do_sample=False, streamer=streamer,
+            )  # fmt: skip
+        except Stopped:
+            pass
+        return Reply(tuple(streamer.tokens), None)
+
+    def _in_threads(self, rows: Sequence[list[int]], new: int) -> list[Reply]:
+        replies: dict[int, Reply] = {}
+        errors: list[BaseException] = []
+
+        def one(i: int) -> None:
+            try:
+                [replies[i]] = self._generate([rows[i]], new, How())
+            except BaseException as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=one, args=(i,)) for i in range(len(rows))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if errors:
+            raise errors[0]
+        return [replies[i] for i in range(len(rows))]
+
+    def break_hook(self) -> None:
+        """Clear every hook, as code that cleans a model up does."""
+        for module in self.model.modules():
+            module._forward_pre_hooks.clear()
+            module._forward_hooks.clear()
+
+
+def opened(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+class HfDriver:
+    """transformers on the CPU, in F32."""
+
+    name = "transformers"
+    against = "real"
+    abilities = frozenset(Ability) - {Ability.SEQUENCES}
+    batch = 16
+    context = CONTEXT
+    tolerance = 1e-4
+    margin = 1e-3
+
+    def __init__(self, draft: Path) -> None:
+        self._draft = draft
+
+    @contextmanager
+    def open(self, files: Files, package: SteeringPackage | None) -> Iterator[Running]:
+        model = opened(files.transformers)
+        tokenizer = AutoTokenizer.from_pretrained(files.transformers)
+        if package is None:
+            yield Running(model, None, self._draft)
+            return
+        with steer(model, package, tokenizer=tokenizer) as session:
+            yield Running(model, session, self._draft)
