@@ -15,14 +15,17 @@ import typer
 
 from steerbridge import data, registry, runtime
 from steerbridge.data import Example
-from steerbridge.errors import DataError, Problem, UnsupportedFeature
+from steerbridge.errors import UnsupportedFeature
 from steerbridge.runtime import LoadedModel, Progress, TrainableModel, model_path
 
 Package = Annotated[str, typer.Argument(help="Directory, .gguf file or hub id.")]
 Model = Annotated[
     str, typer.Option("--model", "-m", help="Directory, hub id, GGUF file, or `smollm2`.")
 ]
-Runtime = Annotated[str, typer.Option(help="Runtime to open the model in: hf or llama.cpp.")]
+Runtime = Annotated[
+    str,
+    typer.Option(help="Runtime to open the model in (see `steerbridge --help` for extras)."),
+]
 Mmproj = Annotated[
     str, typer.Option(help="GGUF file of the vision tower (llama.cpp), for prompts with images.")
 ]
@@ -63,13 +66,11 @@ def open_model(name: str, runtime_name: str, mmproj: str = "", **options: Any) -
     """Open a model; `mmproj` is the GGUF file of its vision tower (llama.cpp).
 
     Raises:
-        DataError: `batch_size` for a runtime that answers one prompt at a time.
+        SteerbridgeError: no such runtime.
         RuntimeMissing: the runtime's extra is not installed.
+        UnsupportedFeature: an option that the runtime does not know.
     """
-    if "batch_size" in options and runtime_name != "hf":
-        raise DataError(Problem("--batch-size", "the runtime hf", runtime_name))
-    if (known := registry.runtimes().get(runtime_name)) is not None:
-        known.load()  # a missing extra is the only line that is printed
+    registry.runtime(runtime_name).load()  # a missing extra is the only line that is printed
     say(f"opening {name} in {runtime_name}")
     if mmproj:
         options["mmproj"] = mmproj

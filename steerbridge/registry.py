@@ -10,12 +10,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Final
 
-from steerbridge.errors import RuntimeMissing
+from steerbridge.errors import RuntimeMissing, SteerbridgeError, UnsupportedFeature
 
 DISTRIBUTION: Final = "steerbridge"
 
@@ -61,7 +61,27 @@ class Command(Deferred):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Runtime(Deferred):
-    """A runtime; its target is a `steerbridge.runtime.Opener`."""
+    """A runtime; its target is a `steerbridge.runtime.Opener`.
+
+    Args:
+        engine: `module:attribute` of a `steerbridge.serving.EngineOpener`; empty: it cannot serve.
+        name: that of its entry point, which `runtimes` fills in.
+    """
+
+    engine: str = ""
+    name: str = ""
+
+    def load_engine(self) -> Any:
+        """Import the engine's opener.
+
+        Raises:
+            UnsupportedFeature: this runtime cannot serve.
+            RuntimeMissing: a package that it imports is not installed.
+        """
+        if not self.engine:
+            able = " or ".join(other.name for other in runtimes().values() if other.engine)
+            raise UnsupportedFeature(self.name, "serve", able)
+        return replace(self, target=self.engine).load()
 
 
 def entries(group: str) -> dict[str, EntryPoint]:
@@ -77,7 +97,19 @@ def commands() -> dict[str, Command]:
 
 def runtimes() -> dict[str, Runtime]:
     """Registered runtimes by name. Their dependencies may be missing; `load` raises then."""
-    return {name: entry.load() for name, entry in entries("runtimes").items()}
+    return {name: replace(entry.load(), name=name) for name, entry in entries("runtimes").items()}
+
+
+def runtime(name: str) -> Runtime:
+    """The runtime that is registered under a name.
+
+    Raises:
+        SteerbridgeError: there is none; lists the registered ones.
+    """
+    known = runtimes()
+    if name not in known:
+        raise SteerbridgeError(f"unknown runtime {name!r}; known: {', '.join(known)}")
+    return known[name]
 
 
 @contextmanager

@@ -136,6 +136,7 @@ class Attachment(ABC):
         self.remove()
 
 
+@runtime_checkable
 class Answering(Protocol):
     """What answers prompts: a model opened by a runtime, or a server behind an address."""
 
@@ -152,6 +153,7 @@ class Answering(Protocol):
         ...
 
 
+@runtime_checkable
 class LoadedModel(Answering, Protocol):
     """A model opened by a runtime for generation and capture."""
 
@@ -216,7 +218,13 @@ class TrainableModel(LoadedModel, Protocol):
 class Opener(Protocol):
     """What a `steerbridge.registry.Runtime` names."""
 
-    def __call__(self, model: str | Path, **options: Any) -> LoadedModel: ...
+    def __call__(self, model: str | Path, **options: Any) -> LoadedModel:
+        """Open a model.
+
+        Raises:
+            UnsupportedFeature: an option that the runtime does not know, by its name.
+        """
+        ...
 
 
 SMOLLM2: Final = "smollm2"
@@ -234,11 +242,9 @@ def open_model(runtime: str, model: str | Path, **options: Any) -> LoadedModel:
     Raises:
         SteerbridgeError: no such runtime, or `smollm2` is not installed.
         RuntimeMissing: the runtime's extra is not installed.
+        UnsupportedFeature: an option that the runtime does not know.
     """
-    known = registry.runtimes()
-    if runtime not in known:
-        raise SteerbridgeError(f"unknown runtime {runtime!r}; known: {', '.join(known)}")
-    opener: Opener = known[runtime].load()
+    opener: Opener = registry.runtime(runtime).load()
     return opener(model_path(model), **options)
 
 

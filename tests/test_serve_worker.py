@@ -6,19 +6,12 @@ import asyncio
 import threading
 
 import pytest
-
-pytest.importorskip("llama_cpp")
-pytest.importorskip("fastapi")
-pytest.importorskip("torch")
-pytest.importorskip("openai")
 from hypothesis import given
 from hypothesis import strategies as st
 
+from steerbridge.serving import Ended, Question, Sampling, Token
 from steerbridge_serve.answers import Text
-from steerbridge_serve.engines import Ended, Question, Sampling, Token
 from steerbridge_serve.worker import Job, Overloaded, Worker
-
-pytestmark = pytest.mark.llama_cpp
 
 
 class Slow:

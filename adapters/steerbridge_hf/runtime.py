@@ -4,4 +4,6 @@ from typing import Final
 
 from steerbridge.registry import Runtime
 
-RUNTIME: Final = Runtime(target="steerbridge_hf.model:open_model", extra="hf")
+RUNTIME: Final = Runtime(
+    target="steerbridge_hf.model:open_model", engine="steerbridge_hf.engine:open_engine", extra="hf"
+)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -41,7 +42,13 @@ def open_model(
 
     Raises:
         FileNotFoundError: there is no such file.
+        UnsupportedFeature: an option that `llama_cpp.Llama` does not take; it would ignore it.
     """
+    parameters = inspect.signature(llama_cpp.Llama).parameters.values()
+    known = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+    for name in options:
+        if name not in known:
+            raise UnsupportedFeature(RUNTIME, f"option {name}")
     for path in (model, mmproj):
         if path is not None and not Path(path).is_file():
             raise FileNotFoundError(path)

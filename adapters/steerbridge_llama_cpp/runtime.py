@@ -4,4 +4,8 @@ from typing import Final
 
 from steerbridge.registry import Runtime
 
-RUNTIME: Final = Runtime(target="steerbridge_llama_cpp.model:open_model", extra="llama-cpp")
+RUNTIME: Final = Runtime(
+    target="steerbridge_llama_cpp.model:open_model",
+    engine="steerbridge_llama_cpp.engine:open_engine",
+    extra="llama-cpp",
+)

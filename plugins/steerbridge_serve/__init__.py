@@ -1,5 +1,5 @@
 """`steerbridge serve`: a steered model behind the HTTP interfaces of TGI and OpenAI.
 
-request -> `app` (checks, limits) -> `worker` (one queue, one thread) -> `engines` (the model)
--> tokens -> `answers` (text, stop sequences, the two dialects) -> response
+request -> `app` (checks, limits) -> `worker` (one queue, one thread) -> the runtime's engine
+(`steerbridge.serving`) -> tokens -> `answers` (text, stop sequences, the two dialects) -> response
 """

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from steerbridge.runtime import Outcome
-from steerbridge_serve.engines import Ended, Token
+from steerbridge.serving import Ended, Token
 
 
 class Text:

@@ -25,9 +25,9 @@ from sse_starlette import EventSourceResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from steerbridge.errors import DataError, SteerbridgeError, SteeringFailed, UnsupportedFeature
+from steerbridge.serving import Ended, Question, Sampling
 from steerbridge_serve import answers
 from steerbridge_serve.answers import Chat, Text
-from steerbridge_serve.engines import Ended, Question, Sampling
 from steerbridge_serve.schemas import ChatCompletion, Generate
 from steerbridge_serve.worker import Job, Overloaded, Step, Worker
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 import typer
 import uvicorn
 
-from steerbridge import command_line
+from steerbridge import command_line, registry
 from steerbridge.errors import SteerbridgeError
 from steerbridge.package import load
 from steerbridge.runtime import model_path
+from steerbridge.serving import EngineOpener
 from steerbridge_serve.app import Limits, create_app
-from steerbridge_serve.engines import open_engine
 from steerbridge_serve.worker import Worker
 
 # The guard of the first act of `make demo`, its head cut to rank 32 and stored as F16.
@@ -46,9 +46,11 @@ def serve(
     """
     if not package and model != "smollm2":
         raise SteerbridgeError(f"{model}: name the package made for it with --package")
-    loaded = load(package or DEMO)
-    path = str(model_path(model))
-    engine = open_engine(runtime, path, loaded, mmproj=mmproj, context=context, ignore=ignore)
+    open_engine: EngineOpener = registry.runtime(runtime).load_engine()
+    options: dict[str, Any] = {"mmproj": mmproj} if mmproj else {}
+    engine = open_engine(
+        model_path(model), load(package or DEMO), context=context, ignore=ignore, **options
+    )
     limits = Limits(max_body_mib << 20, max_pixels)
     key = os.environ.get("STEERBRIDGE_API_KEY", "")
     worker = Worker(engine, waiting)

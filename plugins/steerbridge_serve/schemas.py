@@ -15,7 +15,7 @@ from PIL import Image, UnidentifiedImageError
 from pydantic import BaseModel, Field, model_validator
 
 from steerbridge.errors import DataError, Problem
-from steerbridge_serve.engines import Message, Part, Question, Sampling
+from steerbridge.serving import Message, Part, Question, Sampling
 
 DEFAULT_NEW_TOKENS = 100  # TGI's
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from steerbridge.errors import SteerbridgeError
 from steerbridge.runtime import Outcome
-from steerbridge_serve.engines import Ended, Engine, Question, Sampling, Token
+from steerbridge.serving import Ended, Engine, Question, Sampling, Token
 
 
 class Overloaded(SteerbridgeError):

@@ -60,7 +60,8 @@ def evaluate(
         Path | None, typer.Option(help="Keep answers here; a later run continues from them.")
     ] = None,
     batch_size: Annotated[
-        int, typer.Option(help="Prompts per batch (hf only); 0 means 32.", min=0)
+        int,
+        typer.Option(help="Prompts per batch, in a runtime that takes it; 0: its own.", min=0),
     ] = 0,
     concurrency: Annotated[int, typer.Option(help="Concurrent requests to servers.", min=1)] = 4,
     rows: Annotated[

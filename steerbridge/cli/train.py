@@ -17,6 +17,7 @@ from steerbridge.training.train import train as run
 def train(
     out: Annotated[Path, typer.Argument(help="Package to write: a directory, or a .gguf file.")],
     model: command_line.Model = "smollm2",
+    runtime: command_line.Runtime = "hf",
     data: command_line.Data = [],
     corpus: command_line.Corpus = "train+validation",
     refusal: Annotated[
@@ -57,7 +58,7 @@ def train(
     )
     if report:
         plots.require()
-    loaded = command_line.trainable(command_line.open_model(model, "hf"))
+    loaded = command_line.trainable(command_line.open_model(model, runtime))
     prompts = command_line.examples(data, corpus)
     package = run(loaded, prompts, settings, workdir=cache, progress=command_line.progress())
     package.save(out)

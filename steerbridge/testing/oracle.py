@@ -114,7 +114,6 @@ class _Edit:
         before = max(0, min(len(x), self._prompt - 1 - self.start))  # rows of the prompt
         parts = []
         for acting, rows in ((self._everywhere, x[:before]), (self._acting, x[before:])):
-            if acting and len(rows):
-                rows = reference.steer(acting, self._package.tensors, site, rows)
-            parts.append(np.asarray(rows, np.float32))
+            steered = reference.steer(acting, self._package.tensors, site, rows)
+            parts.append(np.asarray(steered, np.float32))
         return np.concatenate(parts)

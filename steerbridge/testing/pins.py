@@ -10,12 +10,12 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from steerbridge.atomic import replacing
-from steerbridge.testing.kit import Result
+from steerbridge.testing.kit import Result, Status
 
-STATUSES = ("right", "refused", "absent", "wrong")
+STATUSES: Final[tuple[Status, ...]] = ("right", "refused", "absent", "wrong")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class Pins:
     shapes: Mapping[str, Result] = field(default_factory=dict)
 
     def differences(self, results: Mapping[str, Result]) -> list[str]:
-        """What the results say that the pins do not, in one line each; empty if all is as pinned."""
+        """One line for each result that is not as pinned."""
         lines = []
         for name, result in results.items():
             pinned = self.shapes.get(name)
