@@ -5,7 +5,7 @@ STAMP := $(VENV)/.set-up
 BASE ?= python3
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: setup setup-peers setup-clients setup-apps setup-browser demo check test test-apps test-tgi lint schema docs report \
+.PHONY: setup setup-peers setup-clients setup-apps setup-browser demo check conformance test test-apps test-tgi lint schema docs report \
   parity fuzz soak bench-safety bench-safety-multimodal bench-calibration bench-train bench-overhead bench-kernels \
   bench-convert bench-serve test-install test-minimal test-nightly clean
 .DEFAULT_GOAL := setup
@@ -59,6 +59,11 @@ test: setup setup-peers setup-clients setup-apps setup-browser
 test-apps: setup setup-apps
 	@$(PYTHON) -m pytest -m apps
 	@echo '{"test-apps": "passed"}'
+
+# Every runtime through the conformance kit. RUNTIMES="transformers llama.cpp": some. UPDATE=1: write
+# the pins and docs/runtimes.md.
+conformance: setup setup-apps
+	@$(PYTHON) tests/conformance $(if $(RUNTIMES),--runtimes $(RUNTIMES)) $(if $(UPDATE),--update)
 
 # Every extra, installed from the wheel in an environment of its own, and used once.
 test-install: setup

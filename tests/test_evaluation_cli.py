@@ -128,7 +128,7 @@ def cli(*args, fails=False):
         (["eval", GUARD, "--corpus", "test", "--judge", "nobody"], "--judge"),
         (
             ["eval", GUARD, "--corpus", "test", "--runtime", "llama.cpp", "--batch-size", "4"],
-            "--batch-size: expected the runtime hf",
+            "llama.cpp: option batch_size",
         ),
         (["eval", "--url", "http://127.0.0.1:1", "--corpus", "test", "--compare"], "--compare"),
         (["report", "gone.json"], "gone.json"),

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from steerbridge.errors import SteerbridgeError
 from steerbridge.testing.driver import Driver
-from steerbridge.testing.kit import Ground, Result, Shape, Trial, Wrong
+from steerbridge.testing.kit import Ground, Lacking, Result, Shape, Trial, Wrong
 from steerbridge.testing.shapes import SHAPES
 
 
@@ -41,6 +41,8 @@ def _tried(shape: Shape, driver: Driver, ground: Ground) -> Result:
         shape.run(Trial(driver, ground))
     except Wrong as wrong:
         return Result("wrong", str(wrong))
+    except Lacking as lacking:
+        return Result("absent", str(lacking))
     except SteerbridgeError as error:
         return Result("refused", f"{type(error).__name__}: {error}")
     except Exception as error:  # an untyped error is no refusal

@@ -44,6 +44,7 @@ class How:
     """How prompts are asked; what is not set is the runtime's ordinary way."""
 
     padding: Literal["", "left", "right"] = ""
+    keep: bool = False  # go on from the cache that is there, where the runtime leaves a choice
     sequence: int = 0  # which conversation, where there are several
     cancel_after: int = 0  # give up after so many tokens; 0: not
     stream: bool = False

@@ -25,6 +25,10 @@ class Wrong(AssertionError):
     """The runtime did something else than it must."""
 
 
+class Lacking(Exception):
+    """The runtime has no such thing, as only trying it can show; the shape is absent."""
+
+
 @dataclass(frozen=True, slots=True)
 class Result:
     """What a runtime did with one shape. `detail` says what was refused, lacking or wrong."""

@@ -10,13 +10,20 @@ import numpy as np
 from steerbridge.fingerprint import text_sha256
 from steerbridge.testing import cases
 from steerbridge.testing.cases import NEW, Case, at_layers, cosine, head, linear, mlp, rule
-from steerbridge.testing.driver import Ability, How
-from steerbridge.testing.kit import Guarded, Shape, Trial, Wrong
+from steerbridge.testing.driver import Ability, Driver, How
+from steerbridge.testing.kit import Guarded, Lacking, Shape, Trial, Wrong
 from steerbridge.testing.model import EOS, NAN, OVERFLOW, TRAP_LAYER, VOCAB
 from steerbridge.testing.oracle import answer
 
 LONG: Final = 150  # tokens of a long answer
 FEW: Final = 24  # prompts for a package of a certain kind
+KINDS: Final = {
+    "head": "",
+    "layers": ", steering a layer",
+    "mean": ", reading a mean",
+    "earlier": ", reading an earlier token",
+    "both": ", reading and steering at several places",
+}
 _SHAPES: list[Shape] = []
 
 
@@ -25,6 +32,22 @@ def shape(name: str, *needs: Ability) -> Callable[[Callable[[Trial], None]], Non
 
     def add(run: Callable[[Trial], None]) -> None:
         _SHAPES.append(Shape(name, run, frozenset(needs)))
+
+    return add
+
+
+def each(
+    name: str, *needs: Ability, kinds: Sequence[str] = ("head", "mean", "layers")
+) -> Callable[[Callable[[Guarded], None]], None]:
+    """Add a shape for each kind of package; it is given a running guard."""
+
+    def add(run: Callable[[Guarded], None]) -> None:
+        for kind in kinds:
+
+            @shape(name + KINDS[kind], *needs)
+            def _(trial: Trial, kind: str = kind) -> None:
+                with trial.guarded(kind) as guard:
+                    run(guard)
 
     return add
 
@@ -72,20 +95,18 @@ def _of_length(case: Case, length: int) -> Iterator[str]:
     return iter(sides.values())
 
 
-def _length_shape(name: str, length: Callable[[Trial], int]) -> None:
-    @shape(name)
-    def _(trial: Trial) -> None:
-        for which in ("head", "mean"):
-            with trial.guarded(which) as guard:
-                for prompt in _of_length(guard.case, length(trial)):
-                    guard.right([prompt])
+def _length_shape(name: str, length: Callable[[Driver], int]) -> None:
+    @each(name, kinds=("head", "mean"))
+    def _(guard: Guarded) -> None:
+        for prompt in _of_length(guard.case, length(guard.driver)):
+            guard.right([prompt])
 
 
 _length_shape("prompts of one token", lambda _: 1)
 _length_shape("prompts of two tokens", lambda _: 2)
-_length_shape("prompts of exactly one batch", lambda trial: trial.driver.batch)
-_length_shape("prompts of one batch and a token", lambda trial: trial.driver.batch + 1)
-_length_shape("prompts of two batches and a token", lambda trial: 2 * trial.driver.batch + 1)
+_length_shape("prompts of exactly one batch", lambda driver: driver.batch)
+_length_shape("prompts of one batch and a token", lambda driver: driver.batch + 1)
+_length_shape("prompts of two batches and a token", lambda driver: 2 * driver.batch + 1)
 
 
 @shape("a prompt longer than the context")
@@ -121,11 +142,9 @@ def _(trial: Trial) -> None:
 # ------------------------------------------------------------ batches
 
 
-@shape("a batch of prompts that fire and quiet ones", Ability.BATCH)
-def _(trial: Trial) -> None:
-    for which in ("head", "layers", "mean"):
-        with trial.guarded(which) as guard:
-            guard.right([guard.case.quiet[0], guard.case.fired[0], guard.case.quiet[1]])
+@each("a batch of prompts that fire and quiet ones", Ability.BATCH)
+def _(guard: Guarded) -> None:
+    guard.right([guard.case.quiet[0], guard.case.fired[0], guard.case.quiet[1]])
 
 
 @shape("a batch of eight", Ability.BATCH)
@@ -141,12 +160,15 @@ def _(trial: Trial) -> None:
 
 
 def _padded(side: str) -> None:
-    @shape(f"a batch padded on the {side}", Ability.BATCH, Ability.PADDING)
-    def _(trial: Trial) -> None:
-        for which in ("head", "mean", "earlier"):
-            with trial.guarded(which) as guard:
-                mixed = [*guard.case.fired[:2], *guard.case.quiet[:2]]
-                guard.right(sorted(mixed, key=len), padding=side)
+    @each(
+        f"a batch padded on the {side}",
+        Ability.BATCH,
+        Ability.PADDING,
+        kinds=("head", "mean", "earlier"),
+    )
+    def _(guard: Guarded) -> None:
+        mixed = [*guard.case.fired[:2], *guard.case.quiet[:2]]
+        guard.right(sorted(mixed, key=len), padding=side)
 
 
 _padded("left")
@@ -200,17 +222,16 @@ def _(trial: Trial) -> None:
 # ------------------------------------------------------------ one cache, many requests
 
 
-def _in_turn(guard: Guarded, prompts: Sequence[str], new: int = NEW) -> None:
+def _in_turn(guard: Guarded, prompts: Sequence[str]) -> None:
+    """One prompt after another on the same cache."""
     for prompt in prompts:
-        guard.right([prompt], new)
+        guard.right([prompt], keep=True)
 
 
-@shape("the same prompt again", Ability.CONVERSATION)
-def _(trial: Trial) -> None:
-    for which in ("head", "layers", "mean"):
-        with trial.guarded(which) as guard:
-            for prompts in (guard.case.fired, guard.case.quiet):
-                _in_turn(guard, [prompts[0]] * 3)
+@each("the same prompt again", Ability.CONVERSATION)
+def _(guard: Guarded) -> None:
+    for prompts in (guard.case.fired, guard.case.quiet):
+        _in_turn(guard, [prompts[0]] * 3)
 
 
 def _longer(case: Case, prompt: str, more: Sequence[str], fired: bool) -> str:
@@ -221,20 +242,18 @@ def _longer(case: Case, prompt: str, more: Sequence[str], fired: bool) -> str:
 _ONE: Final = [chr(c) for c in range(33, 127)]
 
 
-@shape("a prompt that extends the last by one token", Ability.CONVERSATION)
-def _(trial: Trial) -> None:
-    for which in ("head", "mean", "layers"):
-        with trial.guarded(which) as guard:
-            case, pairs = guard.case, 0
-            for fired, prompts in ((True, case.quiet), (False, case.fired)):
-                for prompt in prompts:
-                    texts = (prompt + c for c in _ONE)
-                    more = next((p for p in texts if _sound(case, p, fired)), None)
-                    if more is not None:
-                        _in_turn(guard, [prompt, more])
-                        pairs += 1
-                        break
-            assert pairs, "the tiny model has no such prompts"
+@each("a prompt that extends the last by one token", Ability.CONVERSATION)
+def _(guard: Guarded) -> None:
+    case, pairs = guard.case, 0
+    for fired, prompts in ((True, case.quiet), (False, case.fired)):
+        for prompt in prompts:
+            texts = (prompt + c for c in _ONE)
+            more = next((p for p in texts if _sound(case, p, fired)), None)
+            if more is not None:
+                _in_turn(guard, [prompt, more])
+                pairs += 1
+                break
+    assert pairs, "the tiny model has no such prompts"
 
 
 @shape("a prompt that grows token by token", Ability.CONVERSATION)
@@ -243,68 +262,61 @@ def _(trial: Trial) -> None:
         whole = first(guard.case.fired, lambda p: len(p) > 12, "a longer prompt")
         for length in range(len(whole) - 6, len(whole) + 1):
             if guard.case.sound(whole[:length]):
-                guard.right([whole[:length]])
+                guard.right([whole[:length]], keep=True)
 
 
-@shape("a further turn, behind the answer", Ability.CONVERSATION)
-def _(trial: Trial) -> None:
-    for which in ("head", "mean", "earlier"):
-        with trial.guarded(which) as guard:
-            case = guard.case
-            for start in (case.quiet[0], case.fired[0]):
-                said = bytes(case.expected(start).tokens).decode()
-                turns = cases.prompts_of(8)
-                for fired in (True, False):
-                    _in_turn(guard, [start, _longer(case, start + said, turns, fired)])
+@each(
+    "a further turn, behind the answer",
+    Ability.CONVERSATION,
+    kinds=("head", "mean", "layers", "earlier"),
+)
+def _(guard: Guarded) -> None:
+    case = guard.case
+    for start in (case.quiet[0], case.fired[0]):
+        said = bytes(case.expected(start).tokens).decode()
+        turns = cases.prompts_of(8)
+        for fired in (True, False):
+            _in_turn(guard, [start, _longer(case, start + said, turns, fired)])
 
 
-@shape("a prompt that is a prefix of the last", Ability.CONVERSATION)
-def _(trial: Trial) -> None:
-    for which in ("head", "mean"):
-        with trial.guarded(which) as guard:
-            case = guard.case
-            for fired in (True, False):
-                start = (case.fired if fired else case.quiet)[0]
-                longer = _longer(case, start, cases.prompts_of(9), not fired)
-                _in_turn(guard, [longer, start])
+@each("a prompt that is a prefix of the last", Ability.CONVERSATION)
+def _(guard: Guarded) -> None:
+    case = guard.case
+    for fired in (True, False):
+        start = (case.fired if fired else case.quiet)[0]
+        longer = _longer(case, start, cases.prompts_of(9), not fired)
+        _in_turn(guard, [longer, start])
 
 
-@shape("prompts that share their beginning", Ability.CONVERSATION)
-def _(trial: Trial) -> None:
-    for which in ("head", "mean", "layers"):
-        with trial.guarded(which) as guard:
-            case, stem = guard.case, guard.case.quiet[0]
-            ends = cases.prompts_of(10)
-            a, b = (_longer(case, stem, ends, fired) for fired in (True, False))
-            _in_turn(guard, [a, b, a, b])
+@each("prompts that share their beginning", Ability.CONVERSATION)
+def _(guard: Guarded) -> None:
+    case, stem = guard.case, guard.case.quiet[0]
+    ends = cases.prompts_of(10)
+    a, b = (_longer(case, stem, ends, fired) for fired in (True, False))
+    _in_turn(guard, [a, b, a, b])
 
 
-@shape("two conversations in turn on one cache", Ability.SEQUENCES)
-def _(trial: Trial) -> None:
-    with trial.guarded() as guard:
-        case = guard.case
-        for a, b in zip(case.fired[:3], case.quiet[:3], strict=True):
-            guard.right([a], sequence=0)
-            guard.right([b], sequence=1)
+@each("two conversations in turn on one cache", Ability.SEQUENCES)
+def _(guard: Guarded) -> None:
+    for a, b in zip(guard.case.fired[:3], guard.case.quiet[:3], strict=True):
+        guard.right([a], keep=True, sequence=0)
+        guard.right([b], keep=True, sequence=1)
 
 
-@shape("a cancelled answer, then another prompt", Ability.CANCEL)
-def _(trial: Trial) -> None:
-    for which in ("head", "layers", "mean"):
-        with trial.guarded(which) as guard:
-            case = guard.case
-            guard.right(case.fired[:1], cancel_after=3)
-            guard.right(case.quiet[:1])
-            guard.right(case.quiet[1:2], cancel_after=3)
-            guard.right(case.fired[1:2])
+@each("a cancelled answer, then another prompt", Ability.CANCEL)
+def _(guard: Guarded) -> None:
+    case = guard.case
+    guard.right(case.fired[:1], cancel_after=3)
+    guard.right(case.quiet[:1])
+    guard.right(case.quiet[1:2], cancel_after=3)
+    guard.right(case.fired[1:2])
 
 
-@shape("a cancelled answer, then the same prompt", Ability.CANCEL)
-def _(trial: Trial) -> None:
-    with trial.guarded() as guard:
-        for prompt in (guard.case.fired[0], guard.case.quiet[0]):
-            guard.right([prompt], cancel_after=2)
-            guard.right([prompt])
+@each("a cancelled answer, then the same prompt", Ability.CANCEL)
+def _(guard: Guarded) -> None:
+    for prompt in (guard.case.fired[0], guard.case.quiet[0]):
+        guard.right([prompt], cancel_after=2)
+        guard.right([prompt])
 
 
 # ------------------------------------------------------------ ways to generate
@@ -380,7 +392,8 @@ def package_shape(name: str, **parts: Any) -> None:
         case = trial.ground.case(name, lambda: cases.case(trial.model, count=FEW, **parts))
         assert min(len(case.fired), len(case.quiet)) >= 2 or not parts.get("probes", True), name
         with trial.guarded(case) as guard:
-            _in_turn(guard, [*case.fired[:3], *case.quiet[:3]])
+            for prompt in (*case.fired[:3], *case.quiet[:3]):
+                guard.right([prompt])
 
 
 def _probe(name: str, probe: cases.Json, **more: Any) -> None:
@@ -507,11 +520,14 @@ def _unjudged(guard: Guarded, prompt: str) -> None:
 
 @shape("a neighbour of a state that is not a number", Ability.BATCH)
 def _(trial: Trial) -> None:
+    case = trial.case()
+    quiet, want = case.quiet[0], case.expected(case.quiet[0])
+    batch = [quiet, case.quiet[1] + NAN, quiet]
+    if any(reply.tokens not in (None, want.tokens) for reply in trial.plain(batch)[::2]):
+        raise Lacking("without a package, too, NaN reaches the other sequences of a batch")
     with trial.guarded() as guard:
-        quiet = guard.case.quiet[0]
-        replies = guard.ask([quiet, guard.case.quiet[1] + NAN, quiet])
-        want = guard.case.expected(quiet)
-        for reply in (replies[0], replies[2]):
+        replies = guard.ask(batch)
+        for reply in replies[::2]:
             if reply.outcome is not None and reply.outcome.fired:
                 raise Wrong(f"{quiet!r} fired beside a prompt that cannot be judged")
             if reply.tokens is not None and reply.tokens != want.tokens:
@@ -588,7 +604,8 @@ def _(trial: Trial) -> None:
         name, lambda: cases.case(trial.model, interventions=[], rules=[], seed=13)
     )
     with trial.guarded(case) as guard:
-        _in_turn(guard, case.prompts[:4])
+        for prompt in case.prompts[:4]:
+            guard.right([prompt])
 
 
 SHAPES: Final = tuple(_SHAPES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import Any, Final
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers.utils import logging
 
 from steerbridge.package import SteeringPackage
 from steerbridge.testing.driver import Ability, Files, How, Reply
@@ -48,6 +50,7 @@ class Running:
         self.model, self.session, self._draft = model, session, draft
         self._cached: list[int] = []
         self._cache: Any = None
+        self.broken = False
 
     def ask(self, prompts: Sequence[str], new: int, how: How) -> list[Reply]:
         rows = [TinyModel.encode(p) for p in prompts]
@@ -55,7 +58,7 @@ class Running:
             return self._in_threads(rows, new)
         if how.cancel_after:
             return [self._cancelled(rows[0], new, how.cancel_after)]
-        if len(rows) == 1 and how == How():
+        if how.keep:
             return [self._in_conversation(rows[0], new)]
         return self._generate(rows, new, how)
 
@@ -121,13 +124,11 @@ class Running:
 
     def _cancelled(self, row: list[int], new: int, after: int) -> Reply:
         streamer, ids = Counter(after), torch.tensor([row])
-        try:
+        with contextlib.suppress(Stopped):
             self.model.generate(
                 ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, pad_token_id=PAD,
                 do_sample=False, streamer=streamer,
             )  # fmt: skip
-        except Stopped:
-            pass
         return Reply(tuple(streamer.tokens), None)
 
     def _in_threads(self, rows: Sequence[list[int]], new: int) -> list[Reply]:
@@ -151,12 +152,14 @@ class Running:
 
     def break_hook(self) -> None:
         """Clear every hook, as code that cleans a model up does."""
+        self.broken = True
         for module in self.model.modules():
             module._forward_pre_hooks.clear()
             module._forward_hooks.clear()
 
 
 def opened(folder: Path) -> Any:
+    logging.disable_progress_bar()
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
@@ -173,13 +176,24 @@ class HfDriver:
 
     def __init__(self, draft: Path) -> None:
         self._draft = draft
+        self._models: dict[Path, Any] = {}  # a session leaves no trace, so models are used again
 
     @contextmanager
     def open(self, files: Files, package: SteeringPackage | None) -> Iterator[Running]:
-        model = opened(files.transformers)
-        tokenizer = AutoTokenizer.from_pretrained(files.transformers)
-        if package is None:
-            yield Running(model, None, self._draft)
-            return
-        with steer(model, package, tokenizer=tokenizer) as session:
-            yield Running(model, session, self._draft)
+        folder = files.transformers
+        model = self._models.pop(folder, None) or opened(folder)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # the model is tiny
+        try:
+            if package is None:
+                running = Running(model, None, self._draft)
+                yield running
+            else:
+                tokenizer = AutoTokenizer.from_pretrained(folder)
+                with steer(model, package, tokenizer=tokenizer) as session:
+                    running = Running(model, session, self._draft)
+                    yield running
+        finally:
+            torch.set_num_threads(threads)
+        if not running.broken:
+            self._models[folder] = model

@@ -9,30 +9,36 @@ from typing import Any
 
 import llama_cpp
 import numpy as np
+from llama_cpp._internals import LlamaBatch, LlamaContext
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
 from steerbridge.errors import UnsupportedFeature
 from steerbridge.package import SteeringPackage
 from steerbridge.testing.driver import Ability, Files, How, Reply
-from steerbridge.testing.model import CONTEXT, TinyModel
-from steerbridge_llama_cpp import SteeredLlama
+from steerbridge.testing.model import CONTEXT, VOCAB, TinyModel
+from steerbridge_llama_cpp import SteeredContext, SteeredLlama
 
 BATCH = 16
+SEQUENCES = 8
+ROWS = 512  # of a batch with several prompts
 F32 = 0  # GGML_TYPE_F32
 
 
 class Running:
     """A Llama; it keeps its cache between prompts by itself. Drafts need one of their own."""
 
-    def __init__(self, opened: Callable[..., Any]) -> None:
-        self._opened = opened
+    def __init__(self, opened: Callable[..., Any], package: SteeringPackage | None) -> None:
+        self._opened, self._package = opened, package
         self.llama = opened()
 
     @cached_property
     def drafting(self) -> Any:
-        return self._opened(draft_model=LlamaPromptLookupDecoding(2, 4))
+        return self._opened(draft_model=LlamaPromptLookupDecoding(2, 4), logits_all=True)
 
     def ask(self, prompts: Sequence[str], new: int, how: How) -> list[Reply]:
+        if len(prompts) > 1:
+            with contextlib.closing(self._sequences()) as context:
+                return Sequences(context).ask([TinyModel.encode(p) for p in prompts], new)
         replies = []
         for prompt in prompts:
             for _ in range(how.samples):
@@ -65,9 +71,67 @@ class Running:
         outcome = session.outcomes[0] if session and session.outcomes else None
         return Reply(tuple(tokens), outcome, first[0] if first else None)
 
+    def _sequences(self) -> Any:
+        """A context for several prompts at once, on the same model."""
+        params = type(self.llama.context_params).from_buffer_copy(self.llama.context_params)
+        params.n_seq_max, params.kv_unified = SEQUENCES, True
+        params.n_batch = params.n_ubatch = ROWS
+        if self._package is None:
+            return LlamaContext(model=self.llama._model, params=params, verbose=False)
+        return SteeredContext(self._package, model=self.llama._model, params=params)
+
     def break_hook(self) -> None:
-        """The hook takes no part any more, as if another callback had been set."""
-        self.llama._ctx.native.pause(True)
+        raise NotImplementedError
+
+
+class Sequences:
+    """Greedy answers to several prompts in one batch, one sequence each."""
+
+    def __init__(self, context: Any) -> None:
+        self._context = context
+        self._batch = LlamaBatch(n_tokens=ROWS, embd=0, n_seq_max=SEQUENCES, verbose=False)
+
+    def ask(self, prompts: Sequence[list[int]], new: int) -> list[Reply]:
+        steered = isinstance(self._context, SteeredContext)
+        for seq, ids in enumerate(prompts):
+            if steered:
+                self._context.begin(seq, 0, len(ids))
+        longest = max(map(len, prompts))
+        rows = [  # interleaved, so that no sequence's rows lie together
+            (seq, i, ids[i]) for i in range(longest) for seq, ids in enumerate(prompts)
+            if i < len(ids)
+        ]  # fmt: skip
+        lengths = [len(ids) for ids in prompts]
+        answers: list[list[int]] = [[] for _ in prompts]
+        first: list[Any] = []
+        for _ in range(new):
+            logits = self._decode(rows, lengths)
+            first = first or logits
+            for answer, row in zip(answers, logits, strict=True):
+                answer.append(int(np.argmax(row)))
+            rows = [(seq, n, answers[seq][-1]) for seq, n in enumerate(lengths)]
+            lengths = [n + 1 for n in lengths]
+        outcomes = [self._context.outcome(s) if steered else None for s in range(len(prompts))]
+        return [
+            Reply(tuple(tokens), outcome, row)
+            for tokens, outcome, row in zip(answers, outcomes, first, strict=True)
+        ]
+
+    def _decode(self, rows: Sequence[tuple[int, int, int]], lengths: Sequence[int]) -> list[Any]:
+        """Logits of each sequence's last row."""
+        batch, last = self._batch.batch, {}
+        batch.n_tokens = len(rows)
+        for k, (seq, position, token) in enumerate(rows):
+            batch.token[k], batch.pos[k] = token, position
+            batch.n_seq_id[k], batch.seq_id[k][0] = 1, seq
+            batch.logits[k] = position == lengths[seq] - 1
+            if batch.logits[k]:
+                last[seq] = k
+        self._context.decode(self._batch)
+        return [
+            np.ctypeslib.as_array(self._context.get_logits_ith(last[s]), (VOCAB,)).copy()
+            for s in range(len(lengths))
+        ]
 
 
 class LlamaCppDriver:
@@ -77,6 +141,7 @@ class LlamaCppDriver:
     against = "real"
     abilities = frozenset(
         {
+            Ability.BATCH,
             Ability.CONVERSATION,
             Ability.CANCEL,
             Ability.STREAM,
@@ -113,4 +178,4 @@ class LlamaCppDriver:
                 made = kind(str(files.gguf), **guard, **options, **more)
                 return stack.enter_context(contextlib.closing(made))
 
-            yield Running(opened)
+            yield Running(opened, package)

@@ -1,0 +1,55 @@
+"""The runtimes that the kit is run on, their pins, and the page that shows them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Final
+
+from steerbridge.testing import Driver, Files, Ground, TinyModel
+from steerbridge.testing import pins as pinned
+
+ROOT: Final = Path(__file__).resolve().parent.parent.parent
+PINS: Final = Path(__file__).with_name("pins.json")
+PAGE: Final = ROOT / "docs" / "runtimes.md"
+
+
+def _transformers(ground: Ground) -> Driver:
+    from hf_driver import HfDriver
+
+    return HfDriver(Files(TinyModel(seed=1), ground.folder / "draft").transformers)
+
+
+def _llama_cpp(_ground: Ground) -> Driver:
+    from llama_cpp_driver import LlamaCppDriver
+
+    return LlamaCppDriver()
+
+
+DRIVERS: Final[dict[str, Callable[[Ground], Driver]]] = {
+    "transformers": _transformers,
+    "llama.cpp": _llama_cpp,
+}
+INTRODUCTION: Final = """\
+# What each runtime does
+
+Generated from the pins of the conformance kit by `make conformance UPDATE=1`; do not edit.
+
+Each row is a shape of request, tried on a tiny model and compared with an oracle in numpy:
+
+- *right*: verdicts and tokens are the oracle's;
+- *refused*: a typed error before the first token;
+- `-`: the runtime has no such thing, or its driver cannot ask for it;
+- **WRONG**: a known fault, listed below the table.
+
+A *simulator* stands in for a runtime that cannot run on the project's machines. The kit is public
+(`steerbridge.testing`); [Extending](extending.md) shows it with a runtime of another package.
+
+"""
+IN_PROCESS: Final = ("transformers", "llama.cpp")
+
+
+def page() -> Iterator[str]:
+    """docs/runtimes.md as lines."""
+    yield from INTRODUCTION.splitlines()
+    yield from pinned.table(pinned.read(PINS))
