@@ -9,7 +9,13 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any, Final
 
-PACKAGES: Final = ("steerbridge", "steerbridge_hf", "steerbridge_llama_cpp", "steerbridge_convert")
+PACKAGES: Final = (
+    "steerbridge",
+    "steerbridge_hf",
+    "steerbridge_llama_cpp",
+    "steerbridge_convert",
+    "steerbridge.testing",
+)
 SECTIONS: Final = ("Args", "Returns", "Raises")
 WIDTH: Final = 80
 _NAMELESS: Final = re.compile(r"<factory>|<\w.*? at 0x\w+>")  # values with no text of their own
@@ -105,7 +111,9 @@ def signature(value: Any) -> str:
 
 
 def typing_text(value: Any) -> str:
-    """A type alias as text."""
+    """A type alias as text; of another value its type."""
+    if isinstance(value, tuple):
+        return f"tuple of {type(value[0]).__name__}, {len(value)} long"
     return re.sub(r"\b(collections\.abc|typing)\.", "", str(value))
 
 

@@ -139,7 +139,10 @@ def test_the_committed_schema_is_the_generated_one():
         jsonschema.validate(broken, committed)
 
 
-@pytest.mark.parametrize("name", ["steerbridge", "steerbridge_hf", "steerbridge_llama_cpp"])
+PUBLIC = ["steerbridge", "steerbridge_hf", "steerbridge_llama_cpp", "steerbridge.testing"]
+
+
+@pytest.mark.parametrize("name", PUBLIC)
 def test_every_public_name_exists_and_is_listed(name):
     module = importlib.import_module(name)
     assert sorted(module.__all__) == module.__all__

@@ -1,0 +1,22 @@
+"""The shapes of requests that a runtime is tried on: the contract as a table."""
+
+from typing import Final
+
+from steerbridge.testing.kit import Shape
+from steerbridge.testing.shapes import (
+    batches,
+    conversations,
+    failures,
+    generation,
+    packages,
+    prompts,
+)
+
+SHAPES: Final[tuple[Shape, ...]] = (
+    *prompts.TABLE,
+    *batches.TABLE,
+    *conversations.TABLE,
+    *generation.TABLE,
+    *packages.TABLE,
+    *failures.TABLE,
+)
