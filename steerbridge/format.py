@@ -7,14 +7,15 @@ say, and how the files are read and written. A converter registers it under the 
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, ClassVar
 
+from steerbridge import registry
 from steerbridge.errors import (
     InvalidOption,
     MissingOption,
@@ -258,8 +259,15 @@ def unreadable(path: Path, field: str, want: str, got: object) -> UnreadableSour
 @cache
 def formats() -> dict[str, Format]:
     """Every installed format by name, sorted."""
-    installed = (entry.load()() for entry in entry_points(group="steerbridge.formats"))
-    return {format.name: format for format in sorted(installed, key=lambda f: f.name)}
+    installed: dict[str, Format] = {}
+    for entry in registry.entries("formats").values():
+        try:
+            format: Format = entry.load()()
+        except Exception as error:  # a faulty package must not take the other formats with it
+            warnings.warn(f"format {entry.name} cannot be loaded: {error!r}", stacklevel=2)
+        else:
+            installed[format.name] = format
+    return dict(sorted(installed.items()))
 
 
 def get_format(name: str) -> Format:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from steerbridge.errors import RuntimeMissing, SteerbridgeError, UnsupportedFeature
 
@@ -27,19 +27,24 @@ class Deferred:
     Args:
         target: `module:attribute`.
         extra: the extra of `distribution` that installs what the module imports; empty: none.
-        distribution: the name to `pip install`.
+        distribution: the name to `pip install`; filled in for what an entry point names.
+        problem: why the entry point could not be loaded; empty: it could.
     """
 
     target: str
     extra: str = ""
     distribution: str = DISTRIBUTION
+    problem: str = ""
 
     def load(self) -> Any:
         """Import the object.
 
         Raises:
             RuntimeMissing: a package that it imports is not installed.
+            SteerbridgeError: its entry point could not be loaded.
         """
+        if self.problem:
+            raise SteerbridgeError(self.problem)
         module, _, attribute = self.target.partition(":")
         with requires(self.extra, self.distribution):
             return getattr(import_module(module), attribute)
@@ -84,6 +89,9 @@ class Runtime(Deferred):
         return replace(self, target=self.engine).load()
 
 
+_Named = TypeVar("_Named", bound=Deferred)
+
+
 def entries(group: str) -> dict[str, EntryPoint]:
     """Entry points of the group `steerbridge.GROUP` by name, sorted by name."""
     known = entry_points(group=f"steerbridge.{group}")
@@ -92,12 +100,33 @@ def entries(group: str) -> dict[str, EntryPoint]:
 
 def commands() -> dict[str, Command]:
     """Commands of the `steerbridge` program by name, those of other packages included."""
-    return {name: entry.load() for name, entry in entries("commands").items()}
+    return {
+        name: _loaded(entry, Command(target=entry.value, summary="cannot be loaded"))
+        for name, entry in entries("commands").items()
+    }
 
 
 def runtimes() -> dict[str, Runtime]:
     """Registered runtimes by name. Their dependencies may be missing; `load` raises then."""
-    return {name: replace(entry.load(), name=name) for name, entry in entries("runtimes").items()}
+    return {
+        name: replace(_loaded(entry, Runtime(target=entry.value)), name=name)
+        for name, entry in entries("runtimes").items()
+    }
+
+
+def _loaded(entry: EntryPoint, broken: _Named) -> _Named:
+    """What an entry point names. If it cannot be loaded, `broken` with the reason: a faulty package
+    must not take the whole program with it."""
+    distribution = entry.dist.name if entry.dist else DISTRIBUTION
+    try:
+        value: Any = entry.load()
+        if not isinstance(value, type(broken)):
+            wanted = f"steerbridge.registry.{type(broken).__name__}"
+            raise TypeError(f"expected a {wanted}, found {type(value).__name__}")
+    except Exception as error:
+        reason = f"{entry.name} of {distribution} cannot be loaded: {error!r}"
+        return replace(broken, problem=reason, distribution=distribution)
+    return replace(value, distribution=distribution)
 
 
 def runtime(name: str) -> Runtime:

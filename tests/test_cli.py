@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -116,6 +117,30 @@ def test_an_adapter_without_its_runtime_says_what_to_install(name):
     got = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     extra = registry.runtimes()["hf" if name.endswith("hf") else "llama.cpp"].extra
     assert got.stdout == f"pip install 'steerbridge[{extra}]'\n", got.stderr
+
+
+def test_a_faulty_package_does_not_take_the_program_with_it(tmp_path):
+    """One whose command is a function, one whose module is missing."""
+    (tmp_path / "faulty.py").write_text("def command():\n    pass\n")
+    info = tmp_path / "faulty-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: faulty\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(
+        "[steerbridge.commands]\nplain = faulty:command\ngone = faulty_gone:COMMAND\n"
+    )
+
+    def run_beside(*args):
+        command = [sys.executable, "-m", "steerbridge.cli", *args]
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+        return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+    assert run_beside("--help").returncode == 0
+    assert run_beside("schema").returncode == 0
+    got = run_beside("plain")
+    assert got.returncode == 1
+    assert "plain of faulty cannot be loaded" in got.stderr
+    assert "expected a steerbridge.registry.Command" in got.stderr
+    assert "faulty_gone" in run_beside("gone").stderr
 
 
 def test_one_command_imports_only_itself():

@@ -145,9 +145,8 @@ PUBLIC = ["steerbridge", "steerbridge_hf", "steerbridge_llama_cpp", "steerbridge
 @pytest.mark.parametrize("name", PUBLIC)
 def test_every_public_name_exists_and_is_listed(name):
     module = importlib.import_module(name)
-    assert sorted(module.__all__) == module.__all__
     listed = house.type_checking_names(Path(module.__file__))
-    assert sorted(listed) == module.__all__
+    assert sorted(listed) == sorted(module.__all__)
     for public in module.__all__:
         assert getattr(module, public) is not None
     with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
