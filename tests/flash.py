@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-SLOTS, CONTEXT = 4096, 96
+SLOTS, CONTEXT = 4096, 256
 
 
 class FastRMSNorm(nn.Module):
@@ -73,8 +73,10 @@ class FlashLlamaLayer(nn.Module):
             c[tables].repeat_interleave(self.heads // self.kv_heads, 2) for c in self.cache
         )
         scores = torch.einsum("nhd,nshd->nhs", q, keys) * self.attn.scaling
-        seen = torch.arange(tables.shape[1]) <= at[:, None]
-        scores = scores.masked_fill(~seen[:, None], -torch.inf)
+        unseen = torch.arange(tables.shape[1]) > at[:, None]
+        scores = scores.masked_fill(unseen[:, None], -torch.inf)
+        # Real kernels do not read these rows: 0 times a value that is not finite is not 0.
+        values = values.masked_fill(unseen[:, :, None, None], 0)
         mixed = torch.einsum("nhs,nshd->nhd", scores.softmax(-1), values)
         return self.attn.o_proj(mixed.reshape(len(x), -1))
 
@@ -110,7 +112,7 @@ class FlashLlamaForCausalLM(nn.Module):
         return self.lm_head(hidden if indices is None else hidden[indices])
 
 
-def server_modules(graphs: tuple[int, ...] = (8,)) -> dict[str, Any]:
+def server_modules(graphs: tuple[int, ...] = (8,), drafts: int = 0) -> dict[str, Any]:
     """What the plugin asks the server's own modules for, to be put into `sys.modules`."""
     settings = SimpleNamespace(CUDA_GRAPHS=list(graphs))
     quiet = SimpleNamespace(patch=lambda _: SimpleNamespace(log=lambda *_: None))
@@ -119,7 +121,7 @@ def server_modules(graphs: tuple[int, ...] = (8,)) -> dict[str, Any]:
         "text_generation_server.models": SimpleNamespace(globals=settings),
         "text_generation_server.models.globals": settings,
         "text_generation_server.utils": SimpleNamespace(),
-        "text_generation_server.utils.speculate": SimpleNamespace(get_speculate=lambda: 0),
+        "text_generation_server.utils.speculate": SimpleNamespace(get_speculate=lambda: drafts),
         "loguru": SimpleNamespace(logger=quiet),
     }
 
@@ -174,6 +176,7 @@ class Request:
     slots: list[int]
     answer: list[int] = field(default_factory=list)
     rows: int = 0  # in the cache
+    logits: Tensor | None = None  # of the first token [V]
 
 
 @dataclass
@@ -270,6 +273,7 @@ def step(model: FlashCausalLM, work: list[Work]) -> None:
         if w.prefilling:
             w.request.rows += w.rows
             if end:
+                w.request.logits = logits[first]
                 w.request.answer.append(int(logits[first].argmax()))
             first += 1
             continue

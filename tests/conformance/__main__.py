@@ -13,6 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # what tests share
 import runtimes
 from numpy_driver import MUTANTS, NumpyDriver
 

@@ -26,9 +26,16 @@ def _llama_cpp(_ground: Ground) -> Driver:
     return LlamaCppDriver()
 
 
+def _tgi(_ground: Ground) -> Driver:
+    from tgi_driver import TgiDriver
+
+    return TgiDriver()
+
+
 DRIVERS: Final[dict[str, Callable[[Ground], Driver]]] = {
     "transformers": _transformers,
     "llama.cpp": _llama_cpp,
+    "tgi": _tgi,
 }
 INTRODUCTION: Final = """\
 # What each runtime does
