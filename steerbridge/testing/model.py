@@ -174,6 +174,7 @@ class TinyModel:
 
     def save_gguf(self, path: Path) -> Path:
         """Write a GGUF file of architecture `llama`, in F32."""
+        path.parent.mkdir(parents=True, exist_ok=True)
         gguf_file.write(path, "llama", self._fill)
         return path
 

@@ -14,16 +14,45 @@ PINS: Final = Path(__file__).with_name("pins.json")
 PAGE: Final = ROOT / "docs" / "runtimes.md"
 
 
+def _draft(ground: Ground) -> Files:
+    """The same model with other weights, as a model that drafts."""
+    return Files(TinyModel(seed=1), ground.folder / "draft")
+
+
 def _transformers(ground: Ground) -> Driver:
     from hf_driver import HfDriver
 
-    return HfDriver(Files(TinyModel(seed=1), ground.folder / "draft").transformers)
+    return HfDriver(_draft(ground).transformers)
 
 
 def _llama_cpp(_ground: Ground) -> Driver:
     from llama_cpp_driver import LlamaCppDriver
 
     return LlamaCppDriver()
+
+
+def _llama_server(ground: Ground) -> Driver:
+    from run_driver import llama_server_driver
+
+    return llama_server_driver(_draft(ground))
+
+
+def _python_script(ground: Ground) -> Driver:
+    from run_driver import python_script_driver
+
+    return python_script_driver(_draft(ground))
+
+
+def _node(ground: Ground) -> Driver:
+    from run_driver import node_script_driver
+
+    return node_script_driver(_draft(ground))
+
+
+def _serve(_ground: Ground) -> Driver:
+    from serve_driver import ServeDriver
+
+    return ServeDriver()
 
 
 def _tgi(_ground: Ground) -> Driver:
@@ -35,6 +64,10 @@ def _tgi(_ground: Ground) -> Driver:
 DRIVERS: Final[dict[str, Callable[[Ground], Driver]]] = {
     "transformers": _transformers,
     "llama.cpp": _llama_cpp,
+    "llama-server": _llama_server,
+    "python-script": _python_script,
+    "node-llama-cpp": _node,
+    "serve": _serve,
     "tgi": _tgi,
 }
 INTRODUCTION: Final = """\

