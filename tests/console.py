@@ -70,7 +70,10 @@ class Shell:
     output: str = field(default="", init=False)
 
     def run(self, block: Block) -> str:
-        """Run the lines of a block: what they print. A line that fails raises."""
+        """Run the lines of a block: what they print. A line that fails raises.
+
+        A server runs until the next one starts, or the block ends.
+        """
         start = len(self.output)
         named = re.findall(r"\b(8080|9100)\b", block.text)
         ports = {port: str(servers.free_port()) for port in named}
@@ -79,6 +82,7 @@ class Shell:
                 for port, free in ports.items():
                     line = line.replace(port, free)
                 if _SERVER.match(line):
+                    running.close()  # the next one may want the same port
                     running.enter_context(self._server(line))
                 else:
                     self._run(line)
@@ -97,6 +101,7 @@ class Shell:
             capture_output=True,
             text=True,
             check=False,
+            timeout=600,
         )
         assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
         self.output += done.stdout

@@ -37,6 +37,7 @@ PARTS: Final = {
     "install": Part(("make", "test-install"), 60),
     "minimal": Part(("make", "test-minimal"), 20),
     "demo": Part(("make", "demo"), 120, clone=True),
+    "conformance": Part(("make", "conformance"), 60),
 }
 
 

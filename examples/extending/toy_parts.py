@@ -5,10 +5,8 @@ from steerbridge.registry import Command, Runtime
 RUNTIME = Runtime(
     target="toy_runtime:ToyModel",
     engine="toy_engine:ToyEngine",
-    distribution="steerbridge-toy",
 )
 TENSORS = Command(
     target="toy_command:tensors",
     summary="List the tensors of a package.",
-    distribution="steerbridge-toy",
 )
