@@ -264,6 +264,7 @@ def test_a_text_after_a_picture_does_not_take_its_rows_for_its_own(plain):
 
 def test_completions_after_a_picture_evaluate_its_rows_never_as_text(plain):
     with steer(plain, package(facts_of(plain), 1e9, readings=[reading("layer_input[18]")])) as s:
+        plain.input_ids[:] = 0  # uninitialised memory, of which a picture's rows keep theirs
         ask(plain, chat(drawn(), QUESTION), max_tokens=2)
         held = plain.input_ids[: plain.n_tokens].tolist()
         with pytest.raises(RowMappingLost, match="images"):
