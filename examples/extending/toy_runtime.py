@@ -12,7 +12,6 @@ from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
-from toy_llama import Float32, Llama, Tokenizer
 
 from steerbridge import Example, Generation, Outcome, Progress, SteeringPackage, Verdict, reference
 from steerbridge.errors import UnsupportedFeature
@@ -22,6 +21,7 @@ from steerbridge.reference import Action, AnySite
 from steerbridge.runtime import OutputHead
 from steerbridge.spec import HeadInput, LayerOutput, Reading, parse_site
 from steerbridge.stats import log_probability
+from toy_llama import Float32, Llama, Tokenizer
 
 NAME: Final = "toy"  # of the entry point, and of the calibrations in packages
 

@@ -16,7 +16,6 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # what tests share
 import runtimes
 from numpy_driver import MUTANTS, NumpyDriver
-
 from steerbridge.testing import Ground, check_runtime
 from steerbridge.testing import pins as pinned
 from steerbridge.testing.pins import Pins

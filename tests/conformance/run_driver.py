@@ -28,7 +28,6 @@ from asked_programs import (
     node_script,
     python_script,
 )
-
 from helpers import CLI
 from steerbridge.errors import SteerbridgeError, SteeringFailed
 from steerbridge.package import SteeringPackage
