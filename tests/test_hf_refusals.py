@@ -50,3 +50,11 @@ def test_a_prompt_too_short_for_its_reading_stops(tiny_llama):
     package = helpers.package(facts(tiny_llama), probes=[helpers.linear_probe(readings=[reading])])
     with steer(tiny_llama, package), pytest.raises(RowMappingLost, match="too short"):
         generate(tiny_llama)
+
+
+def test_an_option_of_llama_cpp_is_refused_by_name(tmp_path):
+    """By the opener, so by every command."""
+    from steerbridge_hf import open_model
+
+    with pytest.raises(UnsupportedFeature, match="mmproj"):
+        open_model(tmp_path, mmproj="vision.gguf")

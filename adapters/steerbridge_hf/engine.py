@@ -43,8 +43,6 @@ def open_engine(
     Args:
         context: 0: as long as the model's position embeddings reach.
     """
-    if "mmproj" in options:  # the vision tower is part of the model here
-        raise UnsupportedFeature(RUNTIME, "option mmproj")
     opened = open_model(model, **options)
     return HfEngine(opened, package, opened.facts.name or str(model), context, ignore)
 

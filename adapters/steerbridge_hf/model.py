@@ -57,7 +57,10 @@ def open_model(
 
     Raises:
         FileNotFoundError: a path to a GGUF file that does not exist.
+        UnsupportedFeature: the option `mmproj` of llama.cpp.
     """
+    if "mmproj" in options:  # the vision tower is part of the model here
+        raise UnsupportedFeature(RUNTIME, "option mmproj")
     path = Path(model)
     where: dict[str, Any] = {"pretrained_model_name_or_path": str(model)}
     if path.suffix == ".gguf":

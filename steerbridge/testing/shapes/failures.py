@@ -10,7 +10,7 @@ from steerbridge.testing.cases import NEW, Case, linear
 from steerbridge.testing.driver import Ability, How
 from steerbridge.testing.kit import Guarded, Lacking, Trial, Wrong
 from steerbridge.testing.model import NAN, OVERFLOW, TRAP_LAYER, VOCAB
-from steerbridge.testing.oracle import answer
+from steerbridge.testing.oracle import plain
 from steerbridge.testing.shapes.table import ONE, Table, first
 
 TABLE: Final = Table()
@@ -20,7 +20,20 @@ TABLE: Final = Table()
 def _(trial: Trial) -> None:
     for which in ("head", "mean"):
         with trial.guarded(which) as guard:
-            _unjudged(guard, guard.case.quiet[0] + NAN)
+            quiet = guard.case.quiet[0]
+            _unjudged(guard, quiet + NAN)
+            if _recovers(trial, quiet):
+                guard.right([quiet])
+
+
+def _recovers(trial: Trial, prompt: str) -> bool:
+    """Whether the runtime without a package answers a prompt behind one that is not a number.
+    llama-server and scripts with llama.cpp do not: NaN stays in their cache."""
+    with trial.driver.open(trial.ground.files, None) as running:
+        running.ask([prompt + NAN], NEW, How())
+        [reply] = running.ask([prompt], NEW, How())
+    want = plain(trial.model, trial.model.encode(prompt), NEW).tokens
+    return reply.tokens in (None, want)
 
 
 @TABLE.shape("an infinite state that a sigmoid would hide")
@@ -127,9 +140,9 @@ def _(trial: Trial) -> None:
         prompt = guard.case.fired[0]
         guard.right([prompt])
     [reply] = trial.plain([prompt])
-    plain = answer(trial.model, None, trial.model.encode(prompt), NEW)
-    if reply.tokens is not None and reply.tokens != plain.tokens:
-        raise Wrong(f"{prompt!r}: expected {plain.tokens}, found {reply.tokens}")
+    want = plain(trial.model, trial.model.encode(prompt), NEW)
+    if reply.tokens is not None and reply.tokens != want.tokens:
+        raise Wrong(f"{prompt!r}: expected {want.tokens}, found {reply.tokens}")
 
 
 @TABLE.shape("a probe that acts on nothing")
