@@ -7,6 +7,7 @@ and the best logit of every step from the second.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,6 +21,7 @@ from steerbridge.spec import CosineProbe, LinearProbe, MlpProbe, Probe, tensor_s
 from steerbridge.tensors import Tensor
 from steerbridge.testing.model import LAYERS, TinyModel
 from steerbridge.testing.oracle import Expected, answer, judge, plain
+from steerbridge.testing.vision import PICTURES
 
 Json = dict[str, Any]
 
@@ -49,7 +51,11 @@ END: Final = (reading("layer_input[2]"),)
 
 
 def linear(
-    link: str = "sigmoid", comparator: str = ">", readings: Sequence[Json] = END, id: str = "p"
+    link: str = "sigmoid",
+    comparator: str = ">",
+    readings: Sequence[Json] = END,
+    id: str = "p",
+    **more: Any,
 ) -> Json:
     """A linear probe; its threshold is set from the prompts."""
     return {
@@ -61,6 +67,7 @@ def linear(
         "link": link,
         "comparator": comparator,
         "threshold": 0.0,
+        **more,
     }
 
 
@@ -177,8 +184,14 @@ def case(
     rules: Sequence[Json] | None = None,
     seed: int = 0,
     count: int = PROMPTS,
+    prompts: Sequence[str] = (),
 ) -> Case:
-    """A case with random tensors; thresholds are set so that about half of the prompts fire."""
+    """A case with random tensors; thresholds are set so that about half of the prompts fire.
+
+    Args:
+        prompts: what to choose from; none: `count` random texts.
+    """
+    prompts = prompts or prompts_of(seed, count)
     if rules is None:
         rules = [rule([p["id"] for p in probes], [i["id"] for i in interventions])]
     spec = parse(
@@ -192,7 +205,6 @@ def case(
         }
     )
     tensors = _tensors(spec, np.random.default_rng(seed))
-    prompts = prompts_of(seed, count)
     package = _centred(model, SteeringPackage(spec, tensors), prompts)
     package = _with_thresholds(model, package, prompts)
     whole = Case(model, package, tuple(prompts))
@@ -204,6 +216,17 @@ def prompts_of(seed: int, count: int = PROMPTS) -> list[str]:
     rng = np.random.default_rng([seed, 7])
     lengths = rng.integers(3, 31, size=count)
     return ["".join(rng.choice(list(_LETTERS), size=n)) for n in lengths]
+
+
+def with_pictures(seed: int, count: int = PROMPTS) -> list[str]:
+    """Texts with a picture before, behind or between them, with several, alone, or with none."""
+    texts, forms = prompts_of(seed, count), itertools.cycle("pt tp tpt ppt p t".split())
+    a = itertools.cycle(PICTURES)
+    made = []
+    for text, form in zip(texts, forms, strict=False):
+        made.append("".join(next(a) if part == "p" else text for part in form))
+    alone = [*PICTURES, *map("".join, itertools.permutations(PICTURES, 2))]
+    return list(dict.fromkeys([*made, *alone]))
 
 
 def _tensors(spec: Any, rng: np.random.Generator) -> dict[str, Tensor]:
@@ -237,9 +260,10 @@ def _centred(model: TinyModel, package: SteeringPackage, prompts: Sequence[str])
 
 def _logit(model: TinyModel, package: SteeringPackage, probe: Probe, prompt: str) -> float:
     """The probe's logit, or the difference of its two."""
-    states, _ = model.forward(model.encode(prompt))
-    depth = package.spec.depth
-    x = reference.probe_input(probe, package.tensors, lambda site: states[depth(site)])
+    ids = model.encode(prompt)
+    states, _ = model.forward(ids)
+    depth, images = package.spec.depth, model.of_picture(ids)
+    x = reference.probe_input(probe, package.tensors, lambda site: states[depth(site)], images)
     y = reference.logits(probe, package.tensors, x)[0]
     return float(y[0] - y[1]) if len(y) == 2 else float(y[0])
 
@@ -288,4 +312,18 @@ def standard(model: TinyModel) -> Mapping[str, Case]:
         "earlier": case(
             model, probes=[linear(readings=(reading("layer_input[2]", offset=-2),))], seed=4
         ),
+    }
+
+
+def pictured(model: TinyModel) -> Mapping[str, Case]:
+    """The cases of prompts with pictures: a head, layers, a mean, a mean over picture rows."""
+    vector = at_layers("add_vector", 2, alpha=2.0)
+    of_pictures = linear(
+        readings=(reading("layer_input[2]", "image_mean"),), input_mean="p.mean"
+    )  # texts have no such rows, and are given the probe's input mean
+    return {
+        "head": case(model, seed=5, prompts=with_pictures(5)),
+        "layers": case(model, interventions=[vector], seed=6, prompts=with_pictures(6)),
+        "mean": case(model, [linear(readings=means())], seed=7, prompts=with_pictures(7)),
+        "pictures": case(model, [of_pictures], seed=8, prompts=with_pictures(8)),
     }

@@ -34,6 +34,7 @@ class Ability(StrEnum):
     NGRAM_DRAFTS = "drafts from n-grams"
     MODEL_DRAFTS = "drafts from a smaller model"
     LOGITS = "logits that the driver can read"
+    PICTURES = "prompts with pictures"
     TEMPLATE = "a chat template that the runtime reads"
     BREAK = "a hook that the driver can remove"
     RESTART = "a restart with the same package"
@@ -88,6 +89,14 @@ class Files:
         """A GGUF file in F32."""
         path = self.folder / "tiny.gguf"
         return path if path.is_file() else self.model.save_gguf(path)
+
+    @cached_property
+    def mmproj(self) -> Path | None:
+        """A GGUF file of the vision tower, in F32; None for a model without one."""
+        if self.model.tower is None:
+            return None
+        path = self.folder / "mmproj-tiny.gguf"
+        return path if path.is_file() else self.model.save_mmproj(path)
 
 
 class Running(Protocol):

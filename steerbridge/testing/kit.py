@@ -13,7 +13,7 @@ import numpy as np
 
 from steerbridge.errors import SteerbridgeError
 from steerbridge.runtime import Outcome
-from steerbridge.testing.cases import NEW, Case, standard
+from steerbridge.testing.cases import NEW, Case, pictured, standard
 from steerbridge.testing.driver import Ability, Driver, Files, How, Reply, Running
 from steerbridge.testing.model import TEMPLATE, TinyModel
 from steerbridge.testing.oracle import Expected, plain
@@ -69,6 +69,16 @@ class Ground:
         """The cases that shapes use again and again."""
         return standard(self.model)
 
+    @cached_property
+    def with_tower(self) -> Files:
+        """A model with a vision tower."""
+        return Files(TinyModel(pictures=True), self.folder / "pictures")
+
+    @cached_property
+    def pictured(self) -> Mapping[str, Case]:
+        """The cases whose prompts hold pictures."""
+        return pictured(self.with_tower.model)
+
     def case(self, key: str, make: Callable[[], Case]) -> Case:
         """A case that is made once."""
         if key not in self._cases:
@@ -95,7 +105,8 @@ class Trial:
     def guarded(self, case: Case | str = "head") -> Iterator[Guarded]:
         """The model with the package of a case."""
         chosen = self.case(case) if isinstance(case, str) else case
-        with self.driver.open(self.ground.files, chosen.package) as running:
+        files = self.ground.with_tower if chosen.model.tower else self.ground.files
+        with self.driver.open(files, chosen.package) as running:
             yield Guarded(self.driver, running, chosen)
 
     @contextmanager

@@ -7,11 +7,14 @@ a Hugging Face folder and as a GGUF file.
 Two bytes are traps: `NAN` has an embedding that is not a number; `OVERFLOW` makes channel 0
 infinite at the input of block `TRAP_LAYER + 1`, as an overflow in half precision would.
 
+With a vision tower (`steerbridge.testing.vision`) it is the language model of an Idefics3.
+
 Shapes: T rows, D width, H heads, G heads of keys and values, F inner width, V vocabulary.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -27,6 +30,7 @@ from safetensors.numpy import save_file
 from steerbridge import gguf_file
 from steerbridge.atomic import replacing
 from steerbridge.fingerprint import ModelFacts, text_sha256, tokenizer_sha256
+from steerbridge.testing import vision
 
 Float32 = NDArray[np.float32]
 Edit = Callable[[int, Float32], Float32]  # (depth, rows) -> rows
@@ -36,7 +40,6 @@ WIDTH: Final = 32
 HEADS: Final = 4
 KV_HEADS: Final = 2
 INNER: Final = 64
-VOCAB: Final = 260
 CONTEXT: Final = 1024
 EOS: Final = 256  # the first ids are the 256 bytes
 EPS: Final = 1e-5
@@ -45,10 +48,21 @@ NAN: Final = "\x01"
 OVERFLOW: Final = "\x02"
 TRAP_LAYER: Final = 1
 _TRAP: Final = WIDTH - 1  # a channel that is zero for every other token
-_SPECIAL: Final = ("<|end|>", "<|user|>", "<|assistant|>", "<|pad|>")
+PAD: Final = 259
+_SPECIAL: Final = ("<|end|>", "<|user|>", "<|assistant|>", "<|pad|>", *vision.TOKENS)
+_BLANK_LINE: Final = "\u010a\u010a"  # two newlines, one token: libmtmd asks for it
+_MERGES: Final = [" ".join(_BLANK_LINE)]
+VOCAB: Final = 256 + len(_SPECIAL) + 1
+_LATER: Final = len(vision.TOKENS) + 1  # tokens that only prompts with pictures hold
 TEMPLATE: Final = (
     "{% for m in messages %}<|user|>{{ m['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+# A message is its content, so that a prompt with pictures can be asked through a chat.
+CONTENT_TEMPLATE: Final = (
+    "{% for m in messages %}{% if m['content'] is string %}{{ m['content'] }}{% else %}"
+    "{% for part in m['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}"
+    "{% else %}{{ '<image>' }}{% endif %}{% endfor %}{% endif %}{% endfor %}"
 )
 
 
@@ -65,24 +79,46 @@ class Cache:
 
 
 class TinyModel:
-    """The model. `template` is a chat template, or none: then a prompt is its bytes."""
+    """The model.
 
-    def __init__(self, seed: int = 0, template: str | None = None) -> None:
-        self.template = template
+    Args:
+        template: a chat template, or none: then a prompt is its bytes.
+        pictures: whether it has a vision tower; its chat template is then `CONTENT_TEMPLATE`.
+    """
+
+    def __init__(
+        self, seed: int = 0, template: str | None = None, *, pictures: bool = False
+    ) -> None:
+        self.template = CONTENT_TEMPLATE if pictures else template
         self.weights = _weights(seed)
+        self.tower = vision.Tower(WIDTH, _TRAP) if pictures else None
         self.answers: dict[Any, Any] = {}  # of the unsteered model, kept by the oracle
 
     # ------------------------------------------------------------ tokens
 
     @staticmethod
     def encode(text: str) -> list[int]:
-        """Token ids of a text: its bytes in UTF-8."""
-        return list(text.encode())
+        """Token ids of a prompt: its bytes in UTF-8; rows of a picture have ids from VOCAB on."""
+        ids: list[int] = []
+        for character in text:
+            ids += _picture_ids(character) if character in vision.PICTURES else character.encode()
+        return ids
+
+    @staticmethod
+    def of_picture(ids: list[int]) -> NDArray[np.bool_]:
+        """Which rows of a prompt [T] are a picture's."""
+        return np.asarray(ids) >= VOCAB
+
+    @cached_property
+    def inputs(self) -> Float32:
+        """What block 0 reads for each id: embeddings, then the rows of every picture."""
+        rows = [self.tower.rows(picture) for picture in vision.PICTURES] if self.tower else []
+        return np.concatenate([self.weights["embedding"], *rows])
 
     @cached_property
     def tokens(self) -> list[str]:
         """The vocabulary as byte-level BPE writes it."""
-        return [*_byte_names(), *_SPECIAL]
+        return [*_byte_names(), *_SPECIAL, _BLANK_LINE]
 
     @property
     def facts(self) -> ModelFacts:
@@ -93,7 +129,7 @@ class TinyModel:
             num_layers=LAYERS,
             vocab_size=VOCAB,
             name="tiny",
-            architecture="LlamaForCausalLM",
+            architecture=_IDEFICS if self.tower else _LLAMA,
             tokenizer_sha256=tokenizer_sha256(self.tokens),
             chat_template_sha256=None if self.template is None else text_sha256(self.template),
         )
@@ -116,7 +152,7 @@ class TinyModel:
         before = cache.rows
         states: dict[int, Float32] = {}
         with np.errstate(all="ignore"):  # the traps
-            x = self.weights["embedding"][ids]
+            x = self.inputs[ids]
             for layer in range(LAYERS):
                 x = _noted(layer, x, states, edit)
                 x = x + self._attention(layer, x, cache, before)
@@ -142,12 +178,12 @@ class TinyModel:
         each = HEADS // KV_HEADS
         keys = np.repeat(cache.keys[layer], each, axis=1)
         values = np.repeat(cache.values[layer], each, axis=1)
-        scores = np.einsum("thd,shd->hts", q, keys) / np.float32(size**0.5)
+        scores = q.swapaxes(0, 1) @ keys.transpose(1, 2, 0) / np.float32(size**0.5)
         later = np.arange(keys.shape[0])[None, :] > at[:, None]
         scores = np.where(later[None], np.float32(-np.inf), scores)
         weights = np.exp(scores - scores.max(axis=2, keepdims=True))
         weights /= weights.sum(axis=2, keepdims=True)
-        mixed = np.einsum("hts,shd->thd", weights, values)
+        mixed = (weights @ values.swapaxes(0, 1)).swapaxes(0, 1)
         return np.asarray(mixed.reshape(len(x), WIDTH) @ w["o"].T, np.float32)
 
     def _mlp(self, layer: int, x: Float32) -> Float32:
@@ -162,13 +198,19 @@ class TinyModel:
         """Write `config.json`, weights and tokenizer as transformers reads them."""
         with replacing(path) as fresh:
             fresh.mkdir()
-            (fresh / "config.json").write_text(json.dumps(_config()))
+            (fresh / "config.json").write_text(json.dumps(self._config()))
             (fresh / "tokenizer.json").write_text(json.dumps(self._tokenizer()))
             (fresh / "tokenizer_config.json").write_text(json.dumps(self._tokenizer_config()))
             tensors = {}
             for name, weight in self.weights.items():
                 layer, _, part = name.rpartition(".")
-                tensors[_FOLDER[part].format(layer)] = weight
+                name = _FOLDER[part].format(layer)
+                if self.tower:
+                    name = name.replace("model.", "model.text_model.")
+                tensors[name] = weight
+            if self.tower:
+                tensors |= self.tower.tensors()
+                (fresh / "processor_config.json").write_text(json.dumps(vision.processor()))
             save_file(tensors, fresh / "model.safetensors", metadata={"format": "pt"})
         return path
 
@@ -177,6 +219,27 @@ class TinyModel:
         path.parent.mkdir(parents=True, exist_ok=True)
         gguf_file.write(path, "llama", self._fill)
         return path
+
+    def save_mmproj(self, path: Path) -> Path:
+        """Write the vision tower as libmtmd reads it, in F32."""
+        assert self.tower, "a model without pictures has no vision tower"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        gguf_file.write(path, "clip", self.tower.fill)
+        return path
+
+    def _config(self) -> dict[str, Any]:
+        text = _config()
+        if not self.tower:
+            return text
+        return {
+            "architectures": [_IDEFICS],
+            "model_type": "idefics3",
+            "text_config": text,
+            "vision_config": self.tower.config(),
+            "scale_factor": vision.SCALE,
+            "image_token_id": 256 + _SPECIAL.index(vision.IMAGE),
+            **{key: text[key] for key in _SHARED},
+        }
 
     def _fill(self, writer: GGUFWriter) -> None:
         writer.add_name("tiny")
@@ -193,10 +256,10 @@ class TinyModel:
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre("gpt-2")
         writer.add_token_list(self.tokens)
-        writer.add_token_types([1] * 256 + [3] * len(_SPECIAL))  # normal, control
-        writer.add_token_merges(["\u0120 \u0120"])  # one is required; this one gives no token
+        writer.add_token_types([1] * 256 + [3] * len(_SPECIAL) + [1])  # normal, control
+        writer.add_token_merges(_MERGES)
         writer.add_eos_token_id(EOS)
-        writer.add_pad_token_id(VOCAB - 1)
+        writer.add_pad_token_id(PAD)
         writer.add_add_bos_token(False)
         if self.template is not None:
             writer.add_chat_template(self.template)
@@ -238,7 +301,7 @@ class TinyModel:
                 "fuse_unk": False,
                 "byte_fallback": False,
                 "vocab": {token: i for i, token in enumerate(self.tokens)},
-                "merges": [],
+                "merges": _MERGES,
             },
         }
 
@@ -246,7 +309,7 @@ class TinyModel:
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "eos_token": _SPECIAL[0],
-            "pad_token": _SPECIAL[-1],
+            "pad_token": _SPECIAL[PAD - 256],
             "clean_up_tokenization_spaces": False,
             "model_max_length": CONTEXT,
         }
@@ -260,7 +323,7 @@ def _weights(seed: int) -> dict[str, Float32]:
     def random(*shape: int, scale: float = 0.4) -> Float32:
         return rng.normal(scale=scale, size=shape).astype(np.float32)
 
-    weights = {"embedding": random(VOCAB, WIDTH, scale=1.0)}
+    weights = {"embedding": random(VOCAB - _LATER, WIDTH, scale=1.0)}
     for layer in range(LAYERS):
         weights |= {
             f"{layer}.attention_norm": 1 + random(WIDTH, scale=0.1),
@@ -281,6 +344,8 @@ def _weights(seed: int) -> dict[str, Float32]:
     # Answers are printable ASCII, so that their text says which tokens they are. The logit of
     # every other token is 0, which is never the largest; so an answer ends by its length.
     weights["head"][[i for i in range(VOCAB) if not 32 <= i < 127]] = 0
+    of_pictures = random(_LATER, WIDTH, scale=1.0)
+    weights["embedding"] = np.concatenate([weights["embedding"], of_pictures])
     weights["embedding"][:, _TRAP] = 0
     weights["embedding"][ord(NAN)] = np.nan
     _set_overflow(weights)
@@ -325,6 +390,24 @@ def _interleaved(weight: Float32, heads: int) -> Float32:
     return halves.swapaxes(1, 2).reshape(weight.shape)
 
 
+def _picture_ids(picture: str) -> list[int]:
+    """Rows of a picture between the tokens that Idefics3 puts around its tiles."""
+    tokens = {name: 256 + i for i, name in enumerate(_SPECIAL)}
+    start = tokens["<fake_token_around_image>"]
+    first = VOCAB + vision.PICTURES.index(picture) * vision.PICTURE_ROWS
+    rows = iter(range(first, first + vision.PICTURE_ROWS))
+
+    def tile(name: str) -> list[int]:
+        return [start, tokens[name], *itertools.islice(rows, vision.TILE_ROWS)]
+
+    ids: list[int] = []
+    for r in range(1, vision.TILES + 1):
+        for c in range(1, vision.TILES + 1):
+            ids += tile(f"<row_{r}_col_{c}>")
+        ids.append(ord("\n") if r < vision.TILES else VOCAB - 1)
+    return [*ids, *tile("<global-img>"), start]
+
+
 def _byte_names() -> list[str]:
     """The character that stands for each byte in byte-level BPE (GPT-2's table)."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -337,7 +420,7 @@ def _byte_names() -> list[str]:
 
 def _config() -> dict[str, Any]:
     return {
-        "architectures": ["LlamaForCausalLM"],
+        "architectures": [_LLAMA],
         "model_type": "llama",
         "hidden_size": WIDTH,
         "intermediate_size": INNER,
@@ -352,12 +435,22 @@ def _config() -> dict[str, Any]:
         "tie_word_embeddings": False,
         "bos_token_id": None,
         "eos_token_id": EOS,
-        "pad_token_id": VOCAB - 1,
+        "pad_token_id": PAD,
         "dtype": "float32",
         "_name_or_path": "tiny",
     }
 
 
+_LLAMA: Final = "LlamaForCausalLM"
+_IDEFICS: Final = "Idefics3ForConditionalGeneration"
+_SHARED: Final = (
+    "tie_word_embeddings",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "dtype",
+    "_name_or_path",
+)
 _FOLDER: Final = {
     "embedding": "model.embed_tokens.weight",
     "attention_norm": "model.layers.{}.input_layernorm.weight",

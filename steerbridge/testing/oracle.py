@@ -82,10 +82,11 @@ def plain(model: TinyModel, prompt: Sequence[int], new: int) -> Expected:
 
 def judge(model: TinyModel, package: SteeringPackage, prompt: Sequence[int]) -> Outcome:
     """Verdicts and rules for a prompt."""
-    states, _ = model.forward(list(prompt))
-    depth = package.spec.depth
+    ids = list(prompt)
+    states, _ = model.forward(ids)
+    depth, images = package.spec.depth, model.of_picture(ids)
     verdicts = tuple(
-        reference.judge(probe, package.tensors, lambda site: states[depth(site)])
+        reference.judge(probe, package.tensors, lambda site: states[depth(site)], images)
         for probe in package.spec.probes
     )
     rules = {action.rule for action in reference.actions(package.spec, verdicts)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import queue
@@ -20,8 +21,9 @@ import requests
 
 import programs
 from steerbridge.errors import UnsupportedFeature
+from steerbridge.testing import vision
 from steerbridge.testing.driver import How
-from steerbridge.testing.model import CONTEXT, Float32
+from steerbridge.testing.model import CONTEXT, Float32, TinyModel
 
 SLOTS: Final = 8  # of a program that answers several clients
 NODE: Final = "3.22.1"  # release of node-llama-cpp
@@ -47,7 +49,7 @@ class Answer:
 class Program(Protocol):
     """A program that runs."""
 
-    def answers(self, ids: list[int], new: int, how: How, sequence: int) -> list[Answer]:
+    def answers(self, prompt: str, new: int, how: How, sequence: int) -> list[Answer]:
         """`how.samples` answers to a prompt.
 
         Raises:
@@ -63,6 +65,7 @@ class Start:
 
     Args:
         before: what stands before its command: `steerbridge run ... --`, or nothing.
+        mmproj: the vision tower of a model that sees.
         output: where its own messages go.
         batch: rows that it evaluates at once.
         sequences: conversations that it keeps.
@@ -70,6 +73,7 @@ class Start:
 
     before: Sequence[str]
     model: Path
+    mmproj: Path | None
     draft: Path
     output: Path
     batch: int
@@ -81,11 +85,20 @@ class LlamaServer:
     """llama-server; a sequence is a slot."""
 
     def __init__(self, url: str) -> None:
-        self._url = f"{url}/completion"
+        self._base, self._url = url, f"{url}/completion"
 
-    def answers(self, ids: list[int], new: int, how: How, sequence: int) -> list[Answer]:
+    def _marker(self) -> str:
+        """What stands for a picture in a prompt."""
+        return str(requests.get(f"{self._base}/props", timeout=60).json()["media_marker"])
+
+    def answers(self, prompt: str, new: int, how: How, sequence: int) -> list[Answer]:
+        asked: object = TinyModel.encode(prompt)
+        if shown := vision.pictures(prompt):
+            text = vision.marked(prompt, self._marker())
+            files = [base64.b64encode(file).decode() for file in shown]
+            asked = {"prompt_string": text, "multimodal_data": files}
         body = {
-            "prompt": ids,
+            "prompt": asked,
             "n_predict": new,
             "temperature": how.temperature,
             "return_tokens": True,
@@ -131,6 +144,8 @@ def llama_server(start: Start) -> Iterator[LlamaServer]:
     options: list[object] = ["-m", start.model, "-fa", "off", "-ctk", "f32", "-ctv", "f32"]
     options += ["-t", 1, "-b", start.batch, "-ub", start.batch, "-np", SLOTS, "-c", SLOTS * CONTEXT]
     options += ["--no-webui"]
+    if start.mmproj is not None:
+        options += ["--mmproj", start.mmproj]
     if start.drafts == "ngram":
         options += ["--spec-type", "ngram-simple"]
         options += ["--spec-ngram-simple-size-n", 2, "--spec-ngram-simple-size-m", 4]
@@ -163,9 +178,17 @@ class Child:
             raise ProgramFailed(self._ended())
         threading.Thread(target=self._read, args=(lines,), daemon=True).start()
 
-    def answers(self, ids: list[int], new: int, how: How, sequence: int) -> list[Answer]:
-        asked = {"ids": ids, "new": new, "temperature": how.temperature, "sequence": sequence}
-        asked["cancel_after"] = how.cancel_after
+    def answers(self, prompt: str, new: int, how: How, sequence: int) -> list[Answer]:
+        asked: dict[str, Any] = {
+            "new": new,
+            "temperature": how.temperature,
+            "sequence": sequence,
+            "cancel_after": how.cancel_after,
+        }
+        if vision.pictures(prompt):
+            asked["content"] = vision.content(prompt)
+        else:
+            asked["ids"] = TinyModel.encode(prompt)
         return [self._answer(asked)]
 
     def _answer(self, asked: dict[str, Any]) -> Answer:
@@ -217,6 +240,7 @@ class Child:
 def _child(start: Start, *command: str) -> AbstractContextManager[Child]:
     settings = {
         "model": str(start.model),
+        "mmproj": start.mmproj and str(start.mmproj),
         "draft": str(start.draft),
         "drafts": start.drafts,
         "context": CONTEXT,

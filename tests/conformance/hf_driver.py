@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,15 +11,22 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from PIL import Image
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    DynamicCache,
+)
 from transformers.utils import logging
 
 from steerbridge.package import SteeringPackage
 from steerbridge.testing.driver import Ability, Files, How, Reply
-from steerbridge.testing.model import CONTEXT, VOCAB, TinyModel
+from steerbridge.testing import vision
+from steerbridge.testing.model import CONTEXT, PAD, VOCAB, TinyModel
 from steerbridge_hf import steer
 
-PAD: Final = VOCAB - 1
 
 
 class Stopped(Exception):
@@ -44,10 +52,15 @@ class Counter:
 
 
 class Running:
-    """A model with a package; calls share a KV cache, as a chat program keeps it."""
+    """A model with a package; calls share a KV cache, as a chat program keeps it.
 
-    def __init__(self, model: Any, session: Any, draft: Path) -> None:
+    Args:
+        processor: makes pixels of pictures; None for a model that sees none.
+    """
+
+    def __init__(self, model: Any, session: Any, draft: Path, processor: Any = None) -> None:
         self.model, self.session, self._draft = model, session, draft
+        self._processor = processor
         self._cached: list[int] = []
         self._cache: Any = None
         self.broken = False
@@ -59,17 +72,32 @@ class Running:
         if how.cancel_after:
             return [self._cancelled(rows[0], new, how.cancel_after)]
         if how.keep:
-            return [self._in_conversation(rows[0], new)]
-        return self._generate(rows, new, how)
+            return [self._in_conversation(prompts[0], new)]
+        return self._generate(rows, new, how, **self._pixels(prompts))
 
-    def _generate(self, rows: Sequence[list[int]], new: int, how: How) -> list[Reply]:
+    def _pixels(self, prompts: Sequence[str]) -> dict[str, Any]:
+        """What the model takes beside token ids: the pixels of all pictures."""
+        shown = [[opened_picture(file) for file in vision.pictures(p)] for p in prompts]
+        if not any(shown):
+            return {}
+        inputs = self._processor.image_processor(images=shown, return_tensors="pt")
+        return {"pixel_values": inputs["pixel_values"]}
+
+    def _tokens(self, row: list[int]) -> Any:
+        """Ids as the model takes them: all rows of pictures have the same."""
+        image = getattr(self.model.config, "image_token_id", None)
+        return torch.tensor([image if i >= VOCAB else i for i in row])
+
+    def _generate(
+        self, rows: Sequence[list[int]], new: int, how: How, **more: Any
+    ) -> list[Reply]:
         width = max(map(len, rows))
         ids = torch.full((len(rows), width), PAD)
         mask = torch.zeros_like(ids)
         for i, row in enumerate(rows):
             at = slice(0, len(row)) if how.padding == "right" else slice(width - len(row), width)
-            ids[i, at], mask[i, at] = torch.tensor(row), 1
-        return self._replies(ids, mask, new, how)
+            ids[i, at], mask[i, at] = self._tokens(row), 1
+        return self._replies(ids, mask, new, how, **more)
 
     def _replies(self, ids: Any, mask: Any, new: int, how: How, **more: Any) -> list[Reply]:
         options: dict[str, Any] = {"do_sample": how.temperature > 0, "num_beams": how.beams}
@@ -101,20 +129,28 @@ class Running:
             for i, tokens in enumerate(answers)
         ]
 
-    def _in_conversation(self, row: list[int], new: int) -> Reply:
-        """One prompt on the kept cache: what it shares with the last one is not evaluated again."""
-        shared = 0
+    def _in_conversation(self, prompt: str, new: int) -> Reply:
+        """One prompt on the kept cache: what it shares with the last one is not evaluated again.
+
+        Pixels are given of the pictures behind that; no picture is cut in two.
+        """
+        row, shared = TinyModel.encode(prompt), 0
         for a, b in zip(row[:-1], self._cached, strict=False):
             if a != b:
                 break
             shared += 1
+        known = prompt
+        while len(TinyModel.encode(known)) > shared:
+            known = known[:-1]
+        shared = len(TinyModel.encode(known))
         if self._cache is None or shared == 0:
             self._cache = DynamicCache(config=self.model.config)
         elif shared < len(self._cached):
             self._cache.crop(shared - len(self._cached))
-        ids = torch.tensor([row])
+        ids = self._tokens(row)[None]
+        more = {**self._pixels([prompt[len(known) :]]), "cache": self._cache}
         try:
-            [reply] = self._replies(ids, torch.ones_like(ids), new, How(), cache=self._cache)
+            [reply] = self._replies(ids, torch.ones_like(ids), new, How(), **more)
         except Exception:
             self._cache, self._cached = None, []
             raise
@@ -160,7 +196,13 @@ class Running:
 
 def opened(folder: Path) -> Any:
     logging.disable_progress_bar()
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    sees = (folder / "processor_config.json").exists()
+    kind: Any = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    return kind.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def opened_picture(file: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(file)).convert("RGB")
 
 
 class HfDriver:
@@ -182,16 +224,17 @@ class HfDriver:
     def open(self, files: Files, package: SteeringPackage | None) -> Iterator[Running]:
         folder = files.transformers
         model = self._models.pop(folder, None) or opened(folder)
+        processor = AutoProcessor.from_pretrained(folder) if files.model.tower else None
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # the model is tiny
         try:
             if package is None:
-                running = Running(model, None, self._draft)
+                running = Running(model, None, self._draft, processor)
                 yield running
             else:
                 tokenizer = AutoTokenizer.from_pretrained(folder)
                 with steer(model, package, tokenizer=tokenizer) as session:
-                    running = Running(model, session, self._draft)
+                    running = Running(model, session, self._draft, processor)
                     yield running
         finally:
             torch.set_num_threads(threads)

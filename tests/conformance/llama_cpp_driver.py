@@ -10,11 +10,14 @@ from typing import Any
 import llama_cpp
 import numpy as np
 from llama_cpp._internals import LlamaBatch, LlamaContext
+from llama_cpp.llama_chat_format import MTMDChatHandler
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
 from steerbridge.errors import UnsupportedFeature
 from steerbridge.package import SteeringPackage
+from steerbridge.testing import vision
 from steerbridge.testing.driver import Ability, Files, How, Reply
+from steerbridge.testing.kit import Lacking
 from steerbridge.testing.model import CONTEXT, VOCAB, TinyModel
 from steerbridge_llama_cpp import SteeredContext, SteeredLlama
 
@@ -37,13 +40,29 @@ class Running:
 
     def ask(self, prompts: Sequence[str], new: int, how: How) -> list[Reply]:
         if len(prompts) > 1:
+            if any(map(vision.pictures, prompts)):
+                raise Lacking("libmtmd evaluates one prompt at a time")
             with contextlib.closing(self._sequences()) as context:
                 return Sequences(context).ask([TinyModel.encode(p) for p in prompts], new)
         replies = []
         for prompt in prompts:
             for _ in range(how.samples):
-                replies.append(self._one(TinyModel.encode(prompt), new, how))
+                if vision.pictures(prompt):
+                    replies.append(self._in_chat(prompt, new))
+                else:
+                    replies.append(self._one(TinyModel.encode(prompt), new, how))
         return replies
+
+    def _in_chat(self, prompt: str, new: int) -> Reply:
+        """An answer by llama-cpp-python's chat handler, which has libmtmd evaluate pictures."""
+        answer = self.llama.create_chat_completion(
+            [{"role": "user", "content": vision.content(prompt)}],
+            max_tokens=new,
+            temperature=0.0,
+            repeat_penalty=1.0,
+        )
+        tokens = tuple(answer["choices"][0]["message"]["content"].encode())
+        return Reply(tokens, outcome_of(self.llama))
 
     def _one(self, ids: list[int], new: int, how: How) -> Reply:
         llama, first = self.drafting if how.drafts else self.llama, list[Any]()
@@ -67,9 +86,7 @@ class Running:
                 tokens.append(int(token))
                 if len(tokens) == (how.cancel_after or new):
                     break
-        session = llama.__dict__.get("steering_session")
-        outcome = session.outcomes[0] if session and session.outcomes else None
-        return Reply(tuple(tokens), outcome, first[0] if first else None)
+        return Reply(tuple(tokens), outcome_of(llama), first[0] if first else None)
 
     def _sequences(self) -> Any:
         """A context for several prompts at once, on the same model."""
@@ -82,6 +99,11 @@ class Running:
 
     def break_hook(self) -> None:
         raise NotImplementedError
+
+
+def outcome_of(llama: Any) -> Any:
+    session = llama.__dict__.get("steering_session")
+    return session.outcomes[0] if session and session.outcomes else None
 
 
 class Sequences:
@@ -149,6 +171,7 @@ class LlamaCppDriver:
             Ability.SAMPLES,
             Ability.NGRAM_DRAFTS,
             Ability.LOGITS,
+            Ability.PICTURES,
             Ability.TEMPLATE,
             Ability.RESTART,
         }
@@ -174,6 +197,8 @@ class LlamaCppDriver:
 
             def opened(**more: Any) -> Any:
                 guard = {} if package is None else {"package": package}
+                if files.mmproj is not None:
+                    more["chat_handler"] = MTMDChatHandler(str(files.mmproj), verbose=False)
                 kind = llama_cpp.Llama if package is None else SteeredLlama
                 made = kind(str(files.gguf), **guard, **options, **more)
                 return stack.enter_context(contextlib.closing(made))

@@ -11,7 +11,7 @@ from steerbridge.errors import HookLost
 from steerbridge.runtime import Outcome
 from steerbridge.spec import parse_site
 from steerbridge.testing.driver import Ability, Reply
-from steerbridge.testing.model import CONTEXT, LAYERS, Cache
+from steerbridge.testing.model import CONTEXT, LAYERS, VOCAB, Cache
 
 
 class Running:
@@ -41,9 +41,11 @@ class Running:
     def judge(self, ids, batch):
         if self.package is None:
             return None
-        states, _ = self.model.forward(self.rows(ids))
+        rows = self.rows(ids)
+        states, _ = self.model.forward(rows)
+        images = self.model.of_picture(rows)
         verdicts = tuple(
-            self.verdict(probe, lambda site: states[self.depth(site)])
+            self.verdict(probe, lambda site: states[self.depth(site)], images)
             for probe in self.package.spec.probes
         )
         acting = {a.rule for a in reference.actions(self.package.spec, verdicts)}
@@ -56,8 +58,8 @@ class Running:
     def depth(self, site):
         return self.package.spec.depth(site)
 
-    def verdict(self, probe, hidden_at):
-        return reference.judge(probe, self.package.tensors, hidden_at)
+    def verdict(self, probe, hidden_at, images):
+        return reference.judge(probe, self.package.tensors, hidden_at, images)
 
     def acting(self, outcome, outcomes):
         return () if outcome is None else reference.actions(self.package.spec, outcome.verdicts)
@@ -189,17 +191,33 @@ class ReadsTheOutput(Running):
         return min(super().depth(site) + 1, LAYERS)
 
 
+class DropsPictureRows(Running):
+    def rows(self, ids):
+        return [i for i in ids if i < VOCAB] or ids
+
+
+class TakesOnePictureForAnother(Running):
+    """Compares prompts by their tokens, in which every row of a picture is the same."""
+
+    def judge(self, ids, batch):
+        tokens = tuple(min(i, VOCAB) for i in ids)
+        known = self.__dict__.setdefault("known", {})
+        if tokens not in known:
+            known[tokens] = super().judge(ids, batch)
+        return known[tokens]
+
+
 class HidesInfinity(Running):
     """Tests a score for finiteness after it was squashed."""
 
-    def verdict(self, probe, hidden_at):
-        x = reference.probe_input(probe, self.package.tensors, hidden_at)
+    def verdict(self, probe, hidden_at, images):
+        x = reference.probe_input(probe, self.package.tensors, hidden_at, images)
         return reference.verdict(probe, float(reference.score(probe, self.package.tensors, x)[0]))
 
 
 class NanIsQuiet(Running):
-    def verdict(self, probe, hidden_at):
-        verdict = super().verdict(probe, hidden_at)
+    def verdict(self, probe, hidden_at, images):
+        verdict = super().verdict(probe, hidden_at, images)
         if not verdict.unjudged:
             return verdict
         return reference.Verdict(verdict.probe, 0.0, verdict.threshold, verdict.comparator, False)
@@ -241,6 +259,8 @@ MUTANTS = {
     SteersNeighbours: ("a batch of", "neighbour"),
     ForgetsAfter64Tokens: ("many tokens",),
     ReadsTheOutput: ("reading",),
+    DropsPictureRows: ("picture",),
+    TakesOnePictureForAnother: ("another picture",),
     HidesInfinity: ("infinite",),
     NanIsQuiet: ("not a number",),
     IgnoresStrength: ("strength by score",),

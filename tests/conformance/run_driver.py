@@ -34,7 +34,7 @@ from steerbridge.package import SteeringPackage
 from steerbridge.reference import Verdict
 from steerbridge.runtime import Outcome
 from steerbridge.testing.driver import Ability, Files, How, Reply
-from steerbridge.testing.model import CONTEXT, TinyModel
+from steerbridge.testing.model import CONTEXT
 
 WAIT: Final = 10.0  # seconds for a verdict in the log
 SETTLE: Final = 0.1  # seconds until what a program did before it was ready is in the log
@@ -126,33 +126,32 @@ class Running:
         self._start(*self._kind)
 
     def ask(self, prompts: Sequence[str], new: int, how: How) -> list[Reply]:
-        rows = [TinyModel.encode(prompt) for prompt in prompts]
         before = self._kind[1] if self._kind[0] == how.drafts else 1
         sequences = SLOTS if how.threads or how.sequence else before
         if (how.drafts, sequences) != self._kind:
             self._start(how.drafts, sequences)
         if how.threads:
-            return self._at_once(rows, new, how)
+            return self._at_once(prompts, new, how)
         replies = []
-        for ids in rows:
-            answers = self._answers(ids, new, how, how.sequence)
+        for prompt in prompts:
+            answers = self._answers(prompt, new, how, how.sequence)
             event = self._log.verdicts(1)[0] if self._log else None
             replies += [self._reply(answer, event) for answer in answers]
         return replies
 
-    def _at_once(self, rows: Sequence[list[int]], new: int, how: How) -> list[Reply]:
+    def _at_once(self, prompts: Sequence[str], new: int, how: How) -> list[Reply]:
         """Each prompt from a client of its own, on a sequence of its own."""
-        with ThreadPoolExecutor(len(rows)) as pool:
-            jobs = [pool.submit(self._answers, ids, new, how, i) for i, ids in enumerate(rows)]
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            jobs = [pool.submit(self._answers, p, new, how, i) for i, p in enumerate(prompts)]
             answers = [job.result()[0] for job in jobs]
-        events = self._log.verdicts(len(rows)) if self._log else []
+        events = self._log.verdicts(len(prompts)) if self._log else []
         by_sequence = {event["sequence"]: event for event in events}
         assert len(by_sequence) == len(events), "two verdicts on one sequence"
         return [self._reply(answer, by_sequence.get(i)) for i, answer in enumerate(answers)]
 
-    def _answers(self, ids: list[int], new: int, how: How, sequence: int) -> list[Answer]:
+    def _answers(self, prompt: str, new: int, how: How, sequence: int) -> list[Answer]:
         try:
-            return self._program.answers(ids, new, how, sequence)
+            return self._program.answers(prompt, new, how, sequence)
         except ProgramFailed as error:
             if not error.tokens:
                 self._refused(error)
@@ -181,6 +180,7 @@ class Running:
         start = Start(
             before,
             self._files.gguf,
+            self._files.mmproj,
             self._driver.draft.gguf,
             self._folder / f"{self._starts}.txt",
             self._driver.batch,
@@ -249,18 +249,21 @@ _EVERY: Final = frozenset(
         Ability.RESTART,
     }
 )
+_SEES: Final = frozenset({Ability.PICTURES})
 _CLIENTS: Final = frozenset({Ability.SEQUENCES, Ability.THREADS, Ability.MODEL_DRAFTS})
 
 
 def llama_server_driver(draft: Files) -> RunDriver:
     """llama-server, built from the sources that llama-cpp-python ships."""
-    return RunDriver("llama-server", llama_server, draft, _EVERY | _CLIENTS | {Ability.SAMPLES})
+    abilities = _EVERY | _CLIENTS | _SEES | {Ability.SAMPLES}
+    return RunDriver("llama-server", llama_server, draft, abilities)
 
 
 def python_script_driver(draft: Files) -> RunDriver:
     """A script that uses llama-cpp-python. Most prompts fit into one of its batches, as with its
     default of 512: it asks for logits at the end of every batch."""
-    return RunDriver("python-script", python_script, draft, _EVERY | {Ability.LOGITS}, batch=96)
+    abilities = _EVERY | _SEES | {Ability.LOGITS}
+    return RunDriver("python-script", python_script, draft, abilities, batch=96)
 
 
 def node_script_driver(draft: Files) -> RunDriver:

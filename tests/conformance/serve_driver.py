@@ -18,6 +18,7 @@ from helpers import CLI
 from steerbridge.errors import DataError, Problem, SteerbridgeError, SteeringFailed
 from steerbridge.package import SteeringPackage
 from steerbridge.runtime import Outcome
+from steerbridge.testing import vision
 from steerbridge.testing.driver import Ability, Files, How, Reply
 
 CONTEXT: Final = 2048  # two batches and more
@@ -39,12 +40,21 @@ class Running:
         parameters: dict[str, Any] = {"max_new_tokens": new, "details": True}
         if how.temperature:
             parameters |= {"do_sample": True, "temperature": how.temperature}
+        if vision.pictures(prompt):
+            return self._in_chat(prompt, new)
         body = {"inputs": prompt, "parameters": parameters}
         if how.stream or how.cancel_after:
             return self._streamed(body, how.cancel_after or new)
         answer = self._posted("generate", body).json()
         tokens = tuple(token["id"] for token in answer["details"]["tokens"])
         return Reply(tokens, Outcome.from_json(answer["steering"]))
+
+    def _in_chat(self, prompt: str, new: int) -> Reply:
+        message = {"role": "user", "content": vision.content(prompt)}
+        body = {"messages": [message], "max_tokens": new, "temperature": 0}
+        answer = self._posted("v1/chat/completions", body).json()
+        text = answer["choices"][0]["message"]["content"]
+        return Reply(tuple(text.encode()), Outcome.from_json(answer["steering"]))
 
     def _streamed(self, body: dict[str, Any], count: int) -> Reply:
         """The first tokens of a stream; the connection is closed behind them."""
@@ -91,6 +101,7 @@ class ServeDriver:
             Ability.STREAM,
             Ability.SAMPLING,
             Ability.THREADS,
+            Ability.PICTURES,
             Ability.TEMPLATE,
             Ability.RESTART,
         }
@@ -104,6 +115,8 @@ class ServeDriver:
     def open(self, files: Files, package: SteeringPackage | None) -> Iterator[Running]:
         command: list[object] = [*CLI, "serve", "--model", files.gguf, "--runtime", "llama.cpp"]
         command += ["--context", CONTEXT]
+        if files.mmproj is not None:
+            command += ["--mmproj", files.mmproj]
         with ExitStack() as stack:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             if package is not None:

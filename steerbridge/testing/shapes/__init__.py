@@ -9,6 +9,7 @@ from steerbridge.testing.shapes import (
     failures,
     generation,
     packages,
+    pictures,
     prompts,
 )
 
@@ -17,6 +18,7 @@ SHAPES: Final[tuple[Shape, ...]] = (
     *batches.TABLE,
     *conversations.TABLE,
     *generation.TABLE,
+    *pictures.TABLE,
     *packages.TABLE,
     *failures.TABLE,
 )

@@ -14,6 +14,7 @@ KINDS: Final = {
     "layers": ", steering a layer",
     "mean": ", reading a mean",
     "earlier": ", reading an earlier token",
+    "pictures": ", reading the pictures",
 }
 ONE: Final = [chr(c) for c in range(33, 127)]  # texts of one token
 

@@ -1,9 +1,9 @@
 """A chat program on llama-cpp-python, as users write them: it knows nothing of Steerbridge.
 
-The first argument is JSON: `model`, `context`, `batch`, `drafts`. Each line of standard input is a
-request (`id`, `ids`, `new`, `temperature`, `cancel_after`), and each line of standard output its
-answer: `tokens` and the `logits` of the first one, or `refused`, or `error`. One `Llama` lives as
-long as the program, with its cache.
+The first argument is JSON: `model`, `mmproj`, `context`, `batch`, `drafts`. Each line of standard
+input is a request (`id`, `ids` or the `content` of a chat message, `new`, `temperature`,
+`cancel_after`), and each line of standard output its answer: `tokens` and the `logits` of the first
+one, or `refused`, or `error`. One `Llama` lives as long as the program, with its cache.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ def main() -> None:
         type_v=F32,
         flash_attn=False,
         verbose=False,
+        chat_handler=handler(settings["mmproj"]) if settings["mmproj"] else None,
         draft_model=LlamaPromptLookupDecoding(2, 4) if settings["drafts"] else None,
     )
     tell({"ready": True})
@@ -40,7 +41,29 @@ def main() -> None:
         tell({"id": request["id"], **answer(llama, request)})
 
 
+def handler(mmproj: str) -> Any:
+    from llama_cpp.llama_chat_format import MTMDChatHandler
+
+    return MTMDChatHandler(mmproj, verbose=False)
+
+
+def chat(llama: llama_cpp.Llama, request: dict[str, Any]) -> dict[str, Any]:
+    """An answer to a message with pictures; its characters are its tokens."""
+    try:
+        reply: Any = llama.create_chat_completion(
+            [{"role": "user", "content": request["content"]}],
+            max_tokens=request["new"],
+            temperature=request["temperature"],
+            repeat_penalty=1.0,
+        )
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}", "tokens": []}
+    return {"tokens": list(reply["choices"][0]["message"]["content"].encode())}
+
+
 def answer(llama: llama_cpp.Llama, request: dict[str, Any]) -> dict[str, Any]:
+    if "content" in request:
+        return chat(llama, request)
     if len(request["ids"]) + request["new"] > llama.n_ctx():
         return {"refused": f"{len(request['ids'])} tokens in a context of {llama.n_ctx()}"}
     tokens: list[int] = []
