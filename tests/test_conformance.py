@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
 
@@ -101,3 +102,29 @@ def test_both_files_give_the_same_logits_as_numpy(ground):
     np.testing.assert_allclose(logits, ground.model.forward(ids)[1], atol=1e-4)
     tokenizer = transformers.AutoTokenizer.from_pretrained(ground.files.transformers)
     assert tokenizer("What is this? é")["input_ids"] == ids
+
+
+def test_pictures_give_the_same_logits_as_numpy(ground):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    from PIL import Image
+
+    from steerbridge.testing import vision
+
+    files = ground.with_tower
+    processor = transformers.AutoProcessor.from_pretrained(files.transformers)
+    kind = transformers.AutoModelForImageTextToText
+    model = kind.from_pretrained(files.transformers, dtype=torch.float32).eval()
+    prompt = f"a {vision.PICTURES[0]} and {vision.PICTURES[2]}"
+    shown = [Image.open(io.BytesIO(file)).convert("RGB") for file in vision.pictures(prompt)]
+    inputs = processor(
+        text=[vision.marked(prompt, vision.IMAGE)], images=[shown], return_tensors="pt"
+    )
+    ids = files.model.encode(prompt)
+    of_picture = files.model.of_picture(ids)
+    assert (inputs["input_ids"][0].numpy() == model.config.image_token_id).tolist() == (
+        of_picture.tolist()
+    )
+    with torch.no_grad():
+        logits = model(**inputs).logits[0].numpy()
+    np.testing.assert_allclose(logits, files.model.forward(ids)[1], atol=2e-4)

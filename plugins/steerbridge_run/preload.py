@@ -22,6 +22,7 @@ _PRELOADS: Final = {
     "linux": ("LD_PRELOAD", "libsteerpreload.so"),
     "darwin": ("DYLD_INSERT_LIBRARIES", "libsteerpreload.dylib"),
 }
+_CALIBRATED_AS: Final = "llama.cpp"  # the runtime in these programs
 _MODEL: Final = ("-m", "--model")
 _DRAFT: Final = ("-md", "--model-draft", "--spec-draft-model")
 
@@ -122,7 +123,8 @@ def _shape(path: Path) -> str:
 
 def _file_types(package: SteeringPackage) -> Iterator[str]:
     """`general.file_type` numbers of the quantisations that the package is calibrated for."""
-    wanted = {c.quantisation for c in package.spec.calibrations if c.runtime == "llama.cpp"}
+    calibrations = package.spec.calibrations
+    wanted = {c.quantisation for c in calibrations if c.runtime == _CALIBRATED_AS}
     for kind in LlamaFileType:
         name = gguf_model.storage_name(kind)
         if name in wanted:

@@ -134,7 +134,8 @@ def _of_elf(path: Path) -> tuple[tuple[str, ...], bool]:
         sections = list(elf.iter_sections())
         dynamic = [s for s in sections if isinstance(s, DynamicSection)]
         needed = tuple(str(t.needed) for s in dynamic for t in s.iter_tags("DT_NEEDED"))  # type: ignore[attr-defined]
-        defines = any(
+        # Every symbol's name stands in the file; parsing all of node's symbols takes seconds.
+        defines = _holds(path, _ENTRY.encode()) and any(
             symbol["st_shndx"] != "SHN_UNDEF"
             for s in sections
             if isinstance(s, SymbolTableSection)

@@ -30,6 +30,7 @@ MARGIN: Final = 0.02  # between the two best logits
 DISTANCE: Final = 0.02  # of a score from the threshold
 RANK: Final = 4
 PROMPTS: Final = 48
+_FORMS: Final = ("pt", "tp", "tpt", "ppt", "p", "t")  # pictures and texts
 _LETTERS: Final = "abcdefghijklmnopqrstuvwxyz ,.?!"
 
 
@@ -220,11 +221,10 @@ def prompts_of(seed: int, count: int = PROMPTS) -> list[str]:
 
 def with_pictures(seed: int, count: int = PROMPTS) -> list[str]:
     """Texts with a picture before, behind or between them, with several, alone, or with none."""
-    texts, forms = prompts_of(seed, count), itertools.cycle("pt tp tpt ppt p t".split())
-    a = itertools.cycle(PICTURES)
+    forms, shown = itertools.cycle(_FORMS), itertools.cycle(PICTURES)
     made = []
-    for text, form in zip(texts, forms, strict=False):
-        made.append("".join(next(a) if part == "p" else text for part in form))
+    for text, form in zip(prompts_of(seed, count), forms, strict=False):
+        made.append("".join(next(shown) if part == "p" else text for part in form))
     alone = [*PICTURES, *map("".join, itertools.permutations(PICTURES, 2))]
     return list(dict.fromkeys([*made, *alone]))
 

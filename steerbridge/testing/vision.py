@@ -103,7 +103,8 @@ class Tower:
         side = TILE // PATCH
         patches = pixels.reshape(side, PATCH, side, PATCH, 3).transpose(0, 2, 4, 1, 3)
         kernel = w["patch.weight"].reshape(CHANNELS, -1)
-        x = patches.reshape(side * side, -1) @ kernel.T + w["patch.bias"] + w["position"]
+        embedded = patches.reshape(side * side, -1) @ kernel.T + w["patch.bias"] + w["position"]
+        x = np.asarray(embedded, np.float32)
         x = x + self._attention(self._norm("norm1", x))
         x = x + self._mlp(self._norm("norm2", x))
         x = self._norm("norm", x)

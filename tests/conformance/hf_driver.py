@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 from PIL import Image
@@ -22,11 +22,10 @@ from transformers import (
 from transformers.utils import logging
 
 from steerbridge.package import SteeringPackage
-from steerbridge.testing.driver import Ability, Files, How, Reply
 from steerbridge.testing import vision
+from steerbridge.testing.driver import Ability, Files, How, Reply
 from steerbridge.testing.model import CONTEXT, PAD, VOCAB, TinyModel
 from steerbridge_hf import steer
-
 
 
 class Stopped(Exception):
@@ -88,9 +87,7 @@ class Running:
         image = getattr(self.model.config, "image_token_id", None)
         return torch.tensor([image if i >= VOCAB else i for i in row])
 
-    def _generate(
-        self, rows: Sequence[list[int]], new: int, how: How, **more: Any
-    ) -> list[Reply]:
+    def _generate(self, rows: Sequence[list[int]], new: int, how: How, **more: Any) -> list[Reply]:
         width = max(map(len, rows))
         ids = torch.full((len(rows), width), PAD)
         mask = torch.zeros_like(ids)

@@ -36,7 +36,7 @@ from steerbridge.runtime import Outcome
 from steerbridge.testing.driver import Ability, Files, How, Reply
 from steerbridge.testing.model import CONTEXT
 
-WAIT: Final = 10.0  # seconds for a verdict in the log
+WAIT: Final = 3.0  # seconds for a verdict in the log
 SETTLE: Final = 0.1  # seconds until what a program did before it was ready is in the log
 _REFUSALS: Final = ("refused", "failed", "stopped")
 

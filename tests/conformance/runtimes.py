@@ -61,14 +61,14 @@ def _tgi(_ground: Ground) -> Driver:
     return TgiDriver()
 
 
-DRIVERS: Final[dict[str, Callable[[Ground], Driver]]] = {
-    "transformers": _transformers,
-    "llama.cpp": _llama_cpp,
-    "llama-server": _llama_server,
-    "python-script": _python_script,
+DRIVERS: Final[dict[str, Callable[[Ground], Driver]]] = {  # those that take longest first
     "node-llama-cpp": _node,
     "serve": _serve,
+    "llama-server": _llama_server,
+    "python-script": _python_script,
     "tgi": _tgi,
+    "transformers": _transformers,
+    "llama.cpp": _llama_cpp,
 }
 INTRODUCTION: Final = """\
 # What each runtime does

@@ -15,7 +15,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Final
@@ -199,7 +199,10 @@ class TgiDriver:
             service.model.warmup()
             return Server(service, package, prefixes)
 
-        with tempfile.TemporaryDirectory(prefix="steerbridge-tgi-") as folder:
+        threads = torch.get_num_threads()
+        with tempfile.TemporaryDirectory(prefix="steerbridge-tgi-") as folder, ExitStack() as stack:
+            stack.callback(torch.set_num_threads, threads)
+            torch.set_num_threads(1)  # the model is tiny
             variables = {"STEERBRIDGE_EVENTS": str(Path(folder, "events.jsonl"))}
             modules = flash.server_modules(GRAPHS, DRAFTS)
             with mock.patch.dict(sys.modules, modules), mock.patch.dict(os.environ, variables):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Final
 
 from steerbridge.testing import cases
@@ -41,7 +42,7 @@ def _fires(case: Case, prompt: str) -> bool:
 def _of_both_kinds(case: Case, prompts: Iterable[str], what: str) -> list[str]:
     """A sound prompt that fires, and a quiet one."""
     texts = list(prompts)
-    return [first(texts, lambda p: sound(case, p, fired), what) for fired in (True, False)]
+    return [first(texts, partial(sound, case, fired=fired), what) for fired in (True, False)]
 
 
 def _ask(guard: Guarded, *forms: str) -> None:
