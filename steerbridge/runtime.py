@@ -81,17 +81,18 @@ class Generation:
 
 @dataclass(frozen=True, slots=True)
 class OutputHead:
-    """What turns `head_input` into logits: softcap(weight h + bias)."""
+    """What turns `head_input` into logits: softcap(scale (weight h + bias))."""
 
     weight: NDArray[Any]  # [V, D]
     bias: Float32 | None  # [V]
     softcap: float | None
+    scale: float = 1.0
 
 
 class Attachment(ABC):
     """A package attached to a runtime's object. `apply` and `remove` are inverses, idempotent.
 
-    These are all the public members of a session, in every runtime.
+    These are the public members of a session in every runtime; one may add what only it has.
     """
 
     @abstractmethod

@@ -5,6 +5,8 @@ The model only multiplies: at every site the rows go through `reference.steer`.
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import torch
 
@@ -23,21 +25,16 @@ def states(model, ids, tensors, prompt, acting=(), images=None):
     head = len(sites.blocks) + 1
     hidden, handles = {}, []
 
-    def hook(depth):
-        def run(module, args, kwargs):
-            h = args[0] if args else kwargs["hidden_states"]
-            site = parse_site("head_input" if depth == head else f"layer_input[{depth}]")
-            new = h.clone()
-            rows = reference.steer(acting, tensors, site, h[0, prompt - 1 :])
-            new[0, prompt - 1 :] = torch.from_numpy(np.asarray(rows, np.float32))
-            hidden[depth] = h[0].numpy()
-            return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
-
-        return run
+    def visit(depth, module, h):
+        site = parse_site("head_input" if depth == head else f"layer_input[{depth}]")
+        new = h.clone()
+        rows = reference.steer(acting, tensors, site, h[0, prompt - 1 :])
+        new[0, prompt - 1 :] = torch.from_numpy(np.asarray(rows, np.float32))
+        hidden[depth] = h[0].numpy()
+        return new
 
     for depth in range(head + 1):
-        handle = sites.at_depth(depth).register_forward_pre_hook(hook(depth), with_kwargs=True)
-        handles.append(handle)
+        handles.append(sites.watch(depth, functools.partial(visit, depth)))
     with torch.no_grad():
         ids = torch.tensor([ids])
         more = images(ids) if images else {}

@@ -12,7 +12,7 @@ transformers = pytest.importorskip("transformers")
 from oracle import oracle  # noqa: E402
 from steerbridge_hf import steer  # noqa: E402
 from steerbridge_hf.sites import facts  # noqa: E402
-from tiny_requests import ADD, NEW, OUT, PROBE, PROMPTS, batch, generate, half_fired  # noqa: E402
+from tiny_requests import ADD, NEW, OUT, PROBE, PROMPTS, batch, forward, generate, half_fired  # noqa: E402
 
 pytestmark = [pytest.mark.hf, pytest.mark.usefixtures("no_grad")]
 
@@ -63,9 +63,9 @@ def test_quiet_rows_keep_their_bits(dtype):
 def test_padding_side_does_not_change_a_verdict(tiny_llama):
     package, fired = half_fired(tiny_llama)
     with steer(tiny_llama, package) as session:
-        tiny_llama(**batch(side="right"))
+        forward(session, tiny_llama, batch(side="right"))
         right = session.outcomes
-        tiny_llama(**batch(side="left"))
+        forward(session, tiny_llama, batch(side="left"))
         left = session.outcomes
         generate(tiny_llama, batch(side="right"))
         assert [o.fired for o in session.outcomes] == fired
@@ -172,7 +172,7 @@ def test_unconditional_rules_act_everywhere_they_say(tiny_llama):
             facts(tiny_llama), probes=probes, interventions=[act], rules=rules
         )
         with steer(tiny_llama, package) as session:
-            results.append(tiny_llama(**batch()).logits)
+            results.append(forward(session, tiny_llama, batch()).logits)
         assert session.outcomes[0].rules == ("r",)
     plain = tiny_llama(**batch()).logits
     assert torch.equal(results[0][2, :6], plain[2, :6])  # before the prompt end
@@ -184,12 +184,12 @@ def test_a_nan_in_the_states_fires(tiny_llama):
     model = helpers.tiny()
     package = helpers.package(facts(model), probes=[{**PROBE, "threshold": 1e9}])
     with steer(model, package) as session:
-        model(**batch())
+        forward(session, model, batch())
         assert not any(o.fired for o in session.outcomes)
         embedding = model.get_input_embeddings().weight
         with torch.no_grad():
             embedding[PROMPTS[3][1]] = float("nan")
-        model(**batch())
+        forward(session, model, batch())
     assert [o.fired for o in session.outcomes] == [False, False, False, True]
 
 

@@ -55,7 +55,8 @@ def test_code_compiled_before_is_traced_again(how):
     with torch.no_grad():
         plain = compiled(ids).logits
         with steer(model, package) as session:
-            steered = compiled(ids).logits
+            with session.request(torch.ones_like(ids)):
+                steered = compiled(ids).logits
             assert session.outcomes[0].fired
         assert not torch.equal(steered[:, -1], plain[:, -1])
         assert torch.equal(steered[:, :-1], plain[:, :-1])

@@ -15,7 +15,7 @@ from steerbridge.errors import (  # noqa: E402
 )
 from steerbridge_hf import steer  # noqa: E402
 from steerbridge_hf.sites import facts  # noqa: E402
-from tiny_requests import generate  # noqa: E402
+from tiny_requests import PROMPTS, generate  # noqa: E402
 
 pytestmark = [pytest.mark.hf, pytest.mark.usefixtures("no_grad")]
 
@@ -45,11 +45,15 @@ def test_refusals(tiny_llama):
         steer(tiny_llama.model, package)
 
 
-def test_a_prompt_too_short_for_its_reading_stops(tiny_llama):
+def test_a_prompt_too_short_for_its_reading_is_unjudged(tiny_llama):
     reading = helpers.reading("layer_input[2]", {"type": "prompt_end", "offset": -2})
-    package = helpers.package(facts(tiny_llama), probes=[helpers.linear_probe(readings=[reading])])
-    with steer(tiny_llama, package), pytest.raises(RowMappingLost, match="too short"):
+    probe = helpers.linear_probe(readings=[reading], threshold=1e9)
+    package = helpers.package(facts(tiny_llama), probes=[probe])
+    with steer(tiny_llama, package) as session:
         generate(tiny_llama)
+    short = [len(p) < 3 for p in PROMPTS]
+    assert [bool(o.verdicts[0].unjudged) for o in session.outcomes] == short
+    assert [o.fired for o in session.outcomes] == short
 
 
 def test_an_option_of_llama_cpp_is_refused_by_name(tmp_path):

@@ -18,7 +18,17 @@ from steerbridge.errors import (  # noqa: E402
 )
 from steerbridge_hf import steer  # noqa: E402
 from steerbridge_hf.sites import facts  # noqa: E402
-from tiny_requests import ADD, CACHE, PROBE, PROMPTS, batch, generate, half_fired, trim  # noqa: E402
+from tiny_requests import (  # noqa: E402
+    ADD,
+    CACHE,
+    PROBE,
+    PROMPTS,
+    batch,
+    forward,
+    generate,
+    half_fired,
+    trim,
+)
 
 pytestmark = [pytest.mark.hf, pytest.mark.usefixtures("no_grad")]
 
@@ -58,15 +68,17 @@ def test_a_loop_of_forward_calls_is_one_request(tiny_llama):
             generate(tiny_llama, batch([p]), min_new_tokens=3, max_new_tokens=3)[0] for p in PROMPTS
         ]
         for i, p in enumerate(PROMPTS):
-            out = tiny_llama(torch.tensor([p]))
+            ids = torch.tensor([p])
+            with session.request(torch.ones_like(ids)):
+                out = tiny_llama(ids)
+                tokens = [int(out.logits[0, -1].argmax())]
+                while len(tokens) < 3:
+                    out = tiny_llama(torch.tensor([tokens[-1:]]), **{CACHE: out[CACHE]})
+                    tokens.append(int(out.logits[0, -1].argmax()))
             assert session.outcomes[0].fired == fired[i]
-            tokens = [int(out.logits[0, -1].argmax())]
-            while len(tokens) < 3:
-                out = tiny_llama(torch.tensor([tokens[-1:]]), **{CACHE: out[CACHE]})
-                tokens.append(int(out.logits[0, -1].argmax()))
             if 2 not in tokens:
                 assert tokens == want[i]
-        with pytest.raises(RowMappingLost, match="belongs to no known request"):
+        with pytest.raises(UnsupportedFeature, match=r"session\.request"):
             tiny_llama(torch.tensor([[4, 5]]), **{CACHE: out[CACHE]})
 
 
@@ -77,12 +89,13 @@ def test_a_follow_up_turn_is_probed_anew(tiny_llama):
     with steer(tiny_llama, package) as session:
         cold = generate(tiny_llama, batch([whole]))
         verdict = session.outcomes
-        cache = tiny_llama(torch.tensor([prefix]))[CACHE]
+        cache = forward(session, tiny_llama, batch([prefix]))[CACHE]
         warm = generate(tiny_llama, batch([whole]), **{CACHE: copy.deepcopy(cache)})
         assert warm == cold
         assert session.outcomes[0].fired == verdict[0].fired
-        with pytest.raises(UnsupportedFeature, match="attention_mask"):
-            tiny_llama.generate(torch.tensor([whole]), **{CACHE: copy.deepcopy(cache)})
+        unmasked = {"input_ids": torch.tensor([whole])}
+        assert generate(tiny_llama, unmasked, **{CACHE: copy.deepcopy(cache)}) == cold
+        assert session.outcomes[0].fired == verdict[0].fired
     means, _ = half_fired(tiny_llama)
     with steer(tiny_llama, means), pytest.raises(RowMappingLost, match="needs every row"):
         generate(tiny_llama, batch([whole]), **{CACHE: copy.deepcopy(cache)})

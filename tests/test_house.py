@@ -68,17 +68,24 @@ ARROWS = {
     "steerbridge": {"steerbridge.corpus"},
     "steerbridge.corpus": set(),
     "steerbridge.testing": {"steerbridge"},
-    "steerbridge_hf": {"steerbridge"},
+    "steerbridge_torch": {"steerbridge"},
+    "steerbridge_hf": {"steerbridge", "steerbridge_torch"},
     "steerbridge_llama_cpp": {"steerbridge"},
     "steerbridge_convert": {"steerbridge", "steerbridge.evaluation"},
     "steerbridge_run": {"steerbridge"},
-    "steerbridge_tgi": {"steerbridge", "steerbridge_hf"},
+    "steerbridge_tgi": {"steerbridge", "steerbridge_torch"},
     "steerbridge_serve": {"steerbridge"},
     "steerbridge_demo": {"steerbridge", "steerbridge.corpus", "steerbridge_hf"},
 }
 # Packages that are somebody else's and heavy -> the rooms whose modules may import them.
 HEAVY = {
-    "torch": {"steerbridge.training", "steerbridge_hf", "steerbridge_tgi", "steerbridge_convert"},
+    "torch": {
+        "steerbridge.training",
+        "steerbridge_torch",
+        "steerbridge_hf",
+        "steerbridge_tgi",
+        "steerbridge_convert",
+    },
     "transformers": {"steerbridge_hf"},
     "llama_cpp": {"steerbridge_llama_cpp"},
     "text_generation_server": {"steerbridge_tgi"},

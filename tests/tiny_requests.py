@@ -62,3 +62,10 @@ def generate(model: Any, inputs: Any = None, **options: Any) -> list[list[int]]:
 def trim(tokens: list[int]) -> list[int]:
     """Up to the end token."""
     return tokens[: tokens.index(2) + 1] if 2 in tokens else tokens
+
+
+def forward(session, model, inputs):
+    """One forward call as a batch of requests."""
+    ids = inputs["input_ids"]
+    with session.request(inputs.get("attention_mask", torch.ones_like(ids))):
+        return model(**inputs)

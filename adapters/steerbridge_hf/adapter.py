@@ -1,10 +1,9 @@
 """`steer`: attach a steering package to a transformers model.
 
-Request lifecycle: `generate` (or a bare forward call) opens `Requests` for its batch; a
-pre-hook on the model records which columns a forward pass covers; hooks on the planned sites
-read, decide and write; a post-hook on the model refuses to return logits of a request that
-was not decided. No class is patched: only this model object is changed, and `Session.remove`
-undoes it.
+Request lifecycle: `generate` (or `Session.request`) opens `Requests` for a batch; a pre-hook on the
+model records which columns a forward pass covers; hooks on the planned sites read, decide and
+write; a post-hook on the model checks the ledger before logits are returned. No class is patched:
+only this model object is changed, and `Session.remove` undoes it.
 """
 
 from __future__ import annotations
@@ -13,16 +12,17 @@ import functools
 import inspect
 import sys
 import threading
-from collections.abc import Callable, Collection, Iterable
-from typing import Any
-from weakref import WeakKeyDictionary
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from typing import Any, Final
 
 import torch
-from torch import Tensor
-from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from torch import Tensor, nn
 
 from steerbridge.errors import (
+    DataError,
     HookLost,
+    Problem,
     RowMappingLost,
     SteeredCache,
     UnsupportedFeature,
@@ -31,12 +31,16 @@ from steerbridge.package import SteeringPackage
 from steerbridge.plan import Stop, plan
 from steerbridge.runtime import Attachment, Outcome
 from steerbridge.spec import ImageMean
-from steerbridge_hf.kernels import Weights
+from steerbridge_hf import passes
+from steerbridge_hf.observed import OBSERVED, Call
 from steerbridge_hf.request import Requests, Step
-from steerbridge_hf.sites import RUNTIME, facts, image_token, locate
+from steerbridge_hf.sites import RUNTIME, facts, learned_positions, locate, media_tokens
+from steerbridge_torch import Ledger, Weights, quantisation
 
-_OWNER = "_steerbridge_session"  # on the model: which session steers it
-_STEERED = "_steerbridge_steered"  # on a KV cache: its states were rewritten (kept by copies)
+_OWNER: Final = "_steerbridge_session"  # on the model: which session steers it
+_STEERED: Final = "_steerbridge_steered"  # on a cache: its states were rewritten (kept by copies)
+_BATCHING: Final = ("generate_batch", "init_continuous_batching")
+_BARE: Final = "`with session.request(attention_mask):` around the calls of one batch of prompts"
 
 OnOutcome = Callable[[tuple[Outcome, ...]], None]
 
@@ -83,18 +87,20 @@ class Session(Attachment):
         known = facts(self._sites.model, tokenizer)
         self._unchecked = package.check(known, ignore)
         self._package = package.calibrated(RUNTIME, quantisation(self._sites.model))
-        self._outcomes: tuple[Outcome, ...] = ()
         self._on_outcome = on_outcome
         self._plan = plan(self._package.spec)
+        # The head is always watched: logits that did not pass it were not guarded.
+        planned = {stop.depth: stop for stop in self._plan.stops}
+        planned.setdefault(self._plan.head_depth, Stop(self._plan.head_depth, (), (), (), ()))
+        self._stops = planned
         self._weights = Weights(self._package)
         self._handles: list[Any] = []
         self._replaced: dict[str, Any] = {}
-        self._here = threading.local()  # each thread generates for its own requests
-        # The requests whose rows a KV cache holds, for caches filled by bare forward calls.
-        self._caches: WeakKeyDictionary[Any, Requests] = WeakKeyDictionary()
+        self._here = _Here()  # each thread generates for its own requests
         self._signature = inspect.signature(self._sites.model.forward)
-        self._image_token = image_token(self._sites.model.config)
-        if self._image_token is None and hasattr(self._sites.model.config, "vision_config"):
+        self._media = media_tokens(self._sites.model.config)
+        self._positions = learned_positions(self._sites.model)
+        if not self._media and hasattr(self._sites.model.config, "vision_config"):
             self._refuse_image_means()
 
     def _refuse_image_means(self) -> None:
@@ -117,50 +123,48 @@ class Session(Attachment):
 
     @property
     def outcomes(self) -> tuple[Outcome, ...]:
-        return self._outcomes
+        """Of this thread's last batch: one for each prompt."""
+        return self._here.outcomes
 
     @property
     def current(self) -> Outcome | None:
         """See `Attachment`. Each thread generates for requests of its own."""
-        requests: Requests | None = getattr(self._here, "requests", None)
+        requests = self._here.requests
         return requests.outcomes()[0] if requests is not None and requests.decided() else None
 
     # -------------------------------------------------------- attach and detach
 
     def apply(self) -> None:
-        """Attach the hooks. Does nothing when they are attached."""
+        """Attach the hooks. Does nothing when they are attached.
+
+        Raises:
+            UnsupportedFeature: a site cannot be watched, as a pass of a few tokens shows.
+        """
         model = self._sites.model
         owner = model.__dict__.get(_OWNER)
         if owner is self:
             return
         if owner is not None:
             raise UnsupportedFeature(RUNTIME, "the model is steered already", "remove() first")
+        missing = [name for name in OBSERVED if not hasattr(model, name)]
+        if missing:
+            raise UnsupportedFeature(RUNTIME, f"a generate() without {missing[0]}")
+        passes.rehearse(self._sites, self._stops, self._media)
         _drop_compiled_code()
         hook: Any = torch.compiler.disable
         self._handles = [
             model.register_forward_pre_hook(hook(self._before_forward), with_kwargs=True),
             model.register_forward_hook(hook(self._after_forward), with_kwargs=True),
+            *(
+                self._sites.watch(depth, functools.partial(self._at_site, stop))
+                for depth, stop in self._stops.items()
+            ),
         ]
-        for stop in self._plan.stops:
-            self._handles.append(
-                self._sites.at_depth(stop.depth).register_forward_pre_hook(
-                    hook(functools.partial(self._at_site, stop)), with_kwargs=True
-                )
-            )
-        if not any(s.depth == self._plan.head_depth for s in self._plan.stops):
-            # The head is always watched: logits that did not pass it were not guarded.
-            watch = Stop(self._plan.head_depth, (), (), (), ())
-            self._handles.append(
-                self._sites.head.register_forward_pre_hook(
-                    hook(functools.partial(self._at_site, watch)), with_kwargs=True
-                )
-            )
         object.__setattr__(model, _OWNER, self)
-        for name, wrapper in (
-            ("generate", self._generate),
-            ("generate_batch", self._refuse_continuous_batching),
-            ("init_continuous_batching", self._refuse_continuous_batching),
-        ):
+        wrappers = {"generate": self._generate}
+        wrappers |= dict.fromkeys(_BATCHING, self._refuse_continuous_batching)
+        wrappers |= {name: functools.partial(self._observe, name) for name in OBSERVED}
+        for name, wrapper in wrappers.items():
             if (original := getattr(model, name, None)) is not None:
                 if name in model.__dict__:  # another library's wrapper: restored by remove()
                     self._replaced[name] = original
@@ -175,270 +179,195 @@ class Session(Attachment):
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        for name in (_OWNER, "generate", "generate_batch", "init_continuous_batching"):
+        for name in (_OWNER, "generate", *_BATCHING, *OBSERVED):
             model.__dict__.pop(name, None)
         model.__dict__.update(self._replaced)
         self._replaced = {}
         _drop_compiled_code()
 
-    # -------------------------------------------------------- generate
+    # -------------------------------------------------------- requests
 
-    def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        bound = inspect.signature(original).bind(*args, **kwargs)
-        arguments = {**bound.arguments, **bound.arguments.pop("kwargs", {})}
-        self._refuse_modes(arguments)
-        if getattr(self._here, "requests", None) is not None:
-            raise UnsupportedFeature(RUNTIME, "generate() inside generate() of one model")
-        requests = self._open(arguments)
-        self._guard(requests, arguments)
-        self._here.requests = requests
-        try:
-            result = original(**arguments)
-        finally:
-            self._here.requests = None
-        self._finish(requests)
-        return result
+    @contextmanager
+    def request(self, attention_mask: Tensor, input_ids: Tensor | None = None) -> Iterator[None]:
+        """Within this context, forward calls of the model are one batch of requests.
 
-    def _guard(self, requests: Requests, arguments: dict[str, Any]) -> None:
-        """Add the check that every token comes from a watched forward pass."""
-        ids = arguments.get("inputs", arguments.get("input_ids"))
-        given = 0 if ids is None else ids.shape[1]
-        if self._assisted(arguments):
-            # Candidates pass the logits processors before any forward pass of this model.
-            criteria = StoppingCriteriaList([_StopGuard(requests, given)])
-            criteria.extend(arguments.get("stopping_criteria") or [])
-            arguments["stopping_criteria"] = criteria
-        else:
-            processors = LogitsProcessorList([_Guard(requests, given)])
-            processors.extend(arguments.get("logits_processor") or [])
-            arguments["logits_processor"] = processors
+            with session.request(batch["attention_mask"]):
+                ...  # a loop of model(...) calls, with a cache or without
+            print(session.outcomes)
 
-    def _assisted(self, arguments: dict[str, Any]) -> bool:
-        config = arguments.get("generation_config") or self._sites.model.generation_config
-        lookup = arguments.get("prompt_lookup_num_tokens", config.prompt_lookup_num_tokens)
-        return lookup is not None or arguments.get("assistant_model") is not None
+        Passes go on from one another: a prompt may come in chunks, rows behind it may be taken back
+        (`cache.crop`). Another batch is another context.
 
-    def _open(self, arguments: dict[str, Any]) -> Requests:
-        """Requests of a call of `generate`; fills in the attention mask it implies."""
-        ids = arguments.get("inputs")
-        ids = arguments.get("input_ids") if ids is None else ids
-        embeds = arguments.get("inputs_embeds")
-        prompt = ids if embeds is None else embeds
-        if prompt is None or prompt.shape[1] == 0:
-            raise UnsupportedFeature(RUNTIME, "generate() without a prompt")
-        mask = arguments.get("attention_mask")
-        cache = _cache_among(arguments.values())
-        if mask is None:
-            if _length(cache):
-                raise UnsupportedFeature(
-                    RUNTIME,
-                    "a KV cache without attention_mask: the prompt's length is unknown",
-                    "pass attention_mask over cached and new tokens",
-                )
-            mask = self._implied_mask(prompt, arguments)
-            arguments["attention_mask"] = mask
+        Args:
+            attention_mask: [B, P] of the prompts, cached tokens included; padding is 0.
+            input_ids: [B, P] of the prompts, if they are known before the passes give them.
+
+        Raises:
+            RowMappingLost: in a pass that does not add up; or the context ended before the prompt.
+            UnsupportedFeature: inside another request of this thread.
+        """
+        mask = attention_mask.detach().cpu().bool()
+        ids = None if input_ids is None else input_ids.detach().cpu()
         if mask.dim() != 2:
             raise UnsupportedFeature(RUNTIME, f"attention_mask of {mask.dim()} dimensions")
-        self._refuse_steered(cache)
-        return self._requests(mask, None if embeds is not None else ids)
+        with self._here.opened(RUNTIME):
+            requests = self._requests(mask, ids, drafts=False)
+            self._here.requests, self._here.bare = requests, passes.Bare()
+            yield
+            if not requests.decided():
+                raise RowMappingLost("the request ended before its prompt was evaluated")
+            self._finish(requests)
 
-    def _implied_mask(self, prompt: Tensor, arguments: dict[str, Any]) -> Tensor:
-        """The mask `generate` infers when it gets none (generation/utils.py of transformers)."""
-        ones = torch.ones(prompt.shape[:2], dtype=torch.long, device=prompt.device)
-        config = arguments.get("generation_config") or self._sites.model.generation_config
-        pad = arguments.get("pad_token_id", config.pad_token_id)
-        eos = arguments.get("eos_token_id", config.eos_token_id)
-        stops = eos if isinstance(eos, list | tuple) else [eos]
-        if pad is None or pad in stops or prompt.dim() != 2 or prompt.is_floating_point():
-            return ones
-        return prompt.ne(pad).long()
-
-    def _requests(self, mask: Tensor, ids: Tensor | None) -> Requests:
-        images = None
-        if ids is not None and self._image_token is not None and ids.shape == mask.shape:
-            images = (ids == self._image_token).cpu()
-        elif ids is not None and self._image_token is None:
-            images = torch.zeros(mask.shape, dtype=torch.bool)
+    def _requests(self, mask: Tensor, ids: Tensor | None, **more: Any) -> Requests:
         return Requests(
-            self._package, self._plan, self._weights, mask.detach().cpu().bool(), images
+            self._package, self._plan, self._weights, mask, ids, media=self._media, **more
         )
 
-    def _refuse_modes(self, arguments: dict[str, Any]) -> None:
-        config = arguments.get("generation_config") or self._sites.model.generation_config
-        for name, idle in (("guidance_scale", 1), ("assistant_early_exit", None)):
-            value = arguments.get(name, getattr(config, name, None))
-            if value is not None and value != idle:
-                # Both run extra forward passes of this model that belong to no request.
-                raise UnsupportedFeature(RUNTIME, f"{name}={value}")
+    def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with self._here.opened(RUNTIME):
+            self._here.call = Call()
+            result = original(*args, **kwargs)
+            requests = self._here.requests
+            if requests is None or not requests.decided():
+                raise HookLost("generation ended without a verdict: the hooks did not run")
+            self._finish(requests)
+        return result
+
+    def _observe(self, name: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Have the running call told what one of transformers' methods is given or returns."""
+        call = self._here.call
+        if call is None:
+            return original(*args, **kwargs)
+        if name == "_prepare_cache_for_generation":
+            given = inspect.signature(original).bind(*args, **kwargs).arguments
+            before = passes.length(passes.cache_among(given["model_kwargs"].values()))
+            result = original(*args, **kwargs)
+            call.prepared(
+                given["generation_config"], given["model_kwargs"], given["generation_mode"]
+            )
+            self._open(call, given["model_kwargs"], before or 0)
+            return result
+        result = original(*args, **kwargs)
+        if name == "_expand_inputs_for_generation":
+            ids, model_kwargs = result
+            call.expanded(ids, model_kwargs, kwargs.get("expand_size", 1))
+        elif name == "_get_logits_processor":
+            return call.guarded(result)
+        elif name == "_get_stopping_criteria":
+            return call.guarded_criteria(result)
+        return result
+
+    def _open(self, call: Call, model_kwargs: dict[str, Any], cached: int) -> None:
+        assert call.mask is not None
+        cache = passes.cache_among(model_kwargs.values())
+        if cached and getattr(cache, _STEERED, False):
+            raise SteeredCache(
+                "the KV cache holds hidden states that were steered for an earlier request; "
+                "start from an unsteered cache"
+            )
+        call.requests = self._here.requests = self._requests(
+            call.mask, call.ids, given=cached, copies=call.copies, drafts=call.assisted
+        )
 
     def _refuse_continuous_batching(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         raise UnsupportedFeature(
             RUNTIME, "continuous batching packs requests into one row", "use generate()"
         )
 
-    def _refuse_steered(self, cache: Any) -> None:
-        if _length(cache) and getattr(cache, _STEERED, False):
-            raise SteeredCache(
-                "the KV cache holds hidden states that were steered for an earlier request; "
-                "start from an unsteered cache"
-            )
-
     def _finish(self, requests: Requests) -> None:
-        if not requests.decided():
-            raise HookLost("generation ended without a verdict: the hooks did not run")
-        self._outcomes = requests.outcomes()
+        self._here.outcomes = requests.outcomes()
         if self._on_outcome is not None:
-            self._on_outcome(self._outcomes)
+            self._on_outcome(self._here.outcomes)
 
     # -------------------------------------------------------- one forward pass
 
-    def _before_forward(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = self._signature.bind_partial(*args, **kwargs).arguments if args else kwargs
-        ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
-        tokens = ids if ids is not None else embeds
-        if tokens is None:
-            raise RowMappingLost("a forward pass without input_ids or inputs_embeds")
-        cache = _cache_among(given.values())
-        rows, width = tokens.shape[:2]
-        start = _length(cache)
-        requests = getattr(self._here, "requests", None)
-        self._here.direct = requests is None
+    def _before_forward(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        here, given = self._here, kwargs
+        if args:
+            given = self._signature.bind_partial(*args, **kwargs).arguments
+        here.step = None
+        requests = here.requests
         if requests is None:
-            requests = self._requests_of_call(given, tokens, cache)
-        requests.expand_to(rows)
-        step = Step(start, width, _kept(given.get("logits_to_keep", 0), width))
+            raise UnsupportedFeature(RUNTIME, "a forward call outside generate()", _BARE)
+        accessors: Any = self._sites.model
+        if accessors.get_output_embeddings() is not self._sites.head:
+            raise HookLost("the output embedding was replaced after steer(); steer the model again")
+        step = passes.step_of(given, requests)
+        if self._positions is not None and step.stop > self._positions:
+            room = f"{self._positions} tokens at most"
+            raise DataError(Problem("prompt and answer", room, f"{step.stop} tokens"))
+        if here.bare is not None:
+            here.bare.check(passes.cache_among(given.values()), requests)
         requests.begin(step)
-        self._here.step, self._here.current = step, requests
-        self._here.head_seen = False
+        here.step, here.ledger = step, Ledger(self._stops)
 
-    def _requests_of_call(self, given: dict[str, Any], tokens: Tensor, cache: Any) -> Requests:
-        """Requests of a bare call `model(...)`: a new batch, or one more token of a known one."""
-        mask = given.get("attention_mask")
-        if start := _length(cache):
-            known = self._caches.get(cache)
-            if known is None or tokens.shape[1] != 1:
-                raise RowMappingLost(
-                    f"a forward call of {tokens.shape[1]} tokens on a cache of {start} tokens "
-                    "belongs to no known request; use generate()"
-                )
-            return known
-        if mask is None:
-            mask = torch.ones(tokens.shape[:2], dtype=torch.long)
-        if not isinstance(mask, Tensor) or mask.shape != tokens.shape[:2]:
-            raise RowMappingLost("the attention mask of a forward call must be [rows, tokens]")
-        return self._requests(mask, given.get("input_ids"))
-
-    def _at_site(
-        self, stop: Stop, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        step: Step | None = getattr(self._here, "step", None)
-        if step is None:
+    def _at_site(self, stop: Stop, module: nn.Module, h: Tensor) -> Tensor | None:
+        step, requests = self._here.step, self._here.requests
+        if step is None or requests is None:
             raise RowMappingLost(
                 f"{type(module).__name__} ran outside a forward pass of the steered model"
             )
-        requests: Requests = self._here.current
-        h = args[0] if args else kwargs["hidden_states"]
+        self._here.ledger.report(stop.depth)
         columns = step.columns
         if stop.depth == self._plan.head_depth:
-            self._here.head_seen = True
             columns = columns[step.kept]
-        rows = len(requests.mask)
-        if h.dim() != 3 or h.shape[:2] != (rows, len(columns)):
+        if h.dim() != 3 or h.shape[:2] != (requests.rows, len(columns)):
             raise RowMappingLost(
-                f"{type(module).__name__} got {tuple(h.shape)}, expected {rows} rows of "
+                f"{type(module).__name__} got {tuple(h.shape)}, expected {requests.rows} rows of "
                 f"{len(columns)} columns"
             )
         changed = requests.visit(stop, h, step, columns)
-        if changed is h:
-            return None
-        if args:
-            return (changed, *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": changed}
+        return None if changed is h else changed
 
     def _after_forward(
-        self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        step: Step = self._here.step
-        requests: Requests = self._here.current
+        step, requests = self._here.step, self._here.requests
         self._here.step = None
-        if not self._here.head_seen:
-            raise HookLost("the output embedding was not reached through the steered module")
-        requests.watched = step.stop
-        if step.stop >= requests.prompt and not requests.decided():
-            raise HookLost("the prompt ended without a verdict: a probe's site never ran")
-        cache = _cache_among(output if isinstance(output, tuple) else output.values())
-        if cache is not None:
-            if self._here.direct:
-                self._caches[cache] = requests
-            if requests.acts_on_layers():
-                setattr(cache, _STEERED, True)
-        if self._here.direct and step.start < requests.prompt <= step.stop:
-            self._finish(requests)
+        if step is None or requests is None:
+            raise HookLost("the hook that announces forward passes is gone")
+        self._here.ledger.check()
+        requests.end(step)
+        cache = passes.cache_among(output if isinstance(output, tuple) else output.values())
+        if cache is None:
+            return
+        if requests.acts_on_layers():
+            setattr(cache, _STEERED, True)
+        elif step.start == 0 and hasattr(cache, _STEERED):  # it was emptied, and filled anew
+            delattr(cache, _STEERED)
+        if self._here.bare is not None:
+            self._here.bare.note(cache, requests)
 
 
-class _Guard:
-    """A logits processor that stops generation when a forward pass was not watched.
+class _Here(threading.local):
+    """What a thread is doing with the model."""
 
-    It detects compiled code that was traced before `apply` and so runs without hooks. The logits
-    of column c come from a pass that covered c, so c + 1 columns must have been seen (assisted
-    decoding asks for several columns of one pass).
-    """
+    def __init__(self) -> None:
+        self.call: Call | None = None
+        self.requests: Requests | None = None
+        self.bare: passes.Bare | None = None
+        self.step: Step | None = None
+        self.ledger = Ledger(())
+        self.outcomes: tuple[Outcome, ...] = ()
 
-    def __init__(self, requests: Requests, given: int) -> None:
-        self._requests = requests
-        self._before = requests.prompt - given  # columns that `input_ids` does not show
+    @contextmanager
+    def opened(self, runtime: str) -> Iterator[None]:
+        """One batch of requests; nothing of it outlives the context.
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self.check(self._before + input_ids.shape[1])
-        return scores
-
-    def check(self, columns: int) -> None:
-        """Raise HookLost unless this many columns were watched and every verdict is known."""
-        if self._requests.watched < columns or not self._requests.decided():
-            raise HookLost(
-                "a forward pass ran without the steering hooks; if the model was compiled "
-                "before steer(), call torch.compiler.reset() and steer before compiling"
-            )
-
-
-class _StopGuard(_Guard, StoppingCriteria):
-    """The same check after a token was chosen, for assisted decoding."""
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
-        self.check(self._before + input_ids.shape[1] - 1)
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        Raises:
+            UnsupportedFeature: this thread is inside another one.
+        """
+        if self.call is not None or self.requests is not None:
+            raise UnsupportedFeature(runtime, "a request inside another one of the same model")
+        try:
+            yield
+        finally:
+            self.call = self.requests = self.bare = self.step = None
 
 
 def _drop_compiled_code() -> None:
     """Have torch.compile trace again: code traced earlier has the wrong set of hooks."""
     if "torch._dynamo" in sys.modules:  # nothing was compiled before it is imported
         torch.compiler.reset()
-
-
-def quantisation(model: Any) -> str:
-    """Name of the model's arithmetic as used in `calibrations` (F32, BF16, F16)."""
-    names = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-    return names.get(model.dtype, str(model.dtype))
-
-
-def _cache_among(values: Iterable[Any]) -> Any:
-    """The KV cache among arguments or outputs, recognised by its method `get_seq_length`.
-
-    Not by its name: transformers 5.24 renamed `past_key_values` to `cache`, and if a cache is
-    missed, every token is taken for a prompt.
-    """
-    return next((v for v in values if hasattr(v, "get_seq_length")), None)
-
-
-def _length(cache: Any) -> int:
-    return 0 if cache is None else int(cache.get_seq_length())
-
-
-def _kept(logits_to_keep: int | Tensor, width: int) -> Tensor:
-    """Columns of a pass that reach the head, as `slice_logits_to_keep` of transformers does."""
-    every = torch.arange(width)
-    if isinstance(logits_to_keep, Tensor):
-        if logits_to_keep.dim() != 1:
-            raise RowMappingLost("logits_to_keep per row: columns of the head are not known")
-        return every[logits_to_keep.cpu()]
-    return every[-logits_to_keep:] if logits_to_keep else every

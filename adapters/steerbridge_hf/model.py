@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,9 @@ from steerbridge.package import SteeringPackage
 from steerbridge.runtime import Generation, Outcome, OutputHead, Progress
 from steerbridge.spec import HeadInput, ImageMean, LayerOutput, PromptEnd, Reading
 from steerbridge.tensors import Float32
-from steerbridge_hf.adapter import quantisation, steer
-from steerbridge_hf.sites import RUNTIME, facts, has_vision, image_rows, locate
+from steerbridge_hf.adapter import steer
+from steerbridge_hf.sites import RUNTIME, facts, has_vision, image_rows, locate, media_tokens
+from steerbridge_torch import quantisation
 
 TOKENS_PER_BATCH = 2048
 ROWS_PER_BATCH = 32
@@ -255,17 +257,21 @@ class HfModel:
         """
         target = self._tokens_of(answer, "answer")
         likelihoods = np.empty((len(prompts), len(target)))
+        wanted = torch.tensor(target, device=self.model.device)
         with self._attached(package, ignore), torch.inference_mode():
             for index, batch in self._batches(prompts):
-                forced = _Forced(target)
-                self.model.generate(
+                output = self.model.generate(
                     **batch,
                     max_new_tokens=len(target),
                     do_sample=False,
                     pad_token_id=self.tokenizer.pad_token_id,
-                    logits_processor=LogitsProcessorList([forced]),
+                    logits_processor=LogitsProcessorList([_Forced(target)]),
+                    output_logits=True,  # those of the model, before any processor
+                    return_dict_in_generate=True,
                 )
-                likelihoods[index] = torch.stack(forced.seen, 1).cpu().numpy()
+                logits = torch.stack(output.logits, 1).double().log_softmax(-1)  # [B, T, V]
+                chosen = logits.gather(2, wanted.expand(len(index), -1)[..., None])[..., 0]
+                likelihoods[index] = chosen.cpu().numpy()
         return likelihoods
 
     def _tokens_of(self, answer: str, what: str) -> list[int]:
@@ -287,6 +293,21 @@ class HfModel:
         eos = self.model.generation_config.eos_token_id
         eos = self.tokenizer.eos_token_id if eos is None else eos
         return set(eos) if isinstance(eos, list | tuple) else {eos}
+
+    def end_of_turn(self) -> int:
+        """The stop token that the chat template puts behind an answer; the end of sequence for a
+        model without a template."""
+        stops = self.stop_tokens()
+        if self.tokenizer.chat_template is not None:
+            said = "[answer]"
+            turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": said}]
+            text = self.tokenizer.apply_chat_template(turns, tokenize=False)
+            behind = self.tokenizer(text.rpartition(said)[2], add_special_tokens=False)
+            for token in behind["input_ids"]:
+                if token in stops:
+                    return int(token)
+        eos = self.tokenizer.eos_token_id
+        return int(eos) if eos in stops else min(stops)
 
     # -------------------------------------------------------- capture
 
@@ -318,9 +339,7 @@ class HfModel:
         depths = {_depth(r, len(sites.blocks)) for r in readings}
         with ExitStack() as hooks:
             for depth in depths:
-                handle = sites.at_depth(depth).register_forward_pre_hook(
-                    _keeper(states, depth), with_kwargs=True
-                )
+                handle = sites.watch(depth, partial(_keep, states, depth))
                 hooks.callback(handle.remove)
             with torch.inference_mode():
                 self.model(**self._positioned(batch), use_cache=False, logits_to_keep=keep)
@@ -343,7 +362,7 @@ class HfModel:
         Raises:
             DataError: the answer has no tokens.
         """
-        target = [*self._tokens_of(answer, "refusal"), min(self.stop_tokens())]
+        target = [*self._tokens_of(answer, "refusal"), self.end_of_turn()]
         reading = _reading_of_head()
         states = np.empty(
             (len(prompts), len(target), locate(self.model).config.hidden_size), np.float32
@@ -359,29 +378,53 @@ class HfModel:
         return states, np.asarray(target)
 
     def output_head(self) -> OutputHead:
-        """Weight and bias of the output embedding and the model's soft cap."""
+        """Weight and bias of the output embedding, and what the model does to its results.
+
+        Raises:
+            UnsupportedFeature: the logits are no multiple of them, nor a soft cap of one.
+        """
         head: Any = locate(self.model).head
         bias = getattr(head, "bias", None)
         config = self.model.config.get_text_config()
+        softcap = getattr(config, "final_logit_softcapping", None)
         return OutputHead(
             head.weight.detach().float().cpu().numpy(),
             None if bias is None else bias.detach().float().cpu().numpy(),
-            getattr(config, "final_logit_softcapping", None),
+            softcap,
+            self._logit_scale(head, softcap),
         )
+
+    def _logit_scale(self, head: Any, softcap: float | None) -> float:
+        """What the model multiplies the results of its output embedding with, by one pass."""
+        results: list[Tensor] = []
+        handle = head.register_forward_hook(lambda _m, _a, output: results.append(output))
+        media = media_tokens(self.model.config)
+        ids = torch.tensor([[i for i in range(8 + len(media)) if i not in media]])
+        try:
+            with torch.inference_mode():
+                logits = self.model(input_ids=ids.to(self.model.device)).logits.double().flatten()
+        finally:
+            handle.remove()
+        before = results[0].double().flatten()
+        if softcap:
+            logits = torch.atanh((logits / softcap).clamp(-1 + 1e-9, 1 - 1e-9)) * softcap
+        scale = float((logits @ before) / (before @ before))
+        close = (logits - scale * before).norm() <= 0.01 * logits.norm()
+        if not bool(close):
+            name = type(self.model).__name__
+            raise UnsupportedFeature(RUNTIME, f"a head for the logits of {name}")
+        return 1.0 if abs(scale - 1) < 1e-3 else scale
 
 
 class _Forced(LogitsProcessor):
-    """Forces the same tokens in every row, and records the log-probability of each."""
+    """Forces the same tokens in every row."""
 
     def __init__(self, target: Sequence[int]) -> None:
-        self._target = target
-        self.seen: list[Tensor] = []
+        self._left = iter(target)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        token = self._target[len(self.seen)]
-        self.seen.append(scores.double().log_softmax(-1)[:, token])
         forced = torch.full_like(scores, -torch.inf)
-        forced[:, token] = 0
+        forced[:, next(self._left)] = 0
         return forced
 
 
@@ -395,11 +438,8 @@ def _depth(reading: Reading, blocks: int) -> int:
     return reading.site.layer + isinstance(reading.site, LayerOutput)
 
 
-def _keeper(states: dict[int, Tensor], depth: int) -> Any:
-    def keep(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        states[depth] = args[0] if args else kwargs["hidden_states"]
-
-    return keep
+def _keep(states: dict[int, Tensor], depth: int, module: Any, h: Tensor) -> None:
+    states[depth] = h
 
 
 def _take(reading: Reading, states: dict[int, Tensor], mask: Tensor, images: Tensor) -> Tensor:

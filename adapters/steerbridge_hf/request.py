@@ -1,35 +1,46 @@
-"""State of the requests in one batch: prompt ends, readings, scores, strengths.
+"""State of the requests in one batch: prompt ends, readings, verdicts, strengths.
 
-Columns count tokens of the padded batch from the left, cached ones included, so a forward
-pass covers columns start..start+Q-1 whatever the cache holds.
+Columns count tokens of the padded batch from the left, cached ones included, so a forward pass
+covers columns start..start+Q-1 whatever the cache holds. The ledger's second half is here: the
+columns of passes go on from one another, and those of the prompt are its tokens, each once.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Final
 
 import torch
 from torch import Tensor
 
+from steerbridge import reference
 from steerbridge.errors import RowMappingLost, UnsupportedFeature
 from steerbridge.package import SteeringPackage
 from steerbridge.plan import Plan, Stop
 from steerbridge.runtime import Outcome
 from steerbridge.spec import ImageMean, PromptEnd, Reading
-from steerbridge_hf import kernels
-from steerbridge_hf.decisions import decide, outcome
-from steerbridge_hf.kernels import Weights
 from steerbridge_hf.sites import RUNTIME
+from steerbridge_torch import Judged, Weights, decide, kernels, outcome
+
+NO_IMAGE_ROWS: Final = "which rows are an image's is not known: the prompt has no token ids"
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One forward pass: which columns it covers, and which of them reach the head."""
+    """One forward pass: which columns it covers, and which of them reach the head.
+
+    Args:
+        ids: token ids [B, Q] on the CPU; None if it was given embeddings.
+        kept: columns of this pass that the output embedding sees.
+        cached: whether it goes on from a cache.
+    """
 
     start: int
     width: int
-    kept: Tensor  # columns of this pass that the output embedding sees
+    ids: Tensor | None
+    kept: Tensor
+    cached: bool
 
     @property
     def stop(self) -> int:
@@ -43,89 +54,166 @@ class Step:
 
 @dataclass(slots=True)
 class Requests:
-    """State of the B requests of one batch, from their first forward pass to their last."""
+    """State of the B rows of one batch, from their first forward pass to their last.
+
+    Args:
+        mask: [B, P] bool, on the CPU: tokens of the prompt.
+        ids: [B, P] of the prompt, on the CPU; None if it was given as embeddings.
+        given: columns of the prompt that were in a cache before it began.
+        copies: rows for each prompt (beams, several samples).
+        media: ids of tokens that stand for rows of an image.
+        drafts: whether tokens behind the prompt may be evaluated together with it.
+    """
 
     package: SteeringPackage
     plan: Plan
     weights: Weights
-    mask: Tensor  # [B, P] bool, on the CPU: tokens of the prompt
-    images: Tensor | None  # [B, P] bool, on the CPU: image tokens of the prompt
-    copies: int = 1  # rows of the model per prompt (beams, num_return_sequences)
-    first: int | None = None  # first column that was evaluated, not cached
+    mask: Tensor
+    ids: Tensor | None
+    given: int = 0
+    copies: int = 1
+    media: tuple[int, ...] = ()
+    drafts: bool = False
     watched: int = 0  # columns up to here passed through every hook
     read: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # [B, D]
-    scores: dict[int, Tensor] = field(default_factory=dict)  # [B]
+    short: dict[int, Tensor] = field(default_factory=dict)  # probe -> rows that are too short
+    judged: dict[int, Judged] = field(default_factory=dict)
     strengths: dict[int, Tensor] = field(default_factory=dict)  # [B]; 0 where it did not fire
     held: dict[int, Tensor] = field(default_factory=dict)  # [B] bool
     active: dict[int, Tensor] = field(default_factory=dict)  # rows with a rule that holds
     ends: Tensor = field(init=False)  # [B] column of each prompt's last token
+    _begun: bool = False
 
     def __post_init__(self) -> None:
         if not bool(self.mask.any(dim=1).all()):
             raise RowMappingLost("a row of the batch holds padding only: it has no prompt end")
-        last = self.mask.shape[1] - 1
-        self.ends = last - self.mask.flip(1).int().argmax(dim=1)  # [B]
+        self._find_ends()
         for rule in self.plan.unconditional:
             self._decide(rule)
+
+    def _find_ends(self) -> None:
+        last = self.mask.shape[1] - 1
+        self.ends = last - self.mask.flip(1).int().argmax(dim=1)
+
+    @property
+    def rows(self) -> int:
+        """B."""
+        return len(self.mask)
 
     @property
     def prompt(self) -> int:
         """Number of columns of the prompt."""
         return self.mask.shape[1]
 
-    # -------------------------------------------------------- shape of the batch
-
-    def expand_to(self, rows: int) -> None:
-        """Repeat each prompt for the rows that `generate` made of it (beams, samples)."""
-        if rows == len(self.mask):
-            return
-        if self.first is not None or rows % len(self.mask):
-            raise RowMappingLost(f"{rows} rows cannot be tied to {len(self.mask)} prompts")
-        self.copies = rows // len(self.mask)
-        self.mask = self.mask.repeat_interleave(self.copies, dim=0)
-        self.ends = self.ends.repeat_interleave(self.copies, dim=0)
-        if self.images is not None:
-            self.images = self.images.repeat_interleave(self.copies, dim=0)
-        for rule in self.plan.unconditional:
-            self._decide(rule)
+    # -------------------------------------------------------- passes
 
     def begin(self, step: Step) -> None:
-        """Check that every row the probes read will be evaluated; called per forward pass."""
-        if self.first is None:
-            self.first = step.start
+        """A pass begins: its columns must be the next ones.
+
+        Raises:
+            RowMappingLost: they are not, or not the prompt's.
+            UnsupportedFeature: right padding with a prompt in chunks.
+        """
+        if not self._begun:
+            self._reconcile(step)
+            self._begun = True
+            self.watched = step.start
             self._check_cached_prefix(step.start)
+        self._check_columns(step)
         inside = step.start < self.prompt and int(self.ends.min()) < step.stop
-        if inside and not self.closes(step):
+        if inside and not self.decided() and not self.closes(step):
             raise UnsupportedFeature(
                 RUNTIME, "right padding with a prompt evaluated in chunks", "pad on the left"
             )
+
+    def _reconcile(self, step: Step) -> None:
+        """Learn from the first pass what stands before the prompt: a prefix of keys and values
+        (prefix tuning), or virtual tokens (prompt tuning), which are rows of the prompt."""
+        keys = step.start - self.given
+        virtual = 0
+        if step.ids is None and self.ids is not None:
+            virtual = step.width - (self.prompt - self.given)
+        if keys < 0 or virtual < 0 or (virtual and self.given):
+            raise RowMappingLost(
+                f"the first pass covers {step.width} columns from {step.start} on; the prompt has "
+                f"{self.prompt}, of which {self.given} are cached"
+            )
+        if not keys and not virtual:
+            return
+        before = torch.zeros(self.rows, keys + virtual, dtype=torch.bool)
+        before[:, keys:] = True
+        self.mask = torch.cat([before, self.mask], dim=1)
+        if self.ids is not None:
+            nothing = torch.full((self.rows, keys + virtual), -1, dtype=self.ids.dtype)
+            self.ids = torch.cat([nothing, self.ids], dim=1)
+        self._find_ends()
+
+    def _check_columns(self, step: Step) -> None:
+        again = not step.cached and self.decided() and step.stop >= self.watched
+        taken_back = self.prompt <= step.start < self.watched
+        if step.start != self.watched and not again and not taken_back:
+            raise RowMappingLost(
+                f"a pass begins at column {step.start}, expected {self.watched}; a prompt of "
+                f"{self.prompt} tokens is evaluated once, from its beginning to its end"
+            )
+        if step.ids is not None and step.start < self.prompt:
+            self._check_ids(step)
+        if step.stop > self.prompt and not self.decided() and not self.drafts:
+            raise RowMappingLost(
+                f"a pass ends at column {step.stop}, behind a prompt of {self.prompt} tokens "
+                "without a verdict"
+            )
+
+    def _check_ids(self, step: Step) -> None:
+        assert step.ids is not None
+        part = slice(step.start, min(step.stop, self.prompt))
+        found = step.ids[:, : part.stop - part.start]
+        if self.ids is None:
+            self.ids = torch.full(self.mask.shape, -1, dtype=found.dtype)
+        known = self.ids[:, part]
+        differs = (known != found) & (known >= 0) & self.mask[:, part]
+        if bool(differs.any()):
+            raise RowMappingLost("a pass evaluates other tokens than the prompt's")
+        known.copy_(found)
+
+    def end(self, step: Step) -> None:
+        """A pass is over, and every stop was reached.
+
+        Raises:
+            RowMappingLost: the prompt is over, and was not decided.
+        """
+        self.watched = step.stop
+        if step.stop >= self.prompt and not self.decided():
+            raise RowMappingLost("the prompt ended without a verdict")
 
     def closes(self, step: Step) -> bool:
         """True if this pass holds the prompt end of every row, and so completes every reading."""
         return step.start <= int(self.ends.min()) and int(self.ends.max()) < step.stop
 
     def _check_cached_prefix(self, start: int) -> None:
-        for stop in self.plan.stops:
-            for index, at in stop.readings:
-                probe = self.package.spec.probes[index]
-                self._check_reading(probe.id, probe.readings[at], start)
+        for index, probe in enumerate(self.package.spec.probes):
+            self.short[index] = torch.zeros(self.rows, dtype=torch.bool)
+            for reading in probe.readings:
+                self.short[index] |= self._check_reading(probe.id, reading, start)
 
-    def _check_reading(self, probe: str, reading: Reading, start: int) -> None:
+    def _check_reading(self, probe: str, reading: Reading, start: int) -> Tensor:
+        """Which rows [B] are too short for a reading."""
+        short = torch.zeros(self.rows, dtype=torch.bool)
         if isinstance(reading.position, PromptEnd):
             wanted = self.ends + reading.position.offset
             real = (wanted >= 0) & self.mask.gather(1, wanted.clamp(min=0)[:, None])[:, 0]
-            if not bool(real.all()):
-                raise RowMappingLost(f"{probe}: a prompt is too short for {reading}")
-            if int(wanted.min()) < start:
+            if bool((real & (wanted < start)).any()):
                 raise RowMappingLost(
                     f"{probe}: {reading} lies in the cached prefix of {start} tokens; "
                     "generate without a cache"
                 )
-        elif start > 0:
+            return ~real
+        if bool(self.mask[:, :start].any()):
             raise RowMappingLost(
                 f"{probe}: {reading} needs every row of the prompt, but {start} come "
                 "from a cache; generate without one"
             )
+        return short
 
     # -------------------------------------------------------- walking the stops
 
@@ -137,7 +225,7 @@ class Requests:
                 self._read(probe, reading, h, columns, closes)
             if closes:
                 for probe in stop.probes:
-                    self._score(probe)
+                    self._judge(probe)
                 for rule in stop.rules:
                     self._decide(rule)
         return self._act(stop, h, columns) if stop.acts and self.active else h
@@ -147,44 +235,53 @@ class Requests:
         position = self.package.spec.probes[probe].readings[index].position
         key = (probe, index)
         if isinstance(position, PromptEnd):
-            wanted = columns[None] == (self.ends + position.offset)[:, None]  # [B, Q]
-            inside = wanted.any(dim=1)
-            if closes and key not in self.read and not bool(inside.all()):
-                raise RowMappingLost(f"the rows of {position} were not in the batch")
-            if key not in self.read:
-                self.read[key] = torch.full(
-                    (len(self.mask), h.shape[-1]), math.nan, device=h.device
-                )
-            rows = inside.nonzero()[:, 0]
-            self.read[key][rows] = h[rows, wanted[rows].int().argmax(dim=1)].float()
+            self._read_row(key, self.ends + position.offset, h, columns)
             return
         mask = self._images() if isinstance(position, ImageMean) else self.mask
         part = mask[:, columns[columns < self.prompt]].to(h.device)
         # float64 where the device supports it, so that the order of chunks has no effect
         wide = torch.float32 if h.device.type == "mps" else torch.float64
-        total = (h[:, : part.shape[1]].to(wide) * part[..., None]).sum(dim=1)
+        rows = h[:, : part.shape[1]].to(wide)
+        # Chosen, not multiplied: padding that is not a number is nobody's.
+        total = torch.where(part[..., None], rows, torch.zeros_like(rows)).sum(dim=1)
         self.read[key] = self.read.get(key, 0) + total
         if closes:
             counts = mask.sum(dim=1).clamp(min=1).to(h.device)
             self.read[key] = (self.read[key] / counts[:, None]).float()
 
-    def _images(self) -> Tensor:
-        if self.images is None:
-            raise RowMappingLost("image_mean needs the image tokens: pass input_ids")
-        return self.images
+    def _read_row(self, key: tuple[int, int], wanted_B: Tensor, h: Tensor, columns: Tensor) -> None:
+        here = columns[None] == wanted_B[:, None]  # [B, Q]
+        if key not in self.read:
+            shape = (self.rows, h.shape[-1])
+            self.read[key] = torch.full(shape, math.nan, dtype=torch.float32, device=h.device)
+        rows = here.any(dim=1).nonzero()[:, 0]
+        self.read[key][rows] = h[rows, here[rows].int().argmax(dim=1)].float()
 
-    def _score(self, index: int) -> None:
+    def _images(self) -> Tensor:
+        """Rows [B, P] of images; none for a prompt without token ids."""
+        if self.ids is None:
+            return torch.zeros_like(self.mask)
+        return torch.isin(self.ids, torch.tensor(self.media)) & self.mask
+
+    def _judge(self, index: int) -> None:
         probe = self.package.spec.probes[index]
         parts = [self.read[self.plan.source[index, k]] for k in range(len(probe.readings))]
         device = parts[-1].device
-        missing = torch.zeros(len(self.mask), dtype=torch.bool)
-        if self.images is not None:
-            missing = ~self.images.any(dim=1)
+        missing = ~self._images().any(dim=1)
         x = torch.cat([p.to(device) for p in parts], dim=1)
-        self.scores[index] = kernels.score(probe, self.weights, x, missing.to(device)).cpu()
+        scores, finite = kernels.judge(probe, self.weights, x, missing.to(device))
+        self.judged[index] = Judged.of(scores, finite, self._reasons(index))
+
+    def _reasons(self, index: int) -> list[str]:
+        """Why a probe cannot judge a row, as far as its tokens show it."""
+        sees = any(
+            isinstance(r.position, ImageMean) for r in self.package.spec.probes[index].readings
+        )
+        unknown = NO_IMAGE_ROWS if sees and self.media and self.ids is None else ""
+        return [reference.TOO_SHORT if short else unknown for short in self.short[index].tolist()]
 
     def _decide(self, index: int) -> None:
-        held, strengths = decide(self.package.spec, index, self.scores, len(self.mask))
+        held, strengths = decide(self.package.spec, index, self.judged, self.rows)
         self.held[index], self.strengths[index] = held, strengths
         self.active.pop(index, None)
         if bool(held.any()):
@@ -216,10 +313,9 @@ class Requests:
     # -------------------------------------------------------- results
 
     def decided(self) -> bool:
-        """True once every probe has a score and every rule a decision."""
-        return len(self.scores) == len(self.package.spec.probes) and len(self.held) == len(
-            self.package.spec.rules
-        )
+        """True once every probe has judged and every rule is decided."""
+        spec = self.package.spec
+        return len(self.judged) == len(spec.probes) and len(self.held) == len(spec.rules)
 
     def acts_on_layers(self) -> bool:
         """True if a rule that holds for some row writes before the head."""
@@ -233,6 +329,6 @@ class Requests:
     def outcomes(self) -> tuple[Outcome, ...]:
         """One outcome per prompt (rows made from one prompt share it)."""
         return tuple(
-            outcome(self.package.spec, self.scores, self.held, row)
-            for row in range(0, len(self.mask), self.copies)
+            outcome(self.package.spec, self.judged, self.held, row)
+            for row in range(0, self.rows, self.copies)
         )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -12,26 +13,63 @@ from transformers import GenerationMixin, PreTrainedModel
 from steerbridge.errors import UnsupportedFeature
 from steerbridge.fingerprint import ModelFacts, text_sha256, tokenizer_sha256
 
-RUNTIME = "hf"
+RUNTIME: Final = "hf"
+
+Visit = Callable[[nn.Module, Tensor], Tensor | None]
 
 
 @dataclass(frozen=True, slots=True)
 class Sites:
-    """The modules whose input is a site: blocks (and final norm) and the output embedding."""
+    """The modules at which the sites are: blocks and the output embedding."""
 
     model: PreTrainedModel
     blocks: tuple[nn.Module, ...]
     head: nn.Module
     config: Any
 
-    def at_depth(self, depth: int) -> nn.Module:
-        """The module whose first input is the site at this depth."""
-        if depth < len(self.blocks):
-            return self.blocks[depth]
-        if depth > len(self.blocks):
-            return self.head
-        model: Any = self.model
-        return _final_norm(model.get_decoder())
+    def watch(self, depth: int, visit: Visit) -> Any:
+        """Call `visit(module, h)` whenever the site at a depth is computed; returns a handle.
+
+        The input of a block or of the output embedding is read where it is taken. The input of the
+        final norm is read where the last block gives it: a model may use its norm elsewhere too.
+
+        Args:
+            visit: returns other states [B, Q, D] to go on with, or None.
+        """
+        hook: Any = torch.compiler.disable
+        if depth == len(self.blocks):
+            return self.blocks[-1].register_forward_hook(hook(_Output(visit)))
+        module = self.head if depth > len(self.blocks) else self.blocks[depth]
+        return module.register_forward_pre_hook(hook(_Input(visit)), with_kwargs=True)
+
+
+class _Input:
+    """A hook on what a module takes."""
+
+    def __init__(self, visit: Visit) -> None:
+        self._visit = visit
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        changed = self._visit(module, args[0] if args else kwargs["hidden_states"])
+        if changed is None:
+            return None
+        if args:
+            return (changed, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": changed}
+
+
+class _Output:
+    """A hook on what a module gives: states, or states and more."""
+
+    def __init__(self, visit: Visit) -> None:
+        self._visit = visit
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        states = output if isinstance(output, Tensor) else output[0]
+        changed = self._visit(module, states)
+        if changed is None:
+            return None
+        return changed if isinstance(output, Tensor) else (changed, *output[1:])
 
 
 def locate(model: Any) -> Sites:
@@ -52,50 +90,63 @@ def locate(model: Any) -> Sites:
         raise UnsupportedFeature(
             RUNTIME, f"{type(inner).__name__} names no decoder or no output embedding"
         )
-    lists = [
-        child
-        for child in decoder.children()
-        if isinstance(child, nn.ModuleList) and len(child) == config.num_hidden_layers
-    ]
+    return Sites(inner, _blocks(decoder, config.num_hidden_layers), head, config)
+
+
+def _blocks(decoder: nn.Module, count: int) -> tuple[nn.Module, ...]:
+    """The one list of so many modules, the decoder's own before those of its parts."""
+    own = [child for child in decoder.children() if _is_list(child, count)]
+    lists = own or [module for module in decoder.modules() if _is_list(module, count)]
     if len(lists) != 1:
         raise UnsupportedFeature(
-            RUNTIME,
-            f"{type(decoder).__name__} has {len(lists)} lists of {config.num_hidden_layers} blocks",
+            RUNTIME, f"{type(decoder).__name__} has {len(lists)} lists of {count} blocks"
         )
-    return Sites(inner, tuple(lists[0]), head, config)
+    return tuple(lists[0].children())
 
 
-def _final_norm(decoder: nn.Module) -> nn.Module:
-    norms = [m for name, m in decoder.named_children() if name in _FINAL_NORMS]
-    if len(norms) != 1:
-        raise UnsupportedFeature(
-            RUNTIME, f"the final norm of {type(decoder).__name__} is not known"
-        )
-    return norms[0]
+def _is_list(module: nn.Module, count: int) -> bool:
+    return isinstance(module, nn.ModuleList) and len(module) == count
 
 
-_FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
+def learned_positions(model: Any) -> int | None:
+    """How many positions a model has embeddings for; None if it computes them.
+
+    torch reports a position beyond them as an index, without a word of prompts.
+    """
+    known = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    tokens = model.get_input_embeddings()
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not tokens]
+    # OPT and its kin keep two rows before the first position.
+    is_learned = known and any(known <= len(table.weight) <= known + 2 for table in tables)
+    return known if is_learned else None
+
+
+# ---------------------------------------------------------------- modalities
+
+_IMAGES: Final = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+
+
+def media_tokens(config: Any) -> tuple[int, ...]:
+    """The token ids that stand for rows of an image in a prompt, frames of a video among them;
+    none for a text model."""
+    found = [getattr(config, name, None) for name in _IMAGES]
+    # Chameleon keeps it in its map of token names.
+    found.append((getattr(config, "vocabulary_map", None) or {}).get("<image>"))
+    return tuple(dict.fromkeys(int(token) for token in found if token is not None))
 
 
 def has_vision(config: Any) -> bool:
     """True for the configuration of a vision-language model."""
-    return image_token(config) is not None
-
-
-def image_token(config: Any) -> int | None:
-    """The token id that stands for rows of an image in a prompt; None for a text model."""
-    for name in ("image_token_id", "image_token_index"):
-        if (token := getattr(config, name, None)) is not None:
-            return int(token)
-    # Chameleon keeps it in its map of token names.
-    names = getattr(config, "vocabulary_map", None) or {}
-    return names.get("<image>")
+    return bool(media_tokens(config))
 
 
 def image_rows(model: Any, ids: Tensor) -> Tensor:
     """Which tokens [B, T] of a batch stand for rows of an image (bool)."""
-    token = image_token(model.config)
-    return torch.zeros_like(ids, dtype=torch.bool) if token is None else ids == token
+    media = torch.tensor(media_tokens(model.config), dtype=ids.dtype, device=ids.device)
+    return torch.isin(ids, media)
+
+
+# ---------------------------------------------------------------- facts
 
 
 def facts(model: Any, tokenizer: Any = None) -> ModelFacts:

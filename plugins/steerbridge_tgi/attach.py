@@ -17,12 +17,12 @@ from steerbridge.errors import UnsupportedFeature
 from steerbridge.package import SteeringPackage, load
 from steerbridge.plan import Stop
 from steerbridge.spec import HeadMatrix, ImageMean, PromptEnd, Reading
-from steerbridge_hf.adapter import quantisation
 from steerbridge_tgi import rows
 from steerbridge_tgi.gates import Arguments, Gates
 from steerbridge_tgi.reporter import Reporter
 from steerbridge_tgi.rows import Part
 from steerbridge_tgi.sites import RUNTIME, facts, locate, stream, takes_residual
+from steerbridge_torch import quantisation
 
 _PADDED: Final = "CausalLM"
 _FLAT: Final = "FlashCausalLM"

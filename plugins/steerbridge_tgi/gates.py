@@ -18,15 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steerbridge import reference
 from steerbridge.errors import HookLost, RowMappingLost
 from steerbridge.package import SteeringPackage
 from steerbridge.plan import Stop, plan
 from steerbridge.runtime import Outcome
 from steerbridge.spec import ImageMean, PromptEnd, Reading
-from steerbridge_hf import kernels
-from steerbridge_hf.decisions import decide, outcome
 from steerbridge_tgi.rows import HEALTH, Part
 from steerbridge_tgi.sites import Stream
+from steerbridge_torch import Judged, Ledger, decide, kernels, outcome
 
 Share = Callable[[Tensor], Tensor]  # rank 0's values, on every rank
 Key = tuple[int, int]  # (probe, reading)
@@ -51,9 +51,9 @@ class Pass:
     parts: tuple[Part, ...]
     rows: int
     images: Tensor | None
-    scores: dict[int, Tensor] = field(default_factory=dict)  # [E]
+    ledger: Ledger
+    judged: dict[int, Judged] = field(default_factory=dict)  # [E]
     held: dict[int, Tensor] = field(default_factory=dict)  # [E]
-    seen: set[int] = field(default_factory=set)  # depths that a hook has reached
 
     @property
     def prompts(self) -> bool:
@@ -99,7 +99,8 @@ class Gates:
         Raises:
             RowMappingLost: rows of a request without a verdict, or not the request's next rows.
         """
-        now = Pass(tuple(p for p in parts if p.request != HEALTH), rows, images)
+        ledger = Ledger({stop.depth for stop in self.plan.stops} | {self.plan.head_depth})
+        now = Pass(tuple(p for p in parts if p.request != HEALTH), rows, images, ledger)
         for part in now.parts:
             self._enter(part)
             if images is not None and part.prompt is not None:
@@ -174,14 +175,12 @@ class Gates:
         """
         now, self._now = self._now, None
         assert now is not None
-        wanted = {stop.depth for stop in self.plan.stops} | {self.plan.head_depth}
-        lost = wanted - now.seen
-        if now.parts and lost and (now.prompts or now.seen or not replayed):
-            raise HookLost(f"sites at depths {sorted(lost)} were not reached")
+        if now.parts and not (replayed and now.ledger.untouched and not now.prompts):
+            now.ledger.check()
         verdicts = []
         for e, part in enumerate(now.ending):
             state = self._requests[part.request]
-            state.outcome, state.read = outcome(self._package.spec, now.scores, now.held, e), {}
+            state.outcome, state.read = outcome(self._package.spec, now.judged, now.held, e), {}
             verdicts.append((part.request, state.outcome))
         return verdicts
 
@@ -208,7 +207,7 @@ class Gates:
             if not self.idle:
                 raise HookLost("the model runs outside a pass that was announced")
             return self._act(stop, stream, None)
-        now.seen.add(stop.depth)
+        now.ledger.report(stop.depth)
         if now.ending or (now.prompts and stop.readings):
             self._decide(now, stop, stream)
         if stop.acts and any(self._strengths_of(p) for p in now.parts):
@@ -228,9 +227,9 @@ class Gates:
         if not now.ending:
             return
         for probe in stop.probes:
-            now.scores[probe] = self._score(now, probe)
+            now.judged[probe] = self._judge(now, probe)
         for rule in stop.rules:
-            held, strengths = decide(self._package.spec, rule, now.scores, len(now.ending))
+            held, strengths = decide(self._package.spec, rule, now.judged, len(now.ending))
             now.held[rule] = held
             for e, part in enumerate(now.ending):
                 if held[e]:
@@ -257,22 +256,28 @@ class Gates:
         reading: Reading = self._package.spec.probes[key[0]].readings[key[1]]
         return reading
 
-    def _score(self, now: Pass, index: int) -> Tensor:
-        """Scores [E] of a probe, on the CPU. A reading before the prompt's first row is NaN, so the
-        probe fires."""
+    def _judge(self, now: Pass, index: int) -> Judged:
+        """What a probe says of the E prompts; one that is shorter than a reading is unjudged."""
         probe = self._package.spec.probes[index]
         states = [self._requests[part.request] for part in now.ending]
-        inputs = []
+        inputs, reasons = [], []
         for part, state in zip(now.ending, states, strict=True):
             parts = [
                 self._value(state, part, index, at, reading)
                 for at, reading in enumerate(probe.readings)
             ]
             inputs.append(torch.cat(parts))
+            reasons.append(self._reason(probe, part))
         missing = torch.tensor([not int(state.images) for state in states])
         x_EI = torch.stack(inputs)
-        scores = kernels.score(probe, self._weights, x_EI, missing.to(x_EI.device))
-        return self._share(scores).cpu()
+        scores, finite = kernels.judge(probe, self._weights, x_EI, missing.to(x_EI.device))
+        shared = self._share(torch.stack([scores, finite.to(scores.dtype)]))
+        return Judged.of(shared[0], shared[1] > 0, reasons)
+
+    def _reason(self, probe: Any, part: Part) -> str:
+        assert part.prompt is not None
+        offsets = [r.position.offset for r in probe.readings if isinstance(r.position, PromptEnd)]
+        return reference.TOO_SHORT if part.prompt - 1 + min(offsets, default=0) < 0 else ""
 
     def _value(self, state: State, part: Part, probe: int, at: int, reading: Reading) -> Tensor:
         assert part.prompt is not None

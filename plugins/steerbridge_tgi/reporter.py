@@ -48,6 +48,7 @@ class Reporter:
                 "score": v.score if math.isfinite(v.score) else None,
                 "threshold": v.threshold,
                 "fired": v.fired,
+                **({"unjudged": v.unjudged} if v.unjudged else {}),
             }
             for v in outcome.verdicts
         ]

@@ -2,7 +2,7 @@
 
 The language model is frozen and the head acts after the final norm, so the states under the
 teacher-forced refusal do not depend on W. They are captured once; then W minimises the exact
-cross-entropy of softcap(E (h + eps W h) + b) on them. The authors run the whole model in
+cross-entropy of softcap(s (E (h + eps W h) + b)) on them. The authors run the whole model in
 every step and multiply the whole output embedding by W for every token.
 
 Shapes: N prompts, T tokens of the refusal, M = N * T states, D hidden size, V vocabulary.
@@ -103,9 +103,9 @@ def descend(
 
 
 class HeadLoss:
-    """Mean cross-entropy of softcap(E h + b), differentiable in h only.
+    """Mean cross-entropy of softcap(s (E h + b)), differentiable in h only.
 
-    The gradient, E^T (softmax - onehot), is computed beside the loss in one buffer of logits that
+    The gradient, s E^T (softmax - onehot), is computed beside the loss in one buffer of logits that
     every step uses again; the default autograd path reads and writes the logits several times
     more, which takes longer than the multiplications.
     """
@@ -113,7 +113,7 @@ class HeadLoss:
     def __init__(self, head: OutputHead) -> None:
         self._weight_VD = torch.from_numpy(np.asarray(head.weight, np.float32))
         self._bias = None if head.bias is None else torch.from_numpy(head.bias)
-        self._softcap = head.softcap
+        self._softcap, self._scale = head.softcap, head.scale
         self._logits = torch.empty(0)
 
     def __call__(self, h_MD: torch.Tensor, target_M: torch.Tensor) -> torch.Tensor:
@@ -140,7 +140,7 @@ class HeadLoss:
         if slope is not None:
             z.mul_(slope)
             onehot = onehot * slope.gather(1, wanted)
-        gradient = (z @ self._weight_VD).div_(total).sub_(onehot).div_(len(h_MD))
+        gradient = (z @ self._weight_VD).div_(total).sub_(onehot).mul_(self._scale / len(h_MD))
         return loss, gradient
 
     def _outputs(self, h_MD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -151,6 +151,8 @@ class HeadLoss:
         z = torch.mm(h_MD, self._weight_VD.T, out=self._logits[: size[0]])
         if self._bias is not None:
             z.add_(self._bias)
+        if self._scale != 1:
+            z.mul_(self._scale)
         if not self._softcap:
             return z, None
         z.div_(self._softcap).tanh_()

@@ -1,14 +1,17 @@
 """The reference semantics in torch, batched over requests.
 
-Arithmetic is float32 whatever the model's dtype; results are cast back. Tensors follow the
-hidden states to their device, once per device.
+Arithmetic is float32 whatever the model's dtype, outside autocast and of whatever default dtype;
+results are cast back. Tensors follow the hidden states to their device, once per device. Nothing
+here branches on data, so that a captured graph can hold it.
 
-Shapes: B rows of the batch, Q columns of one forward pass, D hidden size.
+Shapes: B rows of the batch, Q columns of one forward pass, I inputs of a probe, D hidden size.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,8 +26,31 @@ from steerbridge.spec import (
     ImageMean,
     LinearProbe,
     MlpProbe,
+    Sigmoid,
     Softmax,
 )
+
+Kernel = TypeVar("Kernel", bound=Callable[..., Any])
+
+
+def quantisation(model: Any) -> str:
+    """Name of the model's arithmetic as used in `calibrations` (F32, BF16, F16)."""
+    names = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+    return names.get(model.dtype, str(model.dtype))
+
+
+def _exact(kernel: Kernel) -> Kernel:
+    """Run a kernel outside autocast, which would compute its products in half precision."""
+
+    @functools.wraps(kernel)
+    def run(*args: Any) -> Any:
+        device = next(a.device.type for a in args if isinstance(a, Tensor))
+        if not torch.is_autocast_enabled(device):
+            return kernel(*args)
+        with torch.autocast(device, enabled=False):
+            return kernel(*args)
+
+    return run  # type: ignore[return-value]
 
 
 class Weights:
@@ -42,27 +68,62 @@ class Weights:
         return self._copies[key]
 
 
-def score(probe: Any, weights: Weights, x_BI: Tensor, missing_B: Tensor) -> Tensor:
-    """Scores [B] of probe inputs; rows of `missing_B` had no image to read."""
+@_exact
+def judge(probe: Any, weights: Weights, x_BI: Tensor, missing_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores [B] of probe inputs, and whether they may be trusted ([B] bool).
+
+    A row is not to be trusted if one of its inputs or logits is not finite: squashing would hide
+    it.
+
+    Args:
+        missing_B: rows without an image to read; they take the probe's input mean.
+    """
     device = x_BI.device
+    x_BI = _with_means(probe, weights, x_BI, missing_B)
+    finite = torch.isfinite(x_BI).all(dim=1)
     if probe.input_mean is not None:
         x_BI = x_BI - weights(probe.input_mean, device)
     if probe.input_scale is not None:
         x_BI = x_BI / weights(probe.input_scale, device)
-    width = x_BI.shape[1] // len(probe.readings)
-    for k, reading in enumerate(probe.readings):
-        if isinstance(reading.position, ImageMean):
-            part = x_BI[:, k * width : (k + 1) * width]
-            part.masked_fill_(missing_B[:, None], 0.0)
+    y_BO = _logits(probe, weights, x_BI)
+    return _squashed(probe, y_BO), finite & torch.isfinite(y_BO).all(dim=1)
+
+
+def _with_means(probe: Any, weights: Weights, x_BI: Tensor, missing_B: Tensor) -> Tensor:
+    """Inputs in which an image that is missing is the input mean (0 without one)."""
+    of_image = [isinstance(reading.position, ImageMean) for reading in probe.readings]
+    if not any(of_image):
+        return x_BI
+    width = x_BI.shape[1] // len(of_image)
+    columns = torch.tensor(of_image, device=x_BI.device).repeat_interleave(width)
+    mean = torch.zeros_like(x_BI[0])
+    if probe.input_mean is not None:
+        mean = weights(probe.input_mean, x_BI.device)
+    return torch.where(missing_B[:, None] & columns[None], mean[None], x_BI)
+
+
+def _logits(probe: Any, weights: Weights, x: Tensor) -> Tensor:
+    """[B, O], before squashing."""
     match probe:
         case LinearProbe():
-            y = x_BI @ weights(probe.weight, device) + probe.bias
-            return y if probe.link == "identity" else torch.sigmoid(y)
+            return (x @ weights(probe.weight, x.device) + probe.bias)[:, None]
         case CosineProbe():
-            return _cosine(probe, weights, x_BI)
+            return _cosine(probe, weights, x)[:, None]
         case MlpProbe():
-            return _mlp(probe, weights, x_BI)
+            return _mlp(probe, weights, x)
     raise TypeError(f"unknown probe {probe!r}")
+
+
+def _squashed(probe: Any, y_BO: Tensor) -> Tensor:
+    match probe:
+        case LinearProbe(link="sigmoid"):
+            return torch.sigmoid(y_BO[:, 0])
+        case MlpProbe(output=Softmax() as output):
+            return torch.softmax(y_BO, dim=1)[:, output.classes.index(output.harmful)]
+        case MlpProbe(output=Sigmoid() as output):
+            high = torch.sigmoid(y_BO[:, 0])
+            return high if output.harmful_when == "high" else 1 - high
+    return y_BO[:, 0]
 
 
 def _cosine(probe: CosineProbe, weights: Weights, x: Tensor) -> Tensor:
@@ -83,10 +144,7 @@ def _mlp(probe: MlpProbe, weights: Weights, x: Tensor) -> Tensor:
         if i:
             x = _ACTIVATIONS[probe.activation](x)
         x = functional.linear(x, weights(layer.weight, x.device), weights(layer.bias, x.device))
-    if isinstance(probe.output, Softmax):
-        return torch.softmax(x, dim=1)[:, probe.output.classes.index(probe.output.harmful)]
-    high = torch.sigmoid(x[:, 0])
-    return high if probe.output.harmful_when == "high" else 1 - high
+    return x
 
 
 def fires(probe: Any, scores_B: Tensor) -> Tensor:
@@ -97,6 +155,7 @@ def fires(probe: Any, scores_B: Tensor) -> Tensor:
     return ~torch.isfinite(values) | compare(values, probe.threshold)
 
 
+@_exact
 def apply(
     intervention: Any, target: int | None, weights: Weights, h: Tensor, strength: Tensor
 ) -> Tensor:

@@ -1,0 +1,11 @@
+"""The semantics of a package in torch alone: what HF, TGI and vLLM stand on.
+
+Kernels score probes and rewrite rows; decisions say which rules hold; the ledger proves that every
+site of a pass was reached once. Nothing here knows a library of models.
+"""
+
+from steerbridge_torch.decisions import Judged, decide, outcome
+from steerbridge_torch.kernels import Weights, quantisation
+from steerbridge_torch.ledger import Ledger
+
+__all__ = ["Judged", "Ledger", "Weights", "decide", "outcome", "quantisation"]

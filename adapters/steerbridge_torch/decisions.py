@@ -1,0 +1,84 @@
+"""From scores to decisions, in torch: which rules hold, their strengths, and the outcome.
+
+Shapes: B requests that are decided together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from steerbridge import reference
+from steerbridge.plan import rule_probes
+from steerbridge.reference import Verdict
+from steerbridge.runtime import Outcome
+from steerbridge.spec import ConstantStrength, Probe, SteeringSpec
+from steerbridge_torch import kernels
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """What a probe says of B requests.
+
+    Args:
+        scores: [B] on the CPU; NaN where a request could not be judged.
+        reasons: [B] why it could not, or empty.
+    """
+
+    scores: Tensor
+    reasons: tuple[str, ...]
+
+    @classmethod
+    def of(cls, scores: Tensor, finite: Tensor, reasons: Sequence[str] = ()) -> Judged:
+        """Of the results of `kernels.judge`, and reasons that were known before."""
+        known = list(reasons) or [""] * len(scores)
+        for row, sound in enumerate(finite.tolist()):
+            if not sound and not known[row]:
+                known[row] = reference.NOT_FINITE
+        unjudged = torch.tensor([bool(reason) for reason in known], dtype=torch.bool)
+        return cls(scores.float().cpu().masked_fill(unjudged, math.nan), tuple(known))
+
+    def verdict(self, probe: Probe, row: int) -> Verdict:
+        """The verdict on one request."""
+        if self.reasons[row]:
+            return reference.unjudged(probe, self.reasons[row])
+        return reference.verdict(probe, float(self.scores[row]))
+
+
+def decide(
+    spec: SteeringSpec, rule: int, judged: Mapping[int, Judged], requests: int
+) -> tuple[Tensor, Tensor]:
+    """For which requests a rule holds ([B] bool), and its strength ([B] float32).
+
+    A request that a probe could not judge fires it; a strength that follows such a score takes 1.
+
+    Args:
+        rule: its index in the spec.
+        judged: of each probe that the rule needs, by index.
+        requests: B.
+    """
+    chosen = spec.rules[rule]
+    needed = rule_probes(spec, rule)
+    fired = {spec.probes[i].id: kernels.fires(spec.probes[i], judged[i].scores) for i in needed}
+    held = torch.ones(requests, dtype=torch.bool)
+    if chosen.condition is not None:
+        stacked = torch.stack([fired[id] for id in chosen.condition.probes])
+        held = stacked.any(dim=0) if chosen.condition.type == "any" else stacked.all(dim=0)
+    if isinstance(chosen.strength, ConstantStrength):
+        return held, torch.full((requests,), chosen.strength.value, dtype=torch.float32)
+    name = chosen.strength.probe
+    value = judged[next(i for i in needed if spec.probes[i].id == name)].scores
+    finite = torch.where(torch.isfinite(value), value, torch.ones_like(value))
+    return held, (chosen.strength.scale * finite).float()
+
+
+def outcome(
+    spec: SteeringSpec, judged: Mapping[int, Judged], held: Mapping[int, Tensor], row: int
+) -> Outcome:
+    """The outcome of one of the requests, once every probe has judged them."""
+    verdicts = tuple(judged[i].verdict(probe, row) for i, probe in enumerate(spec.probes))
+    return Outcome(verdicts, tuple(r.id for i, r in enumerate(spec.rules) if bool(held[i][row])))
