@@ -133,13 +133,17 @@ class Bare:
 
 
 def _keys(cache: Any, requests: Requests) -> Tensor | None:
-    """Keys [B, heads, size] of each prompt's last token; None for a cache of another kind."""
+    """Keys [B, heads, size] of each prompt's last token; None for a cache that holds none."""
     layers = getattr(cache, "layers", None) or []
     keys = getattr(layers[-1], "keys", None) if layers else None
-    if not isinstance(keys, Tensor) or keys.dim() != 4 or keys.shape[2] < requests.prompt:
+    held = length(cache)
+    if not isinstance(keys, Tensor) or keys.dim() != 4 or held is None:
         return None
-    rows = torch.arange(len(keys))
-    return keys[rows, :, requests.ends].detach().clone() if len(keys) == requests.rows else None
+    dropped = max(0, held - keys.shape[2])  # by a sliding window
+    at = requests.ends - dropped
+    if len(keys) != requests.rows or int(at.min()) < 0 or int(at.max()) >= keys.shape[2]:
+        return None
+    return keys[torch.arange(len(keys)), :, at].detach().clone()
 
 
 # ---------------------------------------------------------------- rehearsal

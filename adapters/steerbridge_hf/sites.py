@@ -86,6 +86,8 @@ def locate(model: Any) -> Sites:
     config = inner.config.get_text_config()
     accessors: Any = inner
     decoder, head = accessors.get_decoder(), accessors.get_output_embeddings()
+    if decoder is head:  # ModernBERT's decoder calls its output embedding so
+        decoder = inner.base_model
     if decoder is None or head is None:
         raise UnsupportedFeature(
             RUNTIME, f"{type(inner).__name__} names no decoder or no output embedding"
