@@ -200,7 +200,7 @@ def _cosine(probe: CosineProbe, tensors: Tensors, x: Float64) -> Float64:
 _erf = np.frompyfunc(math.erf, 1, 1)
 
 _ACTIVATIONS: Mapping[str, Callable[[Float64], Float64]] = {
-    "relu": lambda y: np.where(y > 0, y, y * 0),  # keeps NaN
+    "relu": lambda y: np.maximum(y, 0),  # keeps NaN
     "tanh": np.tanh,
     "gelu": lambda y: 0.5 * y * (1 + np.asarray(_erf(y / math.sqrt(2)), np.float64)),
 }

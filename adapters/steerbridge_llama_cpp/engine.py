@@ -54,10 +54,15 @@ class LlamaCppEngine:
         """See `Engine`."""
         try:
             with attached(self._session, question.steered):
-                return self._answer(question, sampling, emit)
+                ended = self._answer(question, sampling, emit)
         except Exception:
             self._llama.reset()  # recovers a failed session
             raise
+        if ended.outcome is not None and any(v.unjudged for v in ended.outcome.verdicts):
+            # States that are not finite would reach the next prompt: masked, NaN is still NaN.
+            self._llama.reset()
+            self._llama._ctx.kv_cache_clear()
+        return ended
 
     def _answer(self, question: Question, sampling: Sampling, emit: Emit) -> Ended:
         tokens = self._model.evaluated_chat(

@@ -76,6 +76,7 @@ class _Verdict(ctypes.Structure):
         ("score", c_double),
         ("threshold", c_double),
         ("fired", c_bool),
+        ("unjudged", c_char_p),
     )
 
 
@@ -293,7 +294,8 @@ class NativeSession:
     def _verdict(self, verdict: Any) -> Verdict:
         name = verdict.probe.decode()
         comparator = self._probes[name].comparator
-        return Verdict(name, verdict.score, verdict.threshold, comparator, verdict.fired)
+        reason = verdict.unjudged.decode()
+        return Verdict(name, verdict.score, verdict.threshold, comparator, verdict.fired, reason)
 
     def readings(self, seq: int, probe: str) -> NDArray[np.float64]:
         """What a probe of the latest request read, [K, D] before standardisation.

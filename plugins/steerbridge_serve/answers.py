@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import math
 import time
 import uuid
 from collections.abc import Sequence
@@ -70,7 +71,10 @@ def tgi_finish(ended: Ended, text: Text) -> str:
 
 
 def tgi_token(token: Token, text: str) -> dict[str, Any]:
-    return {"id": token.id, "text": text, "logprob": token.logprob, "special": token.special}
+    # JSON has neither NaN nor infinity; a model whose states overflow gives them.
+    known = token.logprob is not None and math.isfinite(token.logprob)
+    logprob = token.logprob if known else None
+    return {"id": token.id, "text": text, "logprob": logprob, "special": token.special}
 
 
 def tgi_details(ended: Ended, text: Text, count: int, seed: int | None) -> dict[str, Any]:

@@ -71,8 +71,13 @@ static void test_requests(const golden *g) {
     CHECK_STATUS(steerhook_request_begin(t.session, 0, 5, 5), STEERHOOK_PROMPT);
     CHECK_STATUS(steerhook_request_begin(t.session, 0, -1, 5), STEERHOOK_PROMPT);
     CHECK_STATUS(steerhook_request_begin(t.session, 0, 0, 0), STEERHOOK_PROMPT);
-    CHECK_STATUS(steerhook_request_begin(t.session, 0, 0, 2), STEERHOOK_PROMPT);
+    /* Shorter than a reading needs: the probe cannot judge it, and fires. */
+    CHECK_STATUS(steerhook_request_begin(t.session, 0, 0, 2), STEERHOOK_OK);
+    steerhook_verdict verdict;
+    CHECK(steerhook_verdicts(t.session, 0, &verdict, 1) == 1 && verdict.fired);
+    CHECK(isnan(verdict.score) && strstr(verdict.unjudged, "shorter") != NULL);
     CHECK_STATUS(steerhook_request_begin(t.session, 0, 0, 3), STEERHOOK_OK);
+    CHECK(steerhook_verdicts(t.session, 0, NULL, 0) == 0);
     /* A refusal ends the old request and leaves the session sound. */
     CHECK_STATUS(steerhook_request_begin(t.session, 0, 1, 9), STEERHOOK_CACHED);
     CHECK(strstr(steerhook_session_error(t.session), "probe p") != NULL);

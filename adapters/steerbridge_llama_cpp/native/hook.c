@@ -1,4 +1,5 @@
 /* The evaluation callback: reads and rewrites the rows of the nodes in the plan. */
+#include <math.h>
 #include <string.h>
 
 #include "score.h"
@@ -152,6 +153,7 @@ steerhook_status sh_decide_probe(steerhook_session *s, int32_t probe_index,
     decision->score = sh_score(probe, values, s->missing, s->scratch);
     decision->threshold = s->thresholds[probe_index];
     decision->fired = sh_fires(probe->comparator, decision->score, decision->threshold);
+    decision->unjudged = isfinite(decision->score) ? SH_JUDGED : SH_NOT_FINITE;
     decision->known = true;
     return sh_decide_rules(s, request);
 }

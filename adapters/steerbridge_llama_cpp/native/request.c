@@ -68,22 +68,16 @@ int64_t sh_first_row(const sh_reading *reading, int64_t n_prompt) {
     return reading->position == SH_PROMPT_END ? n_prompt - 1 + reading->offset : 0;
 }
 
-/* Whether no reading needs a row that is cached or before the prompt. The end of an
- * open-ended prompt is not known yet. */
+/* Whether no reading needs a row that is cached. One that needs a row before the prompt makes its
+ * probe fire, see fire_unread. */
 static steerhook_status check_readings(steerhook_session *s, const sh_request *request,
                                        int32_t n_cached, int64_t n_prompt) {
     for (int32_t p = 0; p < s->package->n_probes; p++) {
         const sh_probe *probe = &s->package->probes[p];
         for (int32_t k = 0; k < probe->n_readings; k++) {
             int64_t row = sh_first_row(&probe->readings[k], n_prompt);
-            if (row < 0 && request->open_ended) {
-                continue; /* fires, see fire_unread */
-            }
             if (row < 0) {
-                return sh_session_refuse(s, STEERHOOK_PROMPT,
-                                         "probe %s: expected a prompt of %ld rows, found %ld",
-                                         probe->id, 1L - (long)probe->readings[k].offset,
-                                         (long)n_prompt);
+                continue; /* fires, see fire_unread */
             }
             bool all = probe->readings[k].position != SH_PROMPT_END;
             bool kept = s->keeps && s->kept_of[s->first_slot[p] + k] >= 0 &&
@@ -132,6 +126,21 @@ static steerhook_status start(steerhook_session *s, sh_request *request, int32_t
     return status == STEERHOOK_OK ? sh_decide_rules(s, request) : status;
 }
 
+/* A probe that reads a row before the first of the prompt cannot judge it, so it fires. */
+static steerhook_status fire_unread(steerhook_session *s, sh_request *request) {
+    for (int32_t p = 0; p < s->package->n_probes; p++) {
+        const sh_probe *probe = &s->package->probes[p];
+        for (int32_t k = 0; k < probe->n_readings; k++) {
+            if (sh_first_row(&probe->readings[k], request->n_prompt) < 0) {
+                request->probes[p] =
+                    (sh_decision){true, true, SH_TOO_SHORT, NAN, s->thresholds[p]};
+                request->early = true;
+            }
+        }
+    }
+    return request->early ? sh_decide_rules(s, request) : STEERHOOK_OK;
+}
+
 steerhook_status steerhook_request_begin(steerhook_session *s, int32_t seq, int32_t n_cached,
                                          int32_t n_prompt) {
     steerhook_status status = may_change(s, seq);
@@ -147,7 +156,8 @@ steerhook_status steerhook_request_begin(steerhook_session *s, int32_t seq, int3
     if (status != STEERHOOK_OK) {
         return status;
     }
-    return start(s, request, n_cached, n_prompt);
+    status = start(s, request, n_cached, n_prompt);
+    return status == STEERHOOK_OK ? fire_unread(s, request) : status;
 }
 
 /* Rules that fired stay fired: which of the two requests a row belongs to is not known. */
@@ -204,21 +214,6 @@ static steerhook_status check_batch_holds(steerhook_session *s, const sh_request
         }
     }
     return STEERHOOK_OK;
-}
-
-/* A probe that reads a row before the first of the prompt has no score: it fires, as a probe with
- * score NaN does. Programs warm a context up with two tokens; no chat prompt is that short. */
-static steerhook_status fire_unread(steerhook_session *s, sh_request *request) {
-    for (int32_t p = 0; p < s->package->n_probes; p++) {
-        const sh_probe *probe = &s->package->probes[p];
-        for (int32_t k = 0; k < probe->n_readings; k++) {
-            if (sh_first_row(&probe->readings[k], request->n_prompt) < 0) {
-                request->probes[p] = (sh_decision){true, true, NAN, s->thresholds[p]};
-                request->early = true;
-            }
-        }
-    }
-    return request->early ? sh_decide_rules(s, request) : STEERHOOK_OK;
 }
 
 steerhook_status sh_request_end_prompt(steerhook_session *s, sh_request *request, int32_t row) {

@@ -53,28 +53,28 @@ static double cosine(const sh_probe *probe, const float *x) {
         xp += (double)x[i] * p;
     }
     double norms = sqrt(xx) * sqrt(pp);
-    if (norms > 0.0) {
-        return xp / norms;
+    if (norms > 0.0 || isnan(norms)) {
+        double similarity = xp / norms;
+        return isfinite(similarity) ? similarity : NAN;
     }
-    return isnan(norms) ? norms + xp : 0.0;
+    return 0.0;
 }
 
 static float activate(sh_activation activation, float value) {
     double y = (double)value;
     switch (activation) {
-    case SH_RELU: return value > 0.0F ? value : value * 0.0F; /* keeps NaN */
+    case SH_RELU: return value > 0.0F || isnan(value) ? value : 0.0F;
     case SH_TANH: return (float)tanh(y);
     case SH_GELU: break;
     }
     return (float)(0.5 * y * (1.0 + erf(y / sqrt(2.0))));
 }
 
-/* The share of the harmful class; NaN if any logit is NaN. */
+/* The share of the harmful class of finite logits. */
 static double softmax(const float *logits, int64_t count, int32_t chosen) {
     double highest = (double)logits[0];
     for (int64_t i = 1; i < count; i++) {
-        double logit = (double)logits[i];
-        highest = logit > highest || isnan(logit) ? logit : highest;
+        highest = (double)logits[i] > highest ? (double)logits[i] : highest;
     }
     double sum = 0.0;
     for (int64_t i = 0; i < count; i++) {
@@ -101,8 +101,14 @@ static double mlp(const sh_probe *probe, const float *x, float *spare) {
         }
         x = y;
     }
+    int64_t count = probe->layers[probe->n_layers - 1].weight.rows;
+    for (int64_t i = 0; i < count; i++) {
+        if (!isfinite(y[i])) {
+            return NAN;
+        }
+    }
     if (probe->softmax) {
-        return softmax(y, probe->layers[probe->n_layers - 1].weight.rows, probe->harmful);
+        return softmax(y, count, probe->harmful);
     }
     double high = sigmoid((double)y[0]);
     return probe->harmful_low ? 1.0 - high : high;
@@ -117,8 +123,24 @@ size_t sh_score_scratch(const sh_probe *probe, int32_t n_embd) {
     return (size_t)probe->n_readings * (size_t)n_embd + 2 * widest;
 }
 
+/* Whether every state that was read is a float: squashing would hide an infinite one. */
+static bool finite(const sh_probe *probe, const double *readings, const bool *missing) {
+    int64_t width = input_width(probe) / probe->n_readings;
+    for (int32_t k = 0; k < probe->n_readings; k++) {
+        for (int64_t i = k * width; i < (k + 1) * width && !missing[k]; i++) {
+            if (!isfinite((float)readings[i])) {
+                return false;
+            }
+        }
+    }
+    return true;
+}
+
 double sh_score(const sh_probe *probe, const double *readings, const bool *missing,
                 float *scratch) {
+    if (!finite(probe, readings, missing)) {
+        return NAN;
+    }
     float *x = scratch;
     standardise(probe, readings, missing, x);
     if (probe->type == SH_MLP) {
@@ -128,6 +150,9 @@ double sh_score(const sh_probe *probe, const double *readings, const bool *missi
         return cosine(probe, x);
     }
     double y = (double)sh_dot(&probe->weight, 0, x) + probe->bias;
+    if (!isfinite(y)) {
+        return NAN;
+    }
     return probe->squash ? sigmoid(y) : y;
 }
 

@@ -8,7 +8,8 @@
 size_t sh_score_scratch(const sh_probe *probe, int32_t n_embd);
 
 /* The score of concatenated readings, before standardisation. missing[k] says that reading k
- * found no rows (a prompt without images): its part is exactly 0 after standardisation. */
+ * found no rows (a prompt without images): its part is exactly 0 after standardisation. NaN if a
+ * state or a logit is not finite. */
 double sh_score(const sh_probe *probe, const double *readings, const bool *missing,
                 float *scratch);
 

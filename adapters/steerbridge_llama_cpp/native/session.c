@@ -214,6 +214,16 @@ static bool has_sequence(const steerhook_session *s, int32_t seq) {
     return seq >= 0 && seq < s->model.n_seq_max;
 }
 
+/* As steerbridge/reference.py words them. */
+static const char *reason(sh_unjudged unjudged) {
+    switch (unjudged) {
+    case SH_NOT_FINITE: return "its states or logits are not finite";
+    case SH_TOO_SHORT: return "the prompt is shorter than its reading needs";
+    case SH_JUDGED: break;
+    }
+    return "";
+}
+
 int32_t steerhook_verdicts(const steerhook_session *s, int32_t seq, steerhook_verdict *out,
                            int32_t max) {
     steerhook_status status = sh_session_check(s);
@@ -228,7 +238,8 @@ int32_t steerhook_verdicts(const steerhook_session *s, int32_t seq, steerhook_ve
         }
         if (count < max) {
             out[count] = (steerhook_verdict){s->package->probes[i].id, decisions[i].score,
-                                             decisions[i].threshold, decisions[i].fired};
+                                             decisions[i].threshold, decisions[i].fired,
+                                             reason(decisions[i].unjudged)};
         }
         count++;
     }

@@ -31,8 +31,11 @@ typedef struct {
 
 /* ---- requests ---- */
 
+typedef enum { SH_JUDGED = 0, SH_NOT_FINITE, SH_TOO_SHORT } sh_unjudged;
+
 typedef struct {
     bool known, fired;
+    sh_unjudged unjudged; /* then it fired, and its score is NaN */
     double score, threshold;
 } sh_decision;
 

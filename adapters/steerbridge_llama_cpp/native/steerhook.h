@@ -59,7 +59,7 @@ typedef enum {
     STEERHOOK_NO_REQUEST, /* rows of a sequence without an open request */
     STEERHOOK_CACHED,     /* a reading needs a prompt row that is in the cache already */
     STEERHOOK_STEERED,    /* cached rows of the prompt were steered at a layer, for another one */
-    STEERHOOK_PROMPT,     /* a prompt without rows to evaluate, or too short for a reading */
+    STEERHOOK_PROMPT,     /* a prompt without rows to evaluate */
     STEERHOOK_NO_OUTPUT,  /* a wanted row of the last block or the head is no output row */
     STEERHOOK_SHARED_ROW, /* a row of several sequences whose requests differ */
     STEERHOOK_ROWS,       /* the rows of a node do not add up to the batch */
@@ -229,6 +229,8 @@ typedef struct {
     const char *probe; /* lives as long as the package */
     double score, threshold;
     bool fired;
+    const char *unjudged; /* why the probe could not be judged: then it fired, and its score is
+                           * NaN; "" if it was judged */
 } steerhook_verdict;
 
 /* Writes up to `max` verdicts of the sequence's latest request, in the order of the package, and

@@ -486,6 +486,9 @@ static void tell_verdict(const sb_watch *watch, int32_t seq) {
         sb_event_number(&event, "score", verdicts[i].score);
         sb_event_number(&event, "threshold", verdicts[i].threshold);
         sb_event_bool(&event, "fired", verdicts[i].fired);
+        if (verdicts[i].unjudged[0] != '\0') {
+            sb_event_text(&event, "unjudged", "%s", verdicts[i].unjudged);
+        }
         sb_event_close(&event, '}');
     }
     sb_event_close(&event, ']');

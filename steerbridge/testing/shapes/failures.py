@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from steerbridge.errors import SteerbridgeError
 from steerbridge.fingerprint import text_sha256
 from steerbridge.testing import cases
 from steerbridge.testing.cases import NEW, Case, linear
@@ -22,16 +23,20 @@ def _(trial: Trial) -> None:
         with trial.guarded(which) as guard:
             quiet = guard.case.quiet[0]
             _unjudged(guard, quiet + NAN)
-            if _recovers(trial, quiet):
+            if _recovers(trial, quiet, NAN):
                 guard.right([quiet])
 
 
-def _recovers(trial: Trial, prompt: str) -> bool:
-    """Whether the runtime without a package answers a prompt behind one that is not a number.
-    llama-server and scripts with llama.cpp do not: NaN stays in their cache."""
-    with trial.driver.open(trial.ground.files, None) as running:
-        running.ask([prompt + NAN], NEW, How())
-        [reply] = running.ask([prompt], NEW, How())
+def _recovers(trial: Trial, prompt: str, trap: str) -> bool:
+    """Whether the runtime without a package answers a prompt behind one with a trap in it.
+    llama-server and scripts with llama.cpp do not: NaN stays in their cache. One that never runs
+    without a package has to."""
+    try:
+        with trial.driver.open(trial.ground.files, None) as running:
+            running.ask([prompt + trap], NEW, How())
+            [reply] = running.ask([prompt], NEW, How())
+    except SteerbridgeError:
+        return True
     want = plain(trial.model, trial.model.encode(prompt), NEW).tokens
     return reply.tokens in (None, want)
 
@@ -42,8 +47,10 @@ def _(trial: Trial) -> None:
     site = f"layer_input[{TRAP_LAYER + 1}]"
     case = trial.ground.case("overflow", lambda: _negative(trial, site))
     with trial.guarded(case) as guard:
-        _unjudged(guard, case.quiet[0] + OVERFLOW)
-        guard.right(case.quiet[:1])
+        quiet = case.quiet[0]
+        _unjudged(guard, quiet + OVERFLOW)
+        if _recovers(trial, quiet, OVERFLOW):
+            guard.right([quiet])
 
 
 def _negative(trial: Trial, site: str) -> Case:
