@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from steerbridge.errors import ModelMismatch, Problem
 from steerbridge.spec import BaseModelInfo
@@ -62,6 +62,19 @@ def tokenizer_sha256(tokens: Iterable[str]) -> str:
         raw = token.encode("utf-8", "surrogatepass")
         digest.update(len(raw).to_bytes(4, "little") + raw)
     return digest.hexdigest()
+
+
+def tokenizer_facts(tokenizer: Any) -> dict[str, str | None]:
+    """Hashes of vocabulary and chat template of a Hugging Face tokenizer, as fields of
+    `ModelFacts`; none for None."""
+    if tokenizer is None:
+        return {}
+    by_id = sorted((id, token) for token, id in tokenizer.get_vocab().items())
+    template = getattr(tokenizer, "chat_template", None)
+    return {
+        "tokenizer_sha256": tokenizer_sha256(token for _, token in by_id),
+        "chat_template_sha256": text_sha256(template) if isinstance(template, str) else None,
+    }
 
 
 def text_sha256(text: str) -> str:

@@ -215,7 +215,8 @@ class FlashCausalLMBatch:
 class FlashCausalLM:
     """The model of a shard. `CUDA_GRAPHS` are the sizes that `warmup` captures."""
 
-    def __init__(self, llama: Any, graphs: tuple[int, ...] = ()) -> None:
+    def __init__(self, llama: Any, graphs: tuple[int, ...] = (), tokenizer: Any = None) -> None:
+        self.tokenizer = tokenizer
         self.model = FlashLlamaForCausalLM(llama).eval()
         self.dtype, self.device = torch.float32, torch.device("cpu")
         self.world_size, self.rank, self.model_id = 1, 0, "tiny"

@@ -51,13 +51,16 @@ def test_the_environment_names_what_the_preload_needs(tmp_path, smollm2_path):
     assert made["LD_PRELOAD"] == f"{preload.library()}:/other.so"
     assert made["STEERBRIDGE_UNSTEERED"] == "llama:576:30"
     assert made["STEERBRIDGE_VOCABULARY"] == "49152"
+    assert made["STEERBRIDGE_TOKENIZER"] == end.spec.base_model.tokenizer_sha256
+    assert made["STEERBRIDGE_TEMPLATE"] == end.spec.base_model.chat_template_sha256
     assert made["HOME"] == "/h"
     assert "LLAMA_ARG_CACHE_RAM" not in made
     assert made["STEERBRIDGE_IGNORE"] == ""
     ignore = ["vocab_size", "chat_template_sha256"]
     made = preload.environment(mean, tmp_path / "p", tmp_path / "e", [], before, ignore=ignore)
     assert made["LLAMA_ARG_CACHE_RAM"] == "0"
-    assert made["STEERBRIDGE_VOCABULARY"] == ""
+    assert made["STEERBRIDGE_VOCABULARY"] == made["STEERBRIDGE_TEMPLATE"] == ""
+    assert made["STEERBRIDGE_TOKENIZER"]
     assert made["STEERBRIDGE_IGNORE"] == "vocab_size,chat_template_sha256"
 
 

@@ -99,3 +99,7 @@ def test_models_on_the_command_line_are_found(tmp_path):
     assert preload.named_models(command, {}) == preload.Models(one, (two,))
     assert preload.named_models(["x", "-m", "gone.gguf"], {}).main is None
     assert preload.named_models(["x"], {"LLAMA_ARG_MODEL": str(two)}).main == two
+    # As in llama.cpp: the last option counts, and an option counts more than the variable.
+    twice = ["x", "-m", str(one), "--model", str(two)]
+    assert preload.named_models(twice, {}).main == two
+    assert preload.named_models(["x", "-m", str(one)], {"LLAMA_ARG_MODEL": str(two)}).main == one

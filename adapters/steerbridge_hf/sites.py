@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 
 from steerbridge.errors import UnsupportedFeature
-from steerbridge.fingerprint import ModelFacts, text_sha256, tokenizer_sha256
+from steerbridge.fingerprint import ModelFacts, tokenizer_facts
 
 RUNTIME: Final = "hf"
 
@@ -154,7 +154,6 @@ def image_rows(model: Any, ids: Tensor) -> Tensor:
 def facts(model: Any, tokenizer: Any = None) -> ModelFacts:
     """Fingerprint of a model; tokenizer and template only if a tokenizer is given."""
     config = model.config.get_text_config()
-    template = getattr(tokenizer, "chat_template", None)
     return ModelFacts(
         model_type=config.model_type,
         architecture=type(model).__name__,
@@ -162,13 +161,5 @@ def facts(model: Any, tokenizer: Any = None) -> ModelFacts:
         num_layers=config.num_hidden_layers,
         vocab_size=config.vocab_size,
         name=model.config.name_or_path,
-        tokenizer_sha256=_tokenizer_hash(tokenizer),
-        chat_template_sha256=text_sha256(template) if isinstance(template, str) else None,
+        **tokenizer_facts(tokenizer),
     )
-
-
-def _tokenizer_hash(tokenizer: Any) -> str | None:
-    if tokenizer is None:
-        return None
-    by_id = sorted((id, token) for token, id in tokenizer.get_vocab().items())
-    return tokenizer_sha256(token for _, token in by_id)

@@ -14,7 +14,7 @@ from gguf import LlamaFileType
 from steerbridge import gguf_model
 from steerbridge.errors import UnsupportedFeature
 from steerbridge.package import SteeringPackage
-from steerbridge.spec import HeadMatrix, PromptEnd
+from steerbridge.spec import BaseModelInfo, HeadMatrix, PromptEnd
 from steerbridge_run.programs import RUNTIME
 
 # By system: the variable that names libraries to preload, and our library.
@@ -59,11 +59,12 @@ def _preload() -> tuple[str, str]:
 
 def named_models(command: Sequence[str], environment: Mapping[str, str]) -> Models:
     """The models that llama.cpp's own programs would open; missing files are left out."""
-    main = [*_values(command, _MODEL), environment.get("LLAMA_ARG_MODEL", "")]
+    # The last option counts, and an option counts more than the variable.
+    main = [environment.get("LLAMA_ARG_MODEL", ""), *_values(command, _MODEL)]
     drafts = [*_values(command, _DRAFT), environment.get("LLAMA_ARG_SPEC_DRAFT_MODEL", "")]
     models = [Path(name) for name in main if name and Path(name).is_file()]
     return Models(
-        models[0] if models else None,
+        models[-1] if models else None,
         tuple(Path(name) for name in drafts if name and Path(name).is_file()),
     )
 
@@ -102,7 +103,7 @@ def environment(
         "STEERBRIDGE_PACKAGE": str(file),
         "STEERBRIDGE_EVENTS": str(events),
         "STEERBRIDGE_UNSTEERED": ";".join(map(_shape, unsteered)),
-        "STEERBRIDGE_VOCABULARY": "" if "vocab_size" in ignore else str(spec.base_model.vocab_size),
+        **_identity(spec.base_model, ignore),
         "STEERBRIDGE_IGNORE": ",".join(ignore),
         "STEERBRIDGE_FILE_TYPES": ";".join(_file_types(package)),
     }
@@ -114,6 +115,17 @@ def environment(
     for entry in entry_points(group="steerbridge.environments"):
         made |= entry.load()(file, before)
     return {**before, **made}
+
+
+def _identity(base: BaseModelInfo, ignore: Sequence[str]) -> dict[str, str]:
+    """What the preload compares with the model that it finds; empty: not compared."""
+    fields = {
+        "STEERBRIDGE_VOCABULARY": "vocab_size",
+        "STEERBRIDGE_TOKENIZER": "tokenizer_sha256",
+        "STEERBRIDGE_TEMPLATE": "chat_template_sha256",
+    }
+    known = {name: None if f in ignore else getattr(base, f) for name, f in fields.items()}
+    return {name: "" if value is None else str(value) for name, value in known.items()}
 
 
 def _shape(path: Path) -> str:

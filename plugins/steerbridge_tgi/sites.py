@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from steerbridge.errors import UnsupportedFeature
-from steerbridge.fingerprint import ModelFacts
+from steerbridge.fingerprint import ModelFacts, tokenizer_facts
 
 RUNTIME: Final = "tgi"
 _NORMS: Final = ("norm", "ln_f", "final_layer_norm", "norm_f")
@@ -96,7 +96,7 @@ def _head(model: nn.Module) -> nn.Module:
 
 
 def facts(model: Any) -> ModelFacts:
-    """Fingerprint of a loaded model, without tokenizer and template."""
+    """Fingerprint of a loaded model and of the tokenizer that the server decodes with."""
     config = text_config(model)
     return ModelFacts(
         model_type=config.model_type,
@@ -104,6 +104,7 @@ def facts(model: Any) -> ModelFacts:
         num_layers=config.num_hidden_layers,
         vocab_size=config.vocab_size,
         name=str(getattr(model, "model_id", "")),
+        **tokenizer_facts(getattr(model, "tokenizer", None)),
     )
 
 

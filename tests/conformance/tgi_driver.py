@@ -22,7 +22,7 @@ from typing import Any, Final
 from unittest import mock
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import flash
 from steerbridge.package import SteeringPackage
@@ -192,7 +192,8 @@ class TgiDriver:
     def open(self, files: Files, package: SteeringPackage | None) -> Iterator[Running]:
         def opened(prefixes: bool) -> Server:
             llama = AutoModelForCausalLM.from_pretrained(files.transformers, dtype=torch.float32)
-            service = flash.service(flash.FlashCausalLM(llama, GRAPHS))
+            tokenizer = AutoTokenizer.from_pretrained(files.transformers)
+            service = flash.service(flash.FlashCausalLM(llama, GRAPHS, tokenizer))
             os.environ["PREFIX_CACHING"] = str(int(prefixes))
             if package is not None:
                 attach.attach(service, str(package.save(Path(folder, f"{prefixes}.gguf"))))

@@ -8,6 +8,7 @@
 #include <string.h>
 
 #include "events.h"
+#include "facts.h"
 #include "real.h"
 #include "steerhook.h"
 
@@ -58,68 +59,20 @@ sb_graph sb_current(eval_callback *callback, void **data) {
     return SB_STEERED;
 }
 
-/* ---- facts of a model ---- */
-
-/* A function under one of two names, the older one second; NULL if there is neither. */
-static void *either(const char *name, const char *older) {
-    void *function = sb_find(name, NULL);
-    return function != NULL || older == NULL ? function : sb_find(older, NULL);
-}
+/* ---- the loaded llama.cpp ---- */
 
 typedef int32_t (*of_model)(const llama_model *);
 typedef uint32_t (*of_context)(const llama_context *);
 typedef const llama_model *(*model_of)(const llama_context *);
 
-#define CALL(type, name, older) ((type)needed(name, older))
-
-static void *needed(const char *name, const char *older) {
-    void *function = either(name, older);
-    if (function == NULL) {
-        sb_fatal("%s: expected it in the loaded llama.cpp, found none", name);
-    }
-    return function;
-}
-
 static bool is(const char *function, const llama_model *model) {
     typedef bool (*question)(const llama_model *);
-    question ask = (question)either(function, NULL);
+    question ask = (question)sb_either(function, NULL);
     return ask != NULL && ask(model);
 }
 
-static const char *metadata(const llama_model *model, const char *key, char *text, size_t size) {
-    typedef int32_t (*read_value)(const llama_model *, const char *, char *, size_t);
-    read_value read = CALL(read_value, "llama_model_meta_val_str", NULL);
-    return read(model, key, text, size) < 0 ? "" : text;
-}
-
-static int32_t vocabulary(const llama_model *model) {
-    typedef const llama_vocab *(*vocab_of)(const llama_model *);
-    typedef int32_t (*count)(const void *);
-    vocab_of get = (vocab_of)either("llama_model_get_vocab", NULL);
-    if (get != NULL) {
-        return CALL(count, "llama_vocab_n_tokens", "llama_n_vocab")(get(model));
-    }
-    return CALL(count, "llama_n_vocab", NULL)(model);
-}
-
 static int32_t rope_type(const llama_model *model) {
-    return CALL(of_model, "llama_model_rope_type", "llama_rope_type")(model);
-}
-
-typedef struct {
-    char architecture[64], name[256], file_type[16];
-    int32_t n_embd, n_layer, n_vocab;
-} facts;
-
-static facts facts_of(const llama_model *model) {
-    facts f = {0};
-    metadata(model, "general.architecture", f.architecture, sizeof f.architecture);
-    metadata(model, "general.name", f.name, sizeof f.name);
-    metadata(model, "general.file_type", f.file_type, sizeof f.file_type);
-    f.n_embd = CALL(of_model, "llama_model_n_embd", "llama_n_embd")(model);
-    f.n_layer = CALL(of_model, "llama_model_n_layer", "llama_n_layer")(model);
-    f.n_vocab = vocabulary(model);
-    return f;
+    return SB_CALL(of_model, "llama_model_rope_type", "llama_rope_type")(model);
 }
 
 /* ---- settings ---- */
@@ -176,21 +129,17 @@ static bool calibrate(steerhook_session *session, const char *file_type) {
 /* ---- a context ---- */
 
 static void check_context(const llama_context *context, const llama_model *model,
-                          const facts *f) {
-    const char *want = getenv("STEERBRIDGE_VOCABULARY");
-    if (want != NULL && want[0] != '\0' && strtol(want, NULL, 10) != f->n_vocab) {
-        sb_fatal("model %s: expected a vocabulary of %s, found %ld", f->name, want,
-                 (long)f->n_vocab);
-    }
+                          const sb_facts *f) {
+    sb_check_model(model, f);
     if (is("llama_model_has_encoder", model) || is("llama_model_is_recurrent", model) ||
         is("llama_model_is_hybrid", model)) {
         sb_fatal("model %s: expected a decoder with only a KV cache, found an encoder or "
                  "recurrent state",
                  f->name);
     }
-    uint32_t n_seq = CALL(of_context, "llama_n_seq_max", NULL)(context);
-    of_context per_sequence = (of_context)either("llama_n_ctx_seq", NULL);
-    uint32_t n_ctx = CALL(of_context, "llama_n_ctx", NULL)(context);
+    uint32_t n_seq = SB_CALL(of_context, "llama_n_seq_max", NULL)(context);
+    of_context per_sequence = (of_context)sb_either("llama_n_ctx_seq", NULL);
+    uint32_t n_ctx = SB_CALL(of_context, "llama_n_ctx", NULL)(context);
     if (n_seq > 1 && per_sequence != NULL && per_sequence(context) != n_ctx) {
         sb_fatal("KV cache: expected a unified one for %lu sequences, found one per sequence; set "
                  "LLAMA_ARG_KV_UNIFIED=1 or kv_unified",
@@ -198,22 +147,22 @@ static void check_context(const llama_context *context, const llama_model *model
     }
 }
 
-static steerhook_session *session_for(const llama_context *context, const facts *f) {
+static steerhook_session *session_for(const llama_context *context, const sb_facts *f) {
     steerhook_model shape = {
         .n_embd = f->n_embd,
         .n_layer = f->n_layer,
-        .n_ubatch = (int32_t)CALL(of_context, "llama_n_ubatch", NULL)(context),
-        .n_seq_max = (int32_t)CALL(of_context, "llama_n_seq_max", NULL)(context),
+        .n_ubatch = (int32_t)SB_CALL(of_context, "llama_n_ubatch", NULL)(context),
+        .n_seq_max = (int32_t)SB_CALL(of_context, "llama_n_seq_max", NULL)(context),
     };
     typedef const char *(*get_name)(const struct ggml_tensor *);
     typedef size_t (*nbytes)(const struct ggml_tensor *);
     typedef void (*get)(const struct ggml_tensor *, void *, size_t, size_t);
     typedef void (*set)(struct ggml_tensor *, const void *, size_t, size_t);
     steerhook_ggml ggml = {
-        CALL(get_name, "ggml_get_name", NULL),
-        CALL(nbytes, "ggml_nbytes", NULL),
-        CALL(get, "ggml_backend_tensor_get", NULL),
-        CALL(set, "ggml_backend_tensor_set", NULL),
+        SB_CALL(get_name, "ggml_get_name", NULL),
+        SB_CALL(nbytes, "ggml_nbytes", NULL),
+        SB_CALL(get, "ggml_backend_tensor_get", NULL),
+        SB_CALL(set, "ggml_backend_tensor_set", NULL),
     };
     char error[512];
     steerhook_session *session =
@@ -226,7 +175,7 @@ static steerhook_session *session_for(const llama_context *context, const facts 
     return session;
 }
 
-static void tell_active(const sb_watch *watch, const facts *f, bool calibrated) {
+static void tell_active(const sb_watch *watch, const sb_facts *f, bool calibrated) {
     sb_event event;
     sb_event_begin(&event, watch->other ? "unsteered" : "active");
     sb_event_number(&event, "context", watch->number);
@@ -240,8 +189,8 @@ static void tell_active(const sb_watch *watch, const facts *f, bool calibrated) 
 }
 
 static void open_watch(sb_watch *watch) {
-    const llama_model *model = CALL(model_of, "llama_get_model", NULL)(watch->context);
-    facts f = facts_of(model);
+    const llama_model *model = SB_CALL(model_of, "llama_get_model", NULL)(watch->context);
+    sb_facts f = sb_facts_of(model);
     steerhook_package_info info = steerhook_package_describe(package());
     char shape[128];
     snprintf(shape, sizeof shape, "%s:%ld:%ld", f.architecture, (long)f.n_embd, (long)f.n_layer);
@@ -255,11 +204,11 @@ static void open_watch(sb_watch *watch) {
     if (!watch->other) {
         check_context(watch->context, model, &f);
         typedef const void *(*memory_of)(const llama_context *);
-        memory_of memory = (memory_of)either("llama_get_memory", NULL);
+        memory_of memory = (memory_of)sb_either("llama_get_memory", NULL);
         watch->memory = memory == NULL ? watch->context : memory(watch->context);
         watch->mrope = rope_type(model) == LLAMA_ROPE_MROPE || rope_type(model) == LLAMA_ROPE_IMROPE;
         watch->session = session_for(watch->context, &f);
-        watch->n_seq_max = (int32_t)CALL(of_context, "llama_n_seq_max", NULL)(watch->context);
+        watch->n_seq_max = (int32_t)SB_CALL(of_context, "llama_n_seq_max", NULL)(watch->context);
         watch->sequences = calloc((size_t)watch->n_seq_max, sizeof *watch->sequences);
         if (watch->sequences == NULL) {
             sb_fatal("no memory");
@@ -403,10 +352,10 @@ static int32_t cached(const sb_watch *watch, const sb_rows *rows, int32_t seq) {
     typedef int32_t (*last_position)(const void *, int32_t);
     static last_position last; /* looked up once: every prompt without positions asks */
     if (last == NULL) {
-        last = (last_position)either("llama_memory_seq_pos_max", "llama_kv_self_seq_pos_max");
+        last = (last_position)sb_either("llama_memory_seq_pos_max", "llama_kv_self_seq_pos_max");
     }
     if (last == NULL) {
-        last = CALL(last_position, "llama_kv_cache_seq_pos_max", NULL);
+        last = SB_CALL(last_position, "llama_kv_cache_seq_pos_max", NULL);
     }
     return last(watch->memory, seq) + 1;
 }
