@@ -5,7 +5,8 @@ STAMP := $(VENV)/.set-up
 BASE ?= python3
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: setup setup-peers setup-clients setup-apps setup-browser demo check conformance test test-apps test-tgi lint schema docs report \
+.PHONY: setup setup-peers setup-clients setup-apps setup-browser demo check conformance \
+  conformance-models test test-apps test-tgi lint schema docs report \
   parity fuzz soak bench-safety bench-safety-multimodal bench-calibration bench-train bench-overhead bench-kernels \
   bench-convert bench-serve test-install test-minimal test-nightly clean
 .DEFAULT_GOAL := setup
@@ -64,6 +65,11 @@ test-apps: setup setup-apps
 # the pins and docs/runtimes.md.
 conformance: setup setup-apps
 	@$(PYTHON) tests/conformance $(if $(RUNTIMES),--runtimes $(RUNTIMES)) $(if $(UPDATE),--update)
+
+# Every type of decoder in transformers, tiny and random. TYPES="llama mamba": some. UPDATE=1: write
+# the pins and docs/models.md.
+conformance-models: setup
+	@$(PYTHON) tests/conformance/models.py $(if $(TYPES),--types $(TYPES)) $(if $(UPDATE),--update)
 
 # Every extra, installed from the wheel in an environment of its own, and used once.
 test-install: setup

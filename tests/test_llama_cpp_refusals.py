@@ -11,7 +11,6 @@ llama_cpp = pytest.importorskip("llama_cpp")
 from smollm2_llama import answer, tokens  # noqa: E402
 from steerbridge.errors import (  # noqa: E402
     ModelMismatch,
-    RowMappingLost,
     SteeringFailed,
     UnsupportedFeature,
 )
