@@ -13,6 +13,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,7 +26,7 @@ import guards
 import overhead_tgi
 import ratios
 from common import ROOT, arguments, finish, generation_times, open_smollm2, say
-from steerbridge import corpus_examples
+from steerbridge import Example, corpus_examples
 from steerbridge_hf import steer
 
 NEW = 48
@@ -42,7 +43,8 @@ def main() -> None:
     guard = guards.chosen(options)
     prompts = [e for e in corpus_examples("test") if e.kind == "general"][: options.rounds]
     if options.peak:
-        run(open_smollm2(), prompts[0], guard.package if options.peak == "steered" else None, NEW)
+        package = guard.package if options.peak == "steered" else None
+        run(open_smollm2(), prompts[:1], package, NEW)
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
         return
     finish({"guard": str(guard), **measure(guard, prompts, options)})
@@ -69,9 +71,9 @@ def measure(guard: guards.Guard, prompts: Any, options: argparse.Namespace) -> d
     return parts
 
 
-def run(model: Any, prompt: Any, package: Any, new: int) -> float:
-    """Seconds of one greedy generation of exactly `new` tokens."""
-    inputs = model._pad([model.render(prompt)])
+def run(model: Any, prompts: Sequence[Example], package: Any, new: int) -> float:
+    """Seconds of one greedy generation of exactly `new` tokens for each prompt of a batch."""
+    inputs = model._pad([model.render(prompt) for prompt in prompts])
     options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
     session = None if package is None else steer(model.model, package)
     start = time.perf_counter()
@@ -80,28 +82,32 @@ def run(model: Any, prompt: Any, package: Any, new: int) -> float:
     seconds = time.perf_counter() - start
     if session is not None:
         session.remove()
-        assert not session.outcomes[0].fired, f"fired on a harmless prompt: {prompt.text}"
+        fired = [p.text for p, o in zip(prompts, session.outcomes, strict=True) if o.fired]
+        assert not fired, f"fired on harmless prompts: {fired}"
     return seconds
 
 
-def hf(model: Any, package: Any, prompts: Any) -> dict[str, Any]:
+def hf(model: Any, package: Any, prompts: Sequence[Example]) -> dict[str, Any]:
+    """One prompt at a time, and all of them in one batch."""
     quiet = []
     for prompt in prompts:
         try:
-            run(model, prompt, package, 1)
+            run(model, [prompt], package, 1)
             quiet.append(prompt)
         except AssertionError as error:
             say(str(error))
+    batches = {"": [[prompt] for prompt in quiet], f"batch_{len(quiet)}_": [quiet] * len(quiet)}
     sides = {"plain": None, "control": None, "steered": package}
-    rounds = []
-    for i, prompt in enumerate(quiet):
-        runs = {name: partial(run, model, prompt, guard) for name, guard in sides.items()}
-        rounds.append(generation_times(i, runs, NEW))
-    first, later = zip(*rounds, strict=True)
-    figures = ratios.report(
-        {"ttft_ratio": ratios.of_rounds(first), "decode_ratio": ratios.of_rounds(later)}
-    )
-    return {**figures, "rounds": len(quiet)}
+    samples = {}
+    for name, each in batches.items():
+        rounds = []
+        for i, batch in enumerate(each):
+            runs = {side: partial(run, model, batch, guard) for side, guard in sides.items()}
+            rounds.append(generation_times(i, runs, NEW))
+        first, later = zip(*rounds, strict=True)
+        samples[f"{name}ttft_ratio"] = ratios.of_rounds(first)
+        samples[f"{name}decode_ratio"] = ratios.of_rounds(later)
+    return {**ratios.report(samples), "rounds": len(quiet)}
 
 
 def peak(package: Path, side: str) -> int:

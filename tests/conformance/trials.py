@@ -11,7 +11,7 @@ from pathlib import Path
 
 import runtimes
 from numpy_driver import MUTANTS, NumpyDriver
-from steerbridge.testing import Ground, check_runtime
+from steerbridge.testing import SHAPES, Ground, check_runtime
 from steerbridge.testing.pins import Pins
 
 
@@ -33,10 +33,16 @@ def tried(name: str) -> tuple[Pins, float]:
 
 def caught() -> list[str]:
     """The mutants that a shape finds whose name says why."""
-    found = []
-    for kind, named in MUTANTS.items():
-        results = check_runtime(NumpyDriver(kind.__name__, kind), _ground())
-        wrong = [name for name, result in results.items() if result.status == "wrong"]
-        if any(words in name for name in wrong for words in named):
-            found.append(kind.__name__)
-    return found
+    return [kind.__name__ for kind in MUTANTS if is_caught(kind, _ground())]
+
+
+def is_caught(kind: type, ground: Ground) -> bool:
+    """Whether one of the shapes that name what is wrong with a mutant finds it."""
+    driver = NumpyDriver(kind.__name__, kind)
+    naming = [s for s in SHAPES if any(words in s.name for words in MUTANTS[kind])]
+    assert naming, f"no shape names what is wrong with {kind.__name__}"
+    return any(
+        result.status == "wrong"
+        for shape in naming
+        for result in check_runtime(driver, ground, [shape]).values()
+    )
