@@ -18,6 +18,7 @@ from steerbridge.errors import Problem
 
 SPEC_VERSION = "1.0"
 SUPPORTED_MAJOR = 1
+MAX_ACTS = 1 << 16  # targets of all interventions of all rules together
 
 Identifier = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,63}$")]
 TensorName = Annotated[
@@ -386,6 +387,7 @@ def problems(spec: SteeringSpec) -> list[Problem]:
         *_probe_problems(spec),
         *_intervention_problems(spec),
         *_rule_problems(spec),
+        *_count_problems(spec),
         *_calibration_problems(spec),
     ]
 
@@ -446,9 +448,21 @@ def _rule_problems(spec: SteeringSpec) -> Iterator[Problem]:
         ]
         for part, kind, id in unknown:
             yield Problem(f"{field}.{part}", f"the id of {kind} of this spec", repr(id))
+        condition = rule.condition.probes if rule.condition else ()
+        for part, ids in (("condition", condition), ("interventions", rule.interventions)):
+            if len(set(ids)) != len(ids):
+                yield Problem(f"{field}.{part}", "each id once", str(list(ids)))
         if not unknown:
             acting = [interventions[id] for id in rule.interventions]
             yield from _order_problems(spec, field, [probes[id] for id in read], acting)
+
+
+def _count_problems(spec: SteeringSpec) -> Iterator[Problem]:
+    """What all rules do must be countable: rules, their interventions and targets multiply."""
+    size = {x.id: len(list(sites(x))) for x in spec.interventions}
+    acts = sum(size.get(id, 0) for rule in spec.rules for id in rule.interventions)
+    if acts > MAX_ACTS:
+        yield Problem("rules", f"{MAX_ACTS} targets at most", str(acts))
 
 
 def _order_problems(

@@ -235,3 +235,12 @@ def test_both_encodings_of_a_package_have_one_hash(tmp_path):
     assert saved == [package.sha256] * 2
     assert package.sha256 != helpers.package(seed=1).sha256
     assert package.sha256 != package.scaled(2.0).sha256
+
+
+def test_rules_name_an_id_once_and_act_on_a_bounded_number_of_targets():
+    with pytest.raises(InvalidSpec, match="each id once"):
+        helpers.package(rules=[helpers.rule(["p"], ["h", "h"])])
+    vector = helpers.add_vector(*[2] * 600)
+    rules = [{**helpers.rule(["p"], ["v"]), "id": f"r{i}"} for i in range(200)]
+    with pytest.raises(InvalidSpec, match="targets at most"):
+        helpers.package(interventions=[vector], rules=rules)

@@ -172,7 +172,7 @@ def layer_guard(d: int, dtype: str) -> SteeringPackage:
         "targets": [target("layer_input", 2, b.unit()), target("layer_input", 4, b.unit())],
     }
     score = {"type": "score", "probe": "p", "scale": 1.5}
-    return b.package([probe], [add, project], [rule("r", ["p"], ["o", "a", "o"], score)])
+    return b.package([probe], [add, project], [rule("r", ["p"], ["o", "a"], score)])
 
 
 def image_guard(d: int, dtype: str) -> SteeringPackage:

@@ -518,6 +518,23 @@ static void test_open(const golden *g) {
     steerhook_session_free(t.session);
 }
 
+/* Kept rows are copied to a sequence that never had a request, so has no room of its own. */
+static void test_copy_kept(const golden *g) {
+    const golden_request *r = &g->requests[0];
+    toy t;
+    toy_row rows[128];
+    toy_new(&t, g, 8, 2);
+    int32_t n = quiet_rows(r, rows);
+    CHECK_STATUS(steerhook_keep_rows(t.session, false), STEERHOOK_OK);
+    CHECK_STATUS(steerhook_request_begin(t.session, 0, 0, n), STEERHOOK_OK);
+    CHECK_STATUS(toy_decode(&t, rows, n, false), STEERHOOK_OK);
+    CHECK(steerhook_kept_rows(t.session, 0) == n);
+    CHECK_STATUS(steerhook_request_copy(t.session, 0, 1), STEERHOOK_OK);
+    CHECK(steerhook_kept_rows(t.session, 1) == n);
+    toy_check_verdicts(&t, r, 1);
+    steerhook_session_free(t.session);
+}
+
 /* Rows of prompts alone are kept: an answer is not read, and the next prompt begins before it. */
 static void test_keep_prompts(const golden *g) {
     const golden_request *r = &g->requests[0];
@@ -610,6 +627,7 @@ void test_sessions(const char *directory) {
     test_pause(head);
     test_readings(head);
     test_open(layer);
+    test_copy_kept(layer);
     test_keep_prompts(layer);
     test_open_forgets(layer);
     test_open_refusals(layer);

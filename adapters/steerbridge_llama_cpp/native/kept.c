@@ -41,8 +41,8 @@ float *sh_kept(const steerhook_session *s, const sh_request *request, int32_t sl
     return request->kept + (row * s->n_kept_readings + s->kept_of[slot]) * s->package->n_embd;
 }
 
-bool sh_keep_room(const steerhook_session *s, sh_request *request) {
-    int64_t need = kept_end(s, request);
+/* Room for so many kept rows; false without memory. */
+static bool room_for(const steerhook_session *s, sh_request *request, int64_t need) {
     if (!s->keeps || need <= request->kept_capacity) {
         return true;
     }
@@ -59,6 +59,10 @@ bool sh_keep_room(const steerhook_session *s, sh_request *request) {
         request->kept_capacity = (int32_t)capacity;
     }
     return kept != NULL && image != NULL;
+}
+
+bool sh_keep_room(const steerhook_session *s, sh_request *request) {
+    return room_for(s, request, kept_end(s, request));
 }
 
 void sh_keep_batch(const steerhook_session *s, sh_request *request) {
@@ -99,15 +103,9 @@ bool sh_kept_copy(const steerhook_session *s, const sh_request *from, sh_request
     if (!s->keeps || from->n_kept == 0) {
         return true;
     }
-    sh_request sized = *to;
-    sized.kept_shift = 0;
-    sized.batch_count = from->n_kept;
-    if (!sh_keep_room(s, &sized)) {
+    if (!room_for(s, to, from->n_kept)) {
         return false;
     }
-    to->kept = sized.kept;
-    to->kept_image = sized.kept_image;
-    to->kept_capacity = sized.kept_capacity;
     size_t row = (size_t)s->n_kept_readings * (size_t)s->package->n_embd;
     memcpy(to->kept, from->kept, (size_t)from->n_kept * row * sizeof *to->kept);
     memcpy(to->kept_image, from->kept_image, (size_t)from->n_kept * sizeof *to->kept_image);

@@ -40,6 +40,20 @@ static void each_act(steerhook_session *s, visit_act visit) {
     }
 }
 
+/* What all rules do must be countable: rules, their interventions and targets multiply. */
+static bool check_acts(const steerhook_session *s, const sh_error *error) {
+    int64_t acts = 0;
+    for (int32_t r = 0; r < s->package->n_rules; r++) {
+        const sh_rule *rule = &s->package->rules[r];
+        for (int32_t i = 0; i < rule->n_interventions; i++) {
+            const sh_intervention *x = &s->package->interventions[rule->interventions[i]];
+            acts += x->type == SH_HEAD_MATRIX ? 1 : x->n_targets;
+        }
+    }
+    return acts <= SH_MAX_ACTS ||
+           sh_fail(error, "rules", "65536 targets at most", "%lld", (long long)acts);
+}
+
 /* In site_at, 0 is "no work yet"; depths in use are marked, then numbered in order. */
 static void mark_read(steerhook_session *s, const sh_read *read, int32_t depth) {
     (void)read;
@@ -175,6 +189,6 @@ bool sh_plan(steerhook_session *s, const sh_error *error) {
         s->requests[i].first_steered = SH_NO_ROW;
     }
     return s->thresholds != NULL && s->first_slot != NULL && s->requests != NULL &&
-           number_sites(s, error) && fill_sites(s, error) && check_constants(s, error) &&
+           check_acts(s, error) && number_sites(s, error) && fill_sites(s, error) && check_constants(s, error) &&
            make_buffers(s, error);
 }

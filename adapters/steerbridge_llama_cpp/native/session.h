@@ -127,6 +127,8 @@ enum { SH_ENDLESS = INT32_MAX };
 
 enum { SH_NO_ROW = -1 };
 
+enum { SH_MAX_ACTS = 1 << 16 }; /* as MAX_ACTS in steerbridge/spec.py */
+
 enum { SH_SPAN = 32 }; /* rows that are copied from or to a backend at a time */
 
 /* Writes the text and returns `status`. sh_session_fail makes the session failed as well. */

@@ -133,6 +133,11 @@ static bool compile_ids(const sh_compiler *c, const sh_place *in, const char *na
         if ((*indices)[item.index] < 0) {
             return sh_refuse(&item, "an id of this spec", "%s", sh_quote(id).text);
         }
+        for (size_t i = 0; i < item.index; i++) {
+            if ((*indices)[i] == (*indices)[item.index]) {
+                return sh_refuse(&item, "an id once", "%s again", sh_quote(id).text);
+            }
+        }
     }
     return true;
 }
