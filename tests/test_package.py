@@ -240,7 +240,7 @@ def test_both_encodings_of_a_package_have_one_hash(tmp_path):
 def test_rules_name_an_id_once_and_act_on_a_bounded_number_of_targets():
     with pytest.raises(InvalidSpec, match="each id once"):
         helpers.package(rules=[helpers.rule(["p"], ["h", "h"])])
-    vector = helpers.add_vector(*[2] * 600)
+    vector = helpers.add_vector(*[2] * 600, alpha=1.0)
     rules = [{**helpers.rule(["p"], ["v"]), "id": f"r{i}"} for i in range(200)]
     with pytest.raises(InvalidSpec, match="targets at most"):
         helpers.package(interventions=[vector], rules=rules)
