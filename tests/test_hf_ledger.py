@@ -18,6 +18,7 @@ from steerbridge.errors import (  # noqa: E402
     HookLost,
     RowMappingLost,
     SteerbridgeError,
+    SteeredCache,
     UnsupportedFeature,
 )
 from steerbridge_hf import steer  # noqa: E402
@@ -322,6 +323,27 @@ def test_prompts_packed_into_one_row_stop(tiny_llama):
         tiny_llama(ids)
 
 
+def test_a_turn_on_a_kept_cache_is_a_request_of_its_own(tiny_llama):
+    first, whole = PROMPTS[2], PROMPTS[2] + PROMPTS[0]
+    package, _ = half_fired(tiny_llama, probes=[END])
+    [verdict], _ = oracle(tiny_llama, package, whole, 0)
+    layers = always(tiny_llama, {**ADD, "id": "v"})
+    for guard in (package, layers):
+        with steer(tiny_llama, guard) as session:
+            with session.request(torch.ones(1, len(first))):
+                cache = tiny_llama(torch.tensor([first]))[CACHE]
+            turn = {"input_ids": torch.tensor([whole[len(first) :]]), CACHE: cache}
+            if guard is package:
+                with session.request(torch.ones(1, len(whole))):
+                    tiny_llama(**turn)
+                assert session.outcomes[0].verdicts[0].score == pytest.approx(
+                    verdict.score, abs=1e-4
+                )
+                continue
+            with pytest.raises(SteeredCache), session.request(torch.ones(1, len(whole))):
+                tiny_llama(**turn)
+
+
 def test_a_bare_call_is_refused_and_says_what_to_write(tiny_llama):
     with (
         steer(tiny_llama, always(tiny_llama)),
@@ -470,7 +492,7 @@ def test_padding_that_is_not_a_number_is_nobodys():
     for padding in (0.0, float("nan")):
         h[0, 0] = padding
         requests = Requests(package, laid, Weights(package), mask, None)
-        step = Step(0, 3, None, torch.arange(3), cached=False)
+        step = Step(0, 3, None, torch.arange(3), torch.arange(3), cached=False)
         requests.begin(step)
         for stop in laid.stops:
             requests.visit(stop, h, step, step.columns)

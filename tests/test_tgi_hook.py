@@ -75,3 +75,10 @@ def test_a_service_without_its_package_is_not_made(tiny_llama, tmp_path, monkeyp
     monkeypatch.setenv("STEERBRIDGE_PACKAGE", str(tmp_path / "gone.gguf"))
     with pytest.raises((FileNotFoundError, PackageError), match="gone"):
         server.TextGenerationService(flash.FlashCausalLM(tiny_llama), None)
+
+
+def test_the_plugin_needs_torch_alone():
+    """TGI's server brings a transformers of its own, which the adapter for it may not bear."""
+    code = "import sys, steerbridge_tgi.attach; print({'transformers', 'torch'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "{'torch'}"

@@ -149,6 +149,8 @@ class Session(Attachment):
         missing = [name for name in OBSERVED if not hasattr(model, name)]
         if missing:
             raise UnsupportedFeature(RUNTIME, f"a generate() without {missing[0]}")
+        prepares: Any = model._prepare_cache_for_generation
+        self._prepared_with = inspect.signature(prepares)
         passes.rehearse(self._sites, self._stops, self._media)
         _drop_compiled_code()
         hook: Any = torch.compiler.disable
@@ -239,13 +241,13 @@ class Session(Attachment):
         if call is None:
             return original(*args, **kwargs)
         if name == "_prepare_cache_for_generation":
-            given = inspect.signature(original).bind(*args, **kwargs).arguments
+            given = self._prepared_with.bind(*args, **kwargs).arguments
             before = passes.length(passes.cache_among(given["model_kwargs"].values()))
             result = original(*args, **kwargs)
             call.prepared(
                 given["generation_config"], given["model_kwargs"], given["generation_mode"]
             )
-            self._open(call, given["model_kwargs"], before or 0)
+            self._open(call, before or 0)
             return result
         result = original(*args, **kwargs)
         if name == "_expand_inputs_for_generation":
@@ -257,14 +259,8 @@ class Session(Attachment):
             return call.guarded_criteria(result)
         return result
 
-    def _open(self, call: Call, model_kwargs: dict[str, Any], cached: int) -> None:
+    def _open(self, call: Call, cached: int) -> None:
         assert call.mask is not None
-        cache = passes.cache_among(model_kwargs.values())
-        if cached and getattr(cache, _STEERED, False):
-            raise SteeredCache(
-                "the KV cache holds hidden states that were steered for an earlier request; "
-                "start from an unsteered cache"
-            )
         call.requests = self._here.requests = self._requests(
             call.mask, call.ids, given=cached, copies=call.copies, drafts=call.assisted
         )
@@ -298,8 +294,14 @@ class Session(Attachment):
         if self._positions is not None and step.stop > self._positions:
             room = f"{self._positions} tokens at most"
             raise DataError(Problem("prompt and answer", room, f"{step.stop} tokens"))
+        cache = passes.cache_among(given.values())
+        if not requests.begun and step.start and getattr(cache, _STEERED, False):
+            raise SteeredCache(
+                "the KV cache holds hidden states that were steered for an earlier request; "
+                "start from an unsteered cache"
+            )
         if here.bare is not None:
-            here.bare.check(passes.cache_among(given.values()), requests)
+            here.bare.check(cache, requests)
         requests.begin(step)
         here.step, here.ledger = step, Ledger(self._stops)
 
@@ -310,9 +312,7 @@ class Session(Attachment):
                 f"{type(module).__name__} ran outside a forward pass of the steered model"
             )
         self._here.ledger.report(stop.depth)
-        columns = step.columns
-        if stop.depth == self._plan.head_depth:
-            columns = columns[step.kept]
+        columns = step.head if stop.depth == self._plan.head_depth else step.columns
         if h.dim() != 3 or h.shape[:2] != (requests.rows, len(columns)):
             raise RowMappingLost(
                 f"{type(module).__name__} got {tuple(h.shape)}, expected {requests.rows} rows of "

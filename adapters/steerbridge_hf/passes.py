@@ -65,11 +65,13 @@ def step_of(given: Mapping[str, Any], requests: Requests) -> Step:
     evaluates = start < requests.prompt or not requests.decided()
     if evaluates:
         _refuse_packed(given, requests, start, width)
+    columns = torch.arange(start, start + width)
     return Step(
         start,
         width,
         ids.detach().cpu() if ids is not None and evaluates else None,
-        _kept(given.get("logits_to_keep", 0), width),
+        columns,
+        _kept(given.get("logits_to_keep", 0), columns),
         cached=start > 0,
     )
 
@@ -96,14 +98,13 @@ def _refuse_packed(given: Mapping[str, Any], requests: Requests, start: int, wid
         raise RowMappingLost(f"several prompts packed into one row ({packed[0]})")
 
 
-def _kept(logits_to_keep: int | Tensor, width: int) -> Tensor:
+def _kept(logits_to_keep: int | Tensor, columns: Tensor) -> Tensor:
     """Columns of a pass that reach the head, as `slice_logits_to_keep` of transformers does."""
-    every = torch.arange(width)
     if isinstance(logits_to_keep, Tensor):
         if logits_to_keep.dim() != 1:
             raise RowMappingLost("logits_to_keep per row: columns of the head are not known")
-        return every[logits_to_keep.cpu()]
-    return every[-logits_to_keep:] if logits_to_keep else every
+        return columns[logits_to_keep.cpu()]
+    return columns[-logits_to_keep:] if logits_to_keep else columns
 
 
 class Bare:

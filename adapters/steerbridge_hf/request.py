@@ -32,24 +32,21 @@ class Step:
 
     Args:
         ids: token ids [B, Q] on the CPU; None if it was given embeddings.
-        kept: columns of this pass that the output embedding sees.
+        columns: [Q] all columns of this pass, on the CPU.
+        head: those that the output embedding sees.
         cached: whether it goes on from a cache.
     """
 
     start: int
     width: int
     ids: Tensor | None
-    kept: Tensor
+    columns: Tensor
+    head: Tensor
     cached: bool
 
     @property
     def stop(self) -> int:
         return self.start + self.width
-
-    @property
-    def columns(self) -> Tensor:
-        """All columns of this pass, on the CPU."""
-        return torch.arange(self.start, self.stop)
 
 
 @dataclass(slots=True)
@@ -59,7 +56,8 @@ class Requests:
     Args:
         mask: [B, P] bool, on the CPU: tokens of the prompt.
         ids: [B, P] of the prompt, on the CPU; None if it was given as embeddings.
-        given: columns of the prompt that were in a cache before it began.
+        given: columns of the prompt that were in a cache before it began; None: as many as the
+            cache of the first pass holds.
         copies: rows for each prompt (beams, several samples).
         media: ids of tokens that stand for rows of an image.
         drafts: whether tokens behind the prompt may be evaluated together with it.
@@ -70,7 +68,7 @@ class Requests:
     weights: Weights
     mask: Tensor
     ids: Tensor | None
-    given: int = 0
+    given: int | None = None
     copies: int = 1
     media: tuple[int, ...] = ()
     drafts: bool = False
@@ -82,7 +80,7 @@ class Requests:
     held: dict[int, Tensor] = field(default_factory=dict)  # [B] bool
     active: dict[int, Tensor] = field(default_factory=dict)  # rows with a rule that holds
     ends: Tensor = field(init=False)  # [B] column of each prompt's last token
-    _begun: bool = False
+    begun: bool = False
 
     def __post_init__(self) -> None:
         if not bool(self.mask.any(dim=1).all()):
@@ -114,9 +112,9 @@ class Requests:
             RowMappingLost: they are not, or not the prompt's.
             UnsupportedFeature: right padding with a prompt in chunks.
         """
-        if not self._begun:
+        if not self.begun:
             self._reconcile(step)
-            self._begun = True
+            self.begun = True
             self.watched = step.start
             self._check_cached_prefix(step.start)
         self._check_columns(step)
@@ -129,14 +127,14 @@ class Requests:
     def _reconcile(self, step: Step) -> None:
         """Learn from the first pass what stands before the prompt: a prefix of keys and values
         (prefix tuning), or virtual tokens (prompt tuning), which are rows of the prompt."""
-        keys = step.start - self.given
-        virtual = 0
+        given = step.start if self.given is None else self.given
+        keys, virtual = step.start - given, 0
         if step.ids is None and self.ids is not None:
-            virtual = step.width - (self.prompt - self.given)
-        if keys < 0 or virtual < 0 or (virtual and self.given):
+            virtual = step.width - (self.prompt - given)
+        if keys < 0 or virtual < 0 or (virtual and given):
             raise RowMappingLost(
                 f"the first pass covers {step.width} columns from {step.start} on; the prompt has "
-                f"{self.prompt}, of which {self.given} are cached"
+                f"{self.prompt}, of which {given} are cached"
             )
         if not keys and not virtual:
             return
@@ -194,7 +192,10 @@ class Requests:
         for index, probe in enumerate(self.package.spec.probes):
             self.short[index] = torch.zeros(self.rows, dtype=torch.bool)
             for reading in probe.readings:
-                self.short[index] |= self._check_reading(probe.id, reading, start)
+                position = reading.position
+                earlier = isinstance(position, PromptEnd) and position.offset < 0
+                if start or earlier:  # else every row is there, and evaluated
+                    self.short[index] |= self._check_reading(probe.id, reading, start)
 
     def _check_reading(self, probe: str, reading: Reading, start: int) -> Tensor:
         """Which rows [B] are too short for a reading."""
@@ -238,13 +239,14 @@ class Requests:
             self._read_row(key, self.ends + position.offset, h, columns)
             return
         mask = self._images() if isinstance(position, ImageMean) else self.mask
-        part = mask[:, columns[columns < self.prompt]].to(h.device)
+        part = mask[:, columns[columns < self.prompt]]
         # float64 where the device supports it, so that the order of chunks has no effect
         wide = torch.float32 if h.device.type == "mps" else torch.float64
         rows = h[:, : part.shape[1]].to(wide)
-        # Chosen, not multiplied: padding that is not a number is nobody's.
-        total = torch.where(part[..., None], rows, torch.zeros_like(rows)).sum(dim=1)
-        self.read[key] = self.read.get(key, 0) + total
+        if not bool(part.all()):
+            # Chosen, not multiplied: padding that is not a number is nobody's.
+            rows = rows.masked_fill(~part[..., None].to(h.device), 0.0)
+        self.read[key] = self.read.get(key, 0) + rows.sum(dim=1)
         if closes:
             counts = mask.sum(dim=1).clamp(min=1).to(h.device)
             self.read[key] = (self.read[key] / counts[:, None]).float()
@@ -254,8 +256,8 @@ class Requests:
         if key not in self.read:
             shape = (self.rows, h.shape[-1])
             self.read[key] = torch.full(shape, math.nan, dtype=torch.float32, device=h.device)
-        rows = here.any(dim=1).nonzero()[:, 0]
-        self.read[key][rows] = h[rows, here[rows].int().argmax(dim=1)].float()
+        rows, at = here.nonzero(as_tuple=True)
+        self.read[key][rows] = h[rows, at].float()
 
     def _images(self) -> Tensor:
         """Rows [B, P] of images; none for a prompt without token ids."""
