@@ -19,7 +19,7 @@ torch = pytest.importorskip("torch", reason="needs the extra `convert`")
 pytest.importorskip("transformers", reason="needs the extra `hf`")
 
 from steerbridge_hf import steer  # noqa: E402
-from tiny_logits import TOKENS, assert_alike, logits  # noqa: E402
+from tiny_logits import TOKENS, assert_alike, logits, passed  # noqa: E402
 
 
 @torch.no_grad()
@@ -38,7 +38,7 @@ def test_autosteer_s_prober_and_matrix(artifact_paths, tiny_weights, tiny_llama)
         h = tiny_llama.model(ids).last_hidden_state[0, -1]
         expected = tiny_llama.lm_head(h + 0.5 * matrix @ h if toxic > 0.5 else h)
         with steer(tiny_llama, guard) as session:
-            actual = tiny_llama(ids).logits[0, -1]
+            actual = passed(session, tiny_llama, ids)[0, -1]
             assert abs(session.outcomes[0].verdicts[0].score - float(toxic)) < 1e-5
         assert_alike(actual, expected)
 
@@ -80,7 +80,7 @@ def test_aisteer360_s_probe(artifact_paths, tiny_weights, tiny_llama):
         for k in info["weight_layer_ids"]
     )
     with steer(tiny_llama, read_as_package("probe-aisteer360", path, tiny_weights)) as session:
-        tiny_llama(TOKENS)
+        passed(session, tiny_llama, TOKENS)
     verdict = session.outcomes[0].verdicts[0]
     assert abs(verdict.score - expected) < 1e-4 * abs(expected)
     assert verdict.fired == (expected >= 0)
@@ -104,7 +104,7 @@ def test_cast_s_condition_and_behaviour(artifact_paths, tiny_weights, tiny_llama
         convert(artifact_paths["cast"], tmp_path / "cast", answers=answers, **options)
     convert(artifact_paths["cast"], tmp_path / "cast", answers=answers, allow_loss=True, **options)
     with steer(tiny_llama, load(tmp_path / "cast")) as session:
-        steered = tiny_llama(TOKENS).logits[0]
+        steered = passed(session, tiny_llama, TOKENS)[0]
     assert abs(session.outcomes[0].verdicts[0].score - float(expected)) < 1e-5
     assert session.outcomes[0].fired
     plain = logits(tiny_llama)

@@ -17,8 +17,14 @@ def logits(model: Any, package: SteeringPackage | None = None) -> torch.Tensor:
     """Logits of every token of `TOKENS`."""
     if package is None:
         return model(TOKENS).logits[0]
-    with steer(model, package, ignore=("model_type",)):
-        return model(TOKENS).logits[0]
+    with steer(model, package, ignore=("model_type",)) as session:
+        return passed(session, model, TOKENS)[0]
+
+
+def passed(session: Any, model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """Logits [B, T, V] of one forward call that is a batch of requests."""
+    with session.request(torch.ones_like(tokens)):
+        return model(tokens).logits
 
 
 @torch.no_grad()

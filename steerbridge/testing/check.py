@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 
 from steerbridge.errors import SteerbridgeError
 from steerbridge.testing.driver import Driver
-from steerbridge.testing.kit import Ground, Lacking, Result, Shape, Trial, Wrong
+from steerbridge.testing.kit import Ground, Kept, Lacking, Result, Shape, Trial, Wrong
 from steerbridge.testing.shapes import SHAPES
 
 
@@ -27,18 +28,19 @@ def check_runtime(
         Shape -> result. `wrong` anywhere means that the runtime breaks the contract.
     """
     results = {}
-    for shape in SHAPES if shapes is None else shapes:
-        results[shape.name] = _tried(shape, driver, ground)
-        if tell:
-            tell(shape.name, results[shape.name])
+    with closing(Kept(driver)) as kept:
+        for shape in SHAPES if shapes is None else shapes:
+            results[shape.name] = _tried(shape, driver, ground, kept)
+            if tell:
+                tell(shape.name, results[shape.name])
     return results
 
 
-def _tried(shape: Shape, driver: Driver, ground: Ground) -> Result:
+def _tried(shape: Shape, driver: Driver, ground: Ground, kept: Kept) -> Result:
     if missing := shape.needs - driver.abilities:
         return Result("absent", ", ".join(sorted(missing)))
     try:
-        shape.run(Trial(driver, ground))
+        shape.run(Trial(driver, ground, kept))
     except Wrong as wrong:
         return Result("wrong", str(wrong))
     except Lacking as lacking:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from steerbridge.errors import SteerbridgeError
+from steerbridge.package import SteeringPackage
 from steerbridge.runtime import Outcome
 from steerbridge.testing.cases import NEW, Case, pictured, standard
 from steerbridge.testing.driver import Ability, Driver, Files, How, Reply, Running
@@ -86,12 +87,52 @@ class Ground:
         return self._cases[key]
 
 
+class Kept:
+    """Guarded models that stay open between shapes, `Driver.kept_open` of them at most.
+
+    Starting a program takes longer than asking it, and a request behind any other must be right.
+    One that a shape does not leave well is closed: what it does afterwards shows nothing.
+    """
+
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
+        self._open: dict[tuple[Path, str], tuple[ExitStack, Running]] = {}
+
+    @contextmanager
+    def opened(
+        self, files: Files, package: SteeringPackage, fresh: bool = False
+    ) -> Iterator[Running]:
+        """A model with a package; `fresh`: one that nobody asked anything yet."""
+        key = (files.folder, package.sha256)
+        stack, running = self._open.pop(key, (None, None))
+        if stack is not None and fresh:
+            stack.close()
+            stack = None
+        if stack is None or running is None:
+            stack = ExitStack()
+            running = stack.enter_context(self._driver.open(files, package))
+        try:
+            yield running
+        except BaseException:
+            stack.close()
+            raise
+        self._open[key] = (stack, running)
+        while len(self._open) > self._driver.kept_open:
+            self._open.pop(next(iter(self._open)))[0].close()
+
+    def close(self) -> None:
+        """Close all of them."""
+        while self._open:
+            self._open.popitem()[1][0].close()
+
+
 @dataclass(frozen=True)
 class Trial:
     """One shape on one driver."""
 
     driver: Driver
     ground: Ground
+    kept: Kept
 
     @property
     def model(self) -> TinyModel:
@@ -102,11 +143,11 @@ class Trial:
         return self.ground.standard[name]
 
     @contextmanager
-    def guarded(self, case: Case | str = "head") -> Iterator[Guarded]:
-        """The model with the package of a case."""
+    def guarded(self, case: Case | str = "head", *, fresh: bool = False) -> Iterator[Guarded]:
+        """The model with the package of a case; `fresh`: started for this."""
         chosen = self.case(case) if isinstance(case, str) else case
         files = self.ground.with_tower if chosen.model.tower else self.ground.files
-        with self.driver.open(files, chosen.package) as running:
+        with self.kept.opened(files, chosen.package, fresh) as running:
             yield Guarded(self.driver, running, chosen)
 
     @contextmanager

@@ -180,6 +180,7 @@ class LlamaCppDriver:
     context = CONTEXT
     tolerance = 1e-4
     margin = 1e-3
+    kept_open = 0
 
     @contextlib.contextmanager
     def open(self, files: Files, package: SteeringPackage | None) -> Iterator[Running]:

@@ -106,6 +106,7 @@ class NumpyDriver:
     context = CONTEXT
     tolerance = 1e-4
     margin = 1e-3
+    kept_open = 0
 
     def __init__(self, name="numpy", running=Running, checks=True):
         self.name, self.running, self.checks = name, running, checks

@@ -228,6 +228,7 @@ class RunDriver:
     context: int = CONTEXT
     tolerance: float = 1e-4
     margin: float = 1e-3
+    kept_open: int = 10
     main_context: int = 0
 
     @contextmanager

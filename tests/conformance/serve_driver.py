@@ -110,6 +110,7 @@ class ServeDriver:
     context = CONTEXT
     tolerance = 1e-2
     margin = 0.05
+    kept_open = 10
 
     @contextmanager
     def open(self, files: Files, package: SteeringPackage | None) -> Iterator[Running]:

@@ -187,6 +187,7 @@ class TgiDriver:
     context = flash.CONTEXT - 8  # the router refuses longer prompts: it is not simulated
     tolerance = 1e-4
     margin = 1e-3
+    kept_open = 0
 
     @contextmanager
     def open(self, files: Files, package: SteeringPackage | None) -> Iterator[Running]:

@@ -135,7 +135,7 @@ def _(trial: Trial) -> None:
 @TABLE.shape("a restart in the middle", Ability.RESTART)
 def _(trial: Trial) -> None:
     for _ in range(2):
-        with trial.guarded("mean") as guard:
+        with trial.guarded("mean", fresh=True) as guard:
             guard.right(guard.case.fired[:1])
             guard.right(guard.case.quiet[:1])
 
