@@ -130,8 +130,8 @@ class Driver(Protocol):
         context: rows of prompt and answer together; a longer prompt must be refused.
         tolerance: of scores and logits, relative above 1.
         margin: a token is compared if its best logit is so far from the second.
-        kept_open: guarded models that stay open between shapes, where opening one takes long; with 0
-            every shape opens its own.
+        kept_open: guarded models that stay open between shapes, where opening one takes long; with
+            0 every shape opens its own.
     """
 
     name: str

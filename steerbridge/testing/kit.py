@@ -100,23 +100,25 @@ class Kept:
 
     @contextmanager
     def opened(
-        self, files: Files, package: SteeringPackage, fresh: bool = False
+        self, files: Files, package: SteeringPackage, alone: bool = False
     ) -> Iterator[Running]:
-        """A model with a package; `fresh`: one that nobody asked anything yet."""
+        """A model with a package; `alone`: opened for this, and closed behind it."""
+        if alone:
+            with self._driver.open(files, package) as running:
+                yield running
+            return
         key = (files.folder, package.sha256)
-        stack, running = self._open.pop(key, (None, None))
-        if stack is not None and fresh:
-            stack.close()
-            stack = None
-        if stack is None or running is None:
+        if key in self._open:
+            stack, kept = self._open.pop(key)
+        else:
             stack = ExitStack()
-            running = stack.enter_context(self._driver.open(files, package))
+            kept = stack.enter_context(self._driver.open(files, package))
         try:
-            yield running
+            yield kept
         except BaseException:
             stack.close()
             raise
-        self._open[key] = (stack, running)
+        self._open[key] = (stack, kept)
         while len(self._open) > self._driver.kept_open:
             self._open.pop(next(iter(self._open)))[0].close()
 
@@ -143,11 +145,11 @@ class Trial:
         return self.ground.standard[name]
 
     @contextmanager
-    def guarded(self, case: Case | str = "head", *, fresh: bool = False) -> Iterator[Guarded]:
-        """The model with the package of a case; `fresh`: started for this."""
+    def guarded(self, case: Case | str = "head", *, alone: bool = False) -> Iterator[Guarded]:
+        """The model with the package of a case; `alone`: opened for this, and closed behind it."""
         chosen = self.case(case) if isinstance(case, str) else case
         files = self.ground.with_tower if chosen.model.tower else self.ground.files
-        with self.kept.opened(files, chosen.package, fresh) as running:
+        with self.kept.opened(files, chosen.package, alone) as running:
             yield Guarded(self.driver, running, chosen)
 
     @contextmanager

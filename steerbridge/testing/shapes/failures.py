@@ -20,7 +20,7 @@ TABLE: Final = Table()
 @TABLE.shape("a state that is not a number")
 def _(trial: Trial) -> None:
     for which in ("head", "mean"):
-        with trial.guarded(which) as guard:
+        with trial.guarded(which, alone=True) as guard:  # what is in its cache stays there
             quiet = guard.case.quiet[0]
             _unjudged(guard, quiet + NAN)
             if _recovers(trial, quiet, NAN):
@@ -46,7 +46,7 @@ def _(trial: Trial) -> None:
     """Channel 0 overflows; with a negative weight the logit is minus infinity, its sigmoid 0."""
     site = f"layer_input[{TRAP_LAYER + 1}]"
     case = trial.ground.case("overflow", lambda: _negative(trial, site))
-    with trial.guarded(case) as guard:
+    with trial.guarded(case, alone=True) as guard:
         quiet = case.quiet[0]
         _unjudged(guard, quiet + OVERFLOW)
         if _recovers(trial, quiet, OVERFLOW):
@@ -81,7 +81,7 @@ def _(trial: Trial) -> None:
     batch = [quiet, case.quiet[1] + NAN, quiet]
     if any(reply.tokens not in (None, want.tokens) for reply in trial.plain(batch)[::2]):
         raise Lacking("without a package, too, NaN reaches the other sequences of a batch")
-    with trial.guarded() as guard:
+    with trial.guarded(alone=True) as guard:
         replies = guard.ask(batch)
         for reply in replies[::2]:
             if reply.outcome is not None and reply.outcome.fired:
@@ -125,7 +125,7 @@ def _(trial: Trial) -> None:
 @TABLE.shape("a hook that was removed", Ability.BREAK)
 def _(trial: Trial) -> None:
     for which in ("head", "layers"):
-        with trial.guarded(which) as guard:
+        with trial.guarded(which, alone=True) as guard:
             guard.right(guard.case.fired[:1])
             guard.running.break_hook()
             with trial.refusal("a request without the hook"):
@@ -135,7 +135,7 @@ def _(trial: Trial) -> None:
 @TABLE.shape("a restart in the middle", Ability.RESTART)
 def _(trial: Trial) -> None:
     for _ in range(2):
-        with trial.guarded("mean", fresh=True) as guard:
+        with trial.guarded("mean", alone=True) as guard:
             guard.right(guard.case.fired[:1])
             guard.right(guard.case.quiet[:1])
 
