@@ -151,7 +151,7 @@ class Session(Attachment):
             raise UnsupportedFeature(RUNTIME, f"a generate() without {missing[0]}")
         prepares: Any = model._prepare_cache_for_generation
         self._prepared_with = inspect.signature(prepares)
-        passes.rehearse(self._sites, self._stops, self._media)
+        passes.rehearse(self._sites, self._stops)
         _drop_compiled_code()
         hook: Any = torch.compiler.disable
         self._handles = [
@@ -212,7 +212,7 @@ class Session(Attachment):
         ids = None if input_ids is None else input_ids.detach().cpu()
         if mask.dim() != 2:
             raise UnsupportedFeature(RUNTIME, f"attention_mask of {mask.dim()} dimensions")
-        with self._here.opened(RUNTIME):
+        with self._here.opened():
             requests = self._requests(mask, ids, drafts=False)
             self._here.requests, self._here.bare = requests, passes.Bare()
             yield
@@ -226,7 +226,7 @@ class Session(Attachment):
         )
 
     def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        with self._here.opened(RUNTIME):
+        with self._here.opened():
             self._here.call = Call()
             result = original(*args, **kwargs)
             requests = self._here.requests
@@ -353,14 +353,14 @@ class _Here(threading.local):
         self.outcomes: tuple[Outcome, ...] = ()
 
     @contextmanager
-    def opened(self, runtime: str) -> Iterator[None]:
+    def opened(self) -> Iterator[None]:
         """One batch of requests; nothing of it outlives the context.
 
         Raises:
             UnsupportedFeature: this thread is inside another one.
         """
         if self.call is not None or self.requests is not None:
-            raise UnsupportedFeature(runtime, "a request inside another one of the same model")
+            raise UnsupportedFeature(RUNTIME, "a request inside another one of the same model")
         try:
             yield
         finally:

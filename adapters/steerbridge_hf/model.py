@@ -32,7 +32,7 @@ from steerbridge.runtime import Generation, Outcome, OutputHead, Progress
 from steerbridge.spec import HeadInput, ImageMean, LayerOutput, PromptEnd, Reading
 from steerbridge.tensors import Float32
 from steerbridge_hf.adapter import steer
-from steerbridge_hf.sites import RUNTIME, facts, has_vision, image_rows, locate, media_tokens
+from steerbridge_hf.sites import RUNTIME, facts, has_vision, image_rows, locate, ordinary_tokens
 from steerbridge_torch import quantisation
 
 TOKENS_PER_BATCH = 2048
@@ -398,11 +398,10 @@ class HfModel:
         """What the model multiplies the results of its output embedding with, by one pass."""
         results: list[Tensor] = []
         handle = head.register_forward_hook(lambda _m, _a, output: results.append(output))
-        media = media_tokens(self.model.config)
-        ids = torch.tensor([[i for i in range(8 + len(media)) if i not in media]])
+        ids = ordinary_tokens(self.model, 8)
         try:
             with torch.inference_mode():
-                logits = self.model(input_ids=ids.to(self.model.device)).logits.double().flatten()
+                logits = self.model(input_ids=ids).logits.double().flatten()
         finally:
             handle.remove()
         before = results[0].double().flatten()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from steerbridge.errors import RowMappingLost, UnsupportedFeature
 from steerbridge.plan import Stop
 from steerbridge_hf.request import Requests, Step
-from steerbridge_hf.sites import RUNTIME, Sites
+from steerbridge_hf.sites import RUNTIME, Sites, ordinary_tokens
 
 _TOKENS: Final = 3  # of the rehearsal
 # Arguments by which kernels take several prompts for one row.
@@ -150,7 +150,7 @@ def _keys(cache: Any, requests: Requests) -> Tensor | None:
 # ---------------------------------------------------------------- rehearsal
 
 
-def rehearse(sites: Sites, stops: Mapping[int, Stop], media: tuple[int, ...]) -> None:
+def rehearse(sites: Sites, stops: Mapping[int, Stop]) -> None:
     """One pass of a few tokens: every planned site must be reached once, with all columns.
 
     Raises:
@@ -164,7 +164,7 @@ def rehearse(sites: Sites, stops: Mapping[int, Stop], media: tuple[int, ...]) ->
     try:
         with torch.random.fork_rng(enabled=model.training), torch.no_grad():
             # Not through a compiled call: it would be compiled for this pass.
-            output = model._call_impl(input_ids=_tokens(model, media), use_cache=True)
+            model._call_impl(input_ids=ordinary_tokens(model, _TOKENS), use_cache=True)
     except Exception as error:
         name = type(model).__name__
         raise UnsupportedFeature(
@@ -173,16 +173,10 @@ def rehearse(sites: Sites, stops: Mapping[int, Stop], media: tuple[int, ...]) ->
     finally:
         for handle in handles:
             handle.remove()
-    del output
     for depth, shapes in seen.items():
         _check_shapes(model, sites, depth, shapes)
     if after:
         after.check(model)
-
-
-def _tokens(model: Any, media: tuple[int, ...]) -> Tensor:
-    ordinary = [i for i in range(_TOKENS + len(media)) if i not in media][:_TOKENS]
-    return torch.tensor([ordinary], device=model.device)
 
 
 def _note(shapes: list[tuple[int, ...]], module: nn.Module, h: Any) -> None:

@@ -148,6 +148,13 @@ def image_rows(model: Any, ids: Tensor) -> Tensor:
     return torch.isin(ids, media)
 
 
+def ordinary_tokens(model: Any, count: int) -> Tensor:
+    """Ids [1, count] on the model's device that stand for no row of an image: for trial passes."""
+    media = media_tokens(model.config)
+    ids = [i for i in range(count + len(media)) if i not in media][:count]
+    return torch.tensor([ids], device=model.device)
+
+
 # ---------------------------------------------------------------- facts
 
 
