@@ -299,6 +299,19 @@ def test_another_last_token_is_another_request(tiny_llama):
             tiny_llama(torch.tensor([[60]]), **{CACHE: cache})
 
 
+def test_other_embeddings_in_one_request_stop(tiny_llama):
+    """Without a cache and without ids, another prompt looks like the same one, grown."""
+    embed = tiny_llama.get_input_embeddings()
+    first, other = (embed(torch.tensor([PROMPTS[i]])) for i in (1, 2))
+    with (
+        steer(tiny_llama, always(tiny_llama)) as session,
+        session.request(torch.ones(1, len(PROMPTS[1]))),
+    ):
+        tiny_llama(inputs_embeds=first, use_cache=False)
+        with pytest.raises(RowMappingLost, match="evaluated once"):
+            tiny_llama(inputs_embeds=other, use_cache=False)
+
+
 def test_rows_that_change_places_stop(tiny_llama):
     package, _ = half_fired(tiny_llama)
     inputs = batch()

@@ -147,7 +147,9 @@ class Requests:
         self._find_ends()
 
     def _check_columns(self, step: Step) -> None:
-        again = not step.cached and self.decided() and step.stop >= self.watched
+        # In a loop without a cache, only token ids show that the same prompt comes again.
+        told = step.ids is not None or self.given is not None
+        again = not step.cached and told and self.decided() and step.stop >= self.watched
         taken_back = self.prompt <= step.start < self.watched
         if step.start != self.watched and not again and not taken_back:
             raise RowMappingLost(
