@@ -29,7 +29,7 @@ from common import ROOT, arguments, finish, generation_times, open_smollm2, say
 from steerbridge import Example, corpus_examples
 from steerbridge_hf import steer
 
-NEW = 48
+NEW, BATCH = 48, 8
 PARTS = ("hf", "tgi", "llama_cpp", "llama_server")
 
 
@@ -88,7 +88,7 @@ def run(model: Any, prompts: Sequence[Example], package: Any, new: int) -> float
 
 
 def hf(model: Any, package: Any, prompts: Sequence[Example]) -> dict[str, Any]:
-    """One prompt at a time, and all of them in one batch."""
+    """One prompt at a time, and eight in a batch."""
     quiet = []
     for prompt in prompts:
         try:
@@ -96,7 +96,8 @@ def hf(model: Any, package: Any, prompts: Sequence[Example]) -> dict[str, Any]:
             quiet.append(prompt)
         except AssertionError as error:
             say(str(error))
-    batches = {"": [[prompt] for prompt in quiet], f"batch_{len(quiet)}_": [quiet] * len(quiet)}
+    together = quiet[:BATCH]
+    batches = {"": [[p] for p in quiet], f"batch_{len(together)}_": [together] * len(quiet)}
     sides = {"plain": None, "control": None, "steered": package}
     samples = {}
     for name, each in batches.items():

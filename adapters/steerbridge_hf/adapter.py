@@ -93,7 +93,7 @@ class Session(Attachment):
         planned = {stop.depth: stop for stop in self._plan.stops}
         planned.setdefault(self._plan.head_depth, Stop(self._plan.head_depth, (), (), (), ()))
         self._stops = planned
-        self._weights = Weights(self._package)
+        self._weights = Weights(self._package, self._sites.model.device)
         self._handles: list[Any] = []
         self._replaced: dict[str, Any] = {}
         self._here = _Here()  # each thread generates for its own requests

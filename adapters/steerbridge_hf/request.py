@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from steerbridge.errors import RowMappingLost, UnsupportedFeature
 from steerbridge.package import SteeringPackage
 from steerbridge.plan import Plan, Stop
 from steerbridge.runtime import Outcome
-from steerbridge.spec import ImageMean, PromptEnd, Reading
+from steerbridge.spec import ImageMean, Position, PromptEnd, Reading
 from steerbridge_hf.sites import RUNTIME
 from steerbridge_torch import Judged, Weights, decide, kernels, outcome
 
@@ -47,6 +47,21 @@ class Step:
     @property
     def stop(self) -> int:
         return self.start + self.width
+
+
+class Rows(NamedTuple):
+    """Where the states [B, Q, D] of a site hold the rows that a reading takes as they are."""
+
+    rows: Tensor  # indices into B and Q
+    columns: Tensor
+
+
+class Mean(NamedTuple):
+    """Where the states [B, Q, D] of a site hold the rows that a reading averages."""
+
+    width: int  # Q without what is behind the prompt
+    padding: Tensor | None  # [B, width, 1] what is not averaged; None if nothing
+    counts: Tensor  # [B, 1] rows of the whole mean
 
 
 @dataclass(slots=True)
@@ -80,7 +95,10 @@ class Requests:
     held: dict[int, Tensor] = field(default_factory=dict)  # [B] bool
     active: dict[int, Tensor] = field(default_factory=dict)  # rows with a rule that holds
     ends: Tensor = field(init=False)  # [B] column of each prompt's last token
+    first_end: int = field(init=False)
+    last_end: int = field(init=False)
     begun: bool = False
+    _found: dict[tuple[Any, ...], Rows | Mean] = field(default_factory=dict)  # of this pass
 
     def __post_init__(self) -> None:
         if not bool(self.mask.any(dim=1).all()):
@@ -92,6 +110,8 @@ class Requests:
     def _find_ends(self) -> None:
         last = self.mask.shape[1] - 1
         self.ends = last - self.mask.flip(1).int().argmax(dim=1)
+        ends = self.ends.tolist()
+        self.first_end, self.last_end = min(ends), max(ends)
 
     @property
     def rows(self) -> int:
@@ -112,13 +132,14 @@ class Requests:
             RowMappingLost: they are not, or not the prompt's.
             UnsupportedFeature: right padding with a prompt in chunks.
         """
+        self._found = {}
         if not self.begun:
             self._reconcile(step)
             self.begun = True
             self.watched = step.start
             self._check_cached_prefix(step.start)
         self._check_columns(step)
-        inside = step.start < self.prompt and int(self.ends.min()) < step.stop
+        inside = step.start < self.prompt and self.first_end < step.stop
         if inside and not self.decided() and not self.closes(step):
             raise UnsupportedFeature(
                 RUNTIME, "right padding with a prompt evaluated in chunks", "pad on the left"
@@ -188,24 +209,27 @@ class Requests:
 
     def closes(self, step: Step) -> bool:
         """True if this pass holds the prompt end of every row, and so completes every reading."""
-        return step.start <= int(self.ends.min()) and int(self.ends.max()) < step.stop
+        return step.start <= self.first_end and self.last_end < step.stop
 
     def _check_cached_prefix(self, start: int) -> None:
+        checked: dict[Position, Tensor] = {}
         for index, probe in enumerate(self.package.spec.probes):
             self.short[index] = torch.zeros(self.rows, dtype=torch.bool)
             for reading in probe.readings:
                 position = reading.position
                 earlier = isinstance(position, PromptEnd) and position.offset < 0
-                if start or earlier:  # else every row is there, and evaluated
-                    self.short[index] |= self._check_reading(probe.id, reading, start)
+                if not start and not earlier:  # every row is there, and evaluated
+                    continue
+                if position not in checked:
+                    checked[position] = self._check_reading(probe.id, reading, start)
+                self.short[index] = self.short[index] | checked[position]
 
     def _check_reading(self, probe: str, reading: Reading, start: int) -> Tensor:
         """Which rows [B] are too short for a reading."""
-        short = torch.zeros(self.rows, dtype=torch.bool)
         if isinstance(reading.position, PromptEnd):
             wanted = self.ends + reading.position.offset
             real = (wanted >= 0) & self.mask.gather(1, wanted.clamp(min=0)[:, None])[:, 0]
-            if bool((real & (wanted < start)).any()):
+            if start and bool((real & (wanted < start)).any()):
                 raise RowMappingLost(
                     f"{probe}: {reading} lies in the cached prefix of {start} tokens; "
                     "generate without a cache"
@@ -216,50 +240,58 @@ class Requests:
                 f"{probe}: {reading} needs every row of the prompt, but {start} come "
                 "from a cache; generate without one"
             )
-        return short
+        return torch.zeros(self.rows, dtype=torch.bool)
 
     # -------------------------------------------------------- walking the stops
 
     def visit(self, stop: Stop, h: Tensor, step: Step, columns: Tensor) -> Tensor:
         """Read, score, decide and act at one site; `columns` [Q] are those `h` holds."""
         if step.start < self.prompt and not self.decided():
-            closes = self.closes(step)
             for probe, reading in stop.readings:
-                self._read(probe, reading, h, columns, closes)
-            if closes:
+                self._read(probe, reading, h, step, columns)
+            if self.closes(step):
                 for probe in stop.probes:
                     self._judge(probe)
                 for rule in stop.rules:
                     self._decide(rule)
         return self._act(stop, h, columns) if stop.acts and self.active else h
 
-    def _read(self, probe: int, index: int, h: Tensor, columns: Tensor, closes: bool) -> None:
-        h = h.detach()
+    def _read(self, probe: int, index: int, h: Tensor, step: Step, columns: Tensor) -> None:
         position = self.package.spec.probes[probe].readings[index].position
-        key = (probe, index)
-        if isinstance(position, PromptEnd):
-            self._read_row(key, self.ends + position.offset, h, columns)
+        # Every site but the head holds the same columns.
+        place = position, columns is step.head, h.device
+        if place not in self._found:
+            self._found[place] = self._find(position, columns, h.device)
+        found = self._found[place]
+        h, key = h.detach(), (probe, index)
+        if isinstance(found, Rows):
+            if key not in self.read:
+                shape = (self.rows, h.shape[-1])
+                self.read[key] = torch.full(shape, math.nan, dtype=torch.float32, device=h.device)
+            self.read[key][found.rows] = h[found.rows, found.columns].float()
             return
-        mask = self._images() if isinstance(position, ImageMean) else self.mask
-        part = mask[:, columns[columns < self.prompt]]
+        rows = h[:, : found.width]
+        if found.padding is not None:
+            # Chosen, not multiplied: padding that is not a number is nobody's.
+            rows = rows.masked_fill(found.padding, 0.0)
         # float64 where the device supports it, so that the order of chunks has no effect
         wide = torch.float32 if h.device.type == "mps" else torch.float64
-        rows = h[:, : part.shape[1]].to(wide)
-        if not bool(part.all()):
-            # Chosen, not multiplied: padding that is not a number is nobody's.
-            rows = rows.masked_fill(~part[..., None].to(h.device), 0.0)
-        self.read[key] = self.read.get(key, 0) + rows.sum(dim=1)
-        if closes:
-            counts = mask.sum(dim=1).clamp(min=1).to(h.device)
-            self.read[key] = (self.read[key] / counts[:, None]).float()
+        total = rows.sum(dim=1, dtype=wide)
+        self.read[key] = self.read[key] + total if key in self.read else total
+        if self.closes(step):
+            self.read[key] = (self.read[key] / found.counts).float()
 
-    def _read_row(self, key: tuple[int, int], wanted_B: Tensor, h: Tensor, columns: Tensor) -> None:
-        here = columns[None] == wanted_B[:, None]  # [B, Q]
-        if key not in self.read:
-            shape = (self.rows, h.shape[-1])
-            self.read[key] = torch.full(shape, math.nan, dtype=torch.float32, device=h.device)
-        rows, at = here.nonzero(as_tuple=True)
-        self.read[key][rows] = h[rows, at].float()
+    def _find(self, position: Position, columns: Tensor, device: torch.device) -> Rows | Mean:
+        """Where a site that holds these columns has the rows of a reading."""
+        if isinstance(position, PromptEnd):
+            here = columns[None] == (self.ends + position.offset)[:, None]  # [B, Q]
+            rows, at = here.nonzero(as_tuple=True)
+            return Rows(rows.to(device), at.to(device))
+        mask = self._images() if isinstance(position, ImageMean) else self.mask
+        part = mask[:, columns[columns < self.prompt]]
+        padding = None if bool(part.all()) else ~part[..., None].to(device)
+        counts = mask.sum(dim=1).clamp(min=1)[:, None].to(device)
+        return Mean(part.shape[1], padding, counts)
 
     def _images(self) -> Tensor:
         """Rows [B, P] of images; none for a prompt without token ids."""
@@ -271,18 +303,15 @@ class Requests:
         probe = self.package.spec.probes[index]
         parts = [self.read[self.plan.source[index, k]] for k in range(len(probe.readings))]
         device = parts[-1].device
-        missing = ~self._images().any(dim=1)
+        sees = any(isinstance(reading.position, ImageMean) for reading in probe.readings)
+        images = self._images().any(dim=1) if sees else torch.zeros(self.rows, dtype=torch.bool)
         x = torch.cat([p.to(device) for p in parts], dim=1)
-        scores, finite = kernels.judge(probe, self.weights, x, missing.to(device))
-        self.judged[index] = Judged.of(scores, finite, self._reasons(index))
-
-    def _reasons(self, index: int) -> list[str]:
-        """Why a probe cannot judge a row, as far as its tokens show it."""
-        sees = any(
-            isinstance(r.position, ImageMean) for r in self.package.spec.probes[index].readings
-        )
+        scores, finite = kernels.judge(probe, self.weights, x, ~images.to(device))
         unknown = NO_IMAGE_ROWS if sees and self.media and self.ids is None else ""
-        return [reference.TOO_SHORT if short else unknown for short in self.short[index].tolist()]
+        reasons = [
+            reference.TOO_SHORT if short else unknown for short in self.short[index].tolist()
+        ]
+        self.judged[index] = Judged.of(scores, finite, reasons)
 
     def _decide(self, index: int) -> None:
         held, strengths = decide(self.package.spec, index, self.judged, self.rows)

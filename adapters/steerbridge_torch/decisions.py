@@ -39,8 +39,11 @@ class Judged:
         for row, sound in enumerate(finite.tolist()):
             if not sound and not known[row]:
                 known[row] = reference.NOT_FINITE
-        unjudged = torch.tensor([bool(reason) for reason in known], dtype=torch.bool)
-        return cls(scores.float().cpu().masked_fill(unjudged, math.nan), tuple(known))
+        told = scores.float().cpu()
+        if any(known):
+            unjudged = torch.tensor([bool(reason) for reason in known], dtype=torch.bool)
+            told = told.masked_fill(unjudged, math.nan)
+        return cls(told, tuple(known))
 
     def verdict(self, probe: Probe, row: int) -> Verdict:
         """The verdict on one request."""

@@ -54,11 +54,17 @@ def _exact(kernel: Kernel) -> Kernel:
 
 
 class Weights:
-    """The package's tensors as float32, copied to each device on first use."""
+    """The package's tensors as float32, copied to each device once.
 
-    def __init__(self, package: SteeringPackage) -> None:
+    Args:
+        device: copied there at once, so that no request waits for it; to others on first use.
+    """
+
+    def __init__(self, package: SteeringPackage, device: torch.device | None = None) -> None:
         self._package = package
         self._copies: dict[tuple[str, torch.device], Tensor] = {}
+        for name in package.tensors if device is not None else ():
+            self(name, device)
 
     def __call__(self, name: str, device: torch.device) -> Tensor:
         key = (name, device)

@@ -15,7 +15,9 @@ import typer
 from steerbridge import command_line, gguf_model
 from steerbridge.errors import SteerbridgeError
 from steerbridge.package import SteeringPackage, load
-from steerbridge_run import preload, programs, supervisor
+from steerbridge_run import preload, programs, supervisor, watchdog
+
+UNGUARDED = 78  # exit code: nothing was answered, because it would not have been guarded
 
 Command = Annotated[list[str], typer.Argument(help="The program and its arguments, after --.")]
 PackageOption = Annotated[str, typer.Option("--package", "-p", help="Package that steers.")]
@@ -41,7 +43,8 @@ def run(
     """Run an unmodified llama.cpp program with a package inside it.
 
     The program is refused before it starts where the package could not reach it; a model that
-    the package was not made for ends it before its first token.
+    the package was not made for ends it before its first token, and so does a process that opens
+    a model without the guard. Exit code 78 then, and if no model was run.
     """
     loaded = load(package)
     programs.inspect(command[0])
@@ -53,19 +56,28 @@ def run(
         metrics = supervisor.Metrics()
         if metrics_port is not None:
             metrics.serve(metrics_port)
-        listener = supervisor.Supervisor(folder / "events", opened, metrics)
+        nonce = preload.new_nonce()
+        listener = supervisor.Supervisor(folder / "events", opened, metrics, nonce)
         environment = preload.environment(
             loaded,
             loaded.save(folder / "package.gguf"),
             folder / "events",
             [*also, *models.drafts],
             os.environ,
+            nonce=nonce,
             ignore=ignore,
         )
+        watchdog.adopt()
+        guard = watchdog.Watchdog(listener.answered, listener.stop)
+        guard.start()
         code = supervisor.run(command, environment)
+        guard.close()
         listener.close()
-        if not listener.active:
-            supervisor.note("the program ended without running a model; nothing was steered")
+    if listener.stopped:
+        sys.exit(UNGUARDED)
+    if not listener.active:
+        supervisor.note("the program ended without running a model; nothing was steered")
+        code = code or UNGUARDED
     sys.exit(code)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import secrets
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
@@ -49,6 +51,29 @@ def library() -> Path:
     return path
 
 
+def reachable(library: Path, folder: Path) -> Path:
+    """A path of the library that the dynamic linker takes: without spaces and colons, which end a
+    name in its list. One is linked from the folder, or from another for temporary files.
+
+    Raises:
+        UnsupportedFeature: there is no such folder.
+    """
+    if not _ends_name(library):
+        return library
+    for safe in (folder, Path("/tmp"), Path("/dev/shm")):
+        if not _ends_name(safe) and safe.is_dir():
+            link = Path(tempfile.mkdtemp(prefix="steerbridge-", dir=safe)) / library.name
+            link.symlink_to(library)
+            return link
+    raise UnsupportedFeature(
+        RUNTIME, f"{library}: the dynamic linker takes no path with a space or a colon", "TMPDIR"
+    )
+
+
+def _ends_name(path: Path) -> bool:
+    return any(character in " :" for character in str(path))
+
+
 def _preload() -> tuple[str, str]:
     if sys.platform not in _PRELOADS:
         raise UnsupportedFeature(
@@ -83,6 +108,7 @@ def environment(
     unsteered: Sequence[Path],
     before: Mapping[str, str],
     *,
+    nonce: str = "",
     ignore: Sequence[str] = (),
 ) -> dict[str, str]:
     """The program's variables: the preload and its settings, settings of llama-server, and those
@@ -93,15 +119,17 @@ def environment(
         events: a socket or file for one JSON line per event.
         unsteered: GGUF models that may run beside the steered one (drafts, embeddings).
         before: the environment without Steerbridge.
+        nonce: what the preload answers with, in a process that has it.
         ignore: fields of the base model that may differ.
     """
     spec = package.spec
     variable, _ = _preload()
-    preloads = [str(library()), *filter(None, [before.get(variable)])]
+    preloads = [str(reachable(library(), file.parent)), *filter(None, [before.get(variable)])]
     made = {
         variable: ":".join(preloads),
         "STEERBRIDGE_PACKAGE": str(file),
         "STEERBRIDGE_EVENTS": str(events),
+        "STEERBRIDGE_NONCE": nonce,
         "STEERBRIDGE_UNSTEERED": ";".join(map(_shape, unsteered)),
         **_identity(spec.base_model, ignore),
         "STEERBRIDGE_IGNORE": ",".join(ignore),
@@ -115,6 +143,11 @@ def environment(
     for entry in entry_points(group="steerbridge.environments"):
         made |= entry.load()(file, before)
     return {**before, **made}
+
+
+def new_nonce() -> str:
+    """A word that only the processes of one run know."""
+    return secrets.token_hex(16)
 
 
 def _identity(base: BaseModelInfo, ignore: Sequence[str]) -> dict[str, str]:

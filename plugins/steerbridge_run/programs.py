@@ -26,10 +26,30 @@ RUNTIME: Final = "steerbridge run"
 _ENTRY: Final = "llama_decode"
 # A string of llama.cpp's loader that every build contains, stripped or not.
 _TRACE: Final = b"llama_model_loader"
-_ELF: Final = b"\x7fELF"
+ELF: Final = b"\x7fELF"
+# The function by which libllama hands a graph's callback to ggml, across two libraries or in one.
+_HOOK: Final = "ggml_backend_sched_set_eval_callback"
 # macOS removes every DYLD variable from Apple's programs and from what they start.
 _PROTECTED: Final = ("/bin/", "/sbin/", "/usr/bin/", "/usr/sbin/", "/usr/libexec/", "/System/")
 _STATIC: Final = "a control vector or LoRA of it may do (see docs/run.md)"
+# Programs that run llama.cpp where no preload goes: in a binary of their own, a daemon, a container.
+_APART: Final = {
+    "ollama": "starts its own build of llama.cpp from a daemon",
+    "lms": "talks to LM Studio, which starts its own build of llama.cpp",
+    "lm-studio": "starts its own build of llama.cpp",
+    "llamafile": "has llama.cpp linked into it",
+    "koboldcpp": "has llama.cpp hidden in a library of its own",
+    "gpt4all": "has llama.cpp hidden in a library of its own",
+    "jan": "starts its own build of llama.cpp from a daemon",
+    "docker": "runs programs in containers, which do not see the guard",
+    "podman": "runs programs in containers, which do not see the guard",
+    "flatpak": "runs programs in containers, which do not see the guard",
+    "snap": "runs programs in containers, which do not see the guard",
+}
+_SERVE: Final = (
+    "`steerbridge serve GUARD --model MODEL.gguf`, and give the app its address as that of an "
+    "OpenAI or Ollama server: http://127.0.0.1:8080"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +89,8 @@ def inspect(command: str, system: str = sys.platform) -> Program:
         UnsupportedFeature: the dynamic linker would ignore a preload, or llama.cpp is linked
             into the program, so its calls cannot be intercepted.
     """
+    if (why := _APART.get(Path(command).name.lower().removesuffix(".exe"))) is not None:
+        raise UnsupportedFeature(RUNTIME, f"{Path(command).name} {why}", _SERVE)
     located = shutil.which(command)
     if located is None:
         raise FileNotFoundError(f"no command {command!r}")
@@ -120,7 +142,7 @@ def _check_privileges(path: Path, system: str) -> None:
 def _libraries(path: Path) -> tuple[str, ...]:
     """Libraries that a binary is linked to; refuses a binary that contains llama.cpp."""
     with path.open("rb") as file:
-        elf = file.read(4) == _ELF
+        elf = file.read(4) == ELF
     needed, defines = _of_elf(path) if elf else _of_mach_o(path)
     if defines or (not _names_llama(needed) and _holds(path, _TRACE)):
         raise UnsupportedFeature(RUNTIME, f"{path} has llama.cpp linked into it", _STATIC)
@@ -144,6 +166,25 @@ def _of_elf(path: Path) -> tuple[tuple[str, ...], bool]:
     if not dynamic:
         raise UnsupportedFeature(RUNTIME, f"{path} is linked statically", _STATIC)
     return needed, defines
+
+
+def hides_llama(library: Path) -> bool:
+    """Whether an ELF library contains a llama.cpp that cannot be hooked.
+
+    Its functions, or the one that sets a graph's callback, are no dynamic symbols: calls between
+    them never pass the dynamic linker.
+    """
+    if not _holds(library, _TRACE):
+        return False
+    with library.open("rb") as file:
+        tables = [
+            section
+            for section in ELFFile(file).iter_sections()
+            if isinstance(section, SymbolTableSection) and section.name == ".dynsym"
+        ]
+        return not all(
+            any(table.get_symbol_by_name(name) for table in tables) for name in (_ENTRY, _HOOK)
+        )
 
 
 def _of_mach_o(path: Path) -> tuple[tuple[str, ...], bool]:

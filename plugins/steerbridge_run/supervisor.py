@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -78,10 +80,16 @@ class Supervisor:
     Args:
         address: path of the socket to create; `STEERBRIDGE_EVENTS` of the program.
         log: receives every event as a JSON line; None: no log.
+        nonce: what a preload answers with.
     """
 
-    def __init__(self, address: Path, log: TextIO | None, metrics: Metrics) -> None:
+    def __init__(
+        self, address: Path, log: TextIO | None, metrics: Metrics, nonce: str = ""
+    ) -> None:
         self.active = 0
+        self.stopped = ""
+        """Why the processes were ended from outside, if they were."""
+        self._nonce, self._answered = nonce, set[int]()
         self._log, self._metrics = log, metrics
         self._lock = threading.Lock()
         self._readers: list[threading.Thread] = []
@@ -97,8 +105,8 @@ class Supervisor:
             except OSError:  # closed
                 return
             reader = threading.Thread(target=self._read, args=(connection,), daemon=True)
-            self._readers.append(reader)
             reader.start()
+            self._readers.append(reader)
 
     def _read(self, connection: socket.socket) -> None:
         with connection, connection.makefile("r", encoding="utf-8", errors="replace") as lines:
@@ -110,12 +118,29 @@ class Supervisor:
             event = json.loads(line)
         except ValueError:
             return  # the program was killed while writing a line
+        if event["event"] == "loaded":
+            if event["nonce"] == self._nonce:
+                self._answered.add(event["pid"])
+            return
         with self._lock:
             if event["event"] == "active":
                 self.active += 1
                 note(f"active in process {event['pid']}: {event['model']}")
             self._metrics.count(event)
             self._write(line)
+
+    def answered(self, pid: int) -> bool:
+        """Whether the preload of a process has said that it is there."""
+        return pid in self._answered
+
+    def stop(self, reason: str) -> None:
+        """Tell that the processes are ended from outside."""
+        self.stopped = reason
+        note(reason)
+        event = {"event": "stopped", "pid": os.getpid(), "time": time.time(), "reason": reason}
+        with self._lock:
+            self._metrics.count(event)
+            self._write(json.dumps(event) + "\n")
 
     def _write(self, line: str) -> None:
         """Close a log that fails: events must still be read, or the program would block."""
@@ -133,8 +158,10 @@ class Supervisor:
     def close(self, seconds: float = 2.0) -> None:
         """Read the events sent before the program ended."""
         self._socket.close()
-        for reader in self._readers:
+        for reader in list(self._readers):
             reader.join(seconds)
+        with self._lock:
+            self._log = None  # a process that outlives the program may still send
 
 
 def note(text: str) -> None:

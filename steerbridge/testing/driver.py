@@ -24,6 +24,7 @@ class Ability(StrEnum):
     BATCH = "several prompts in one batch"
     PADDING = "padding on a chosen side"
     CONVERSATION = "prompts that go on from a kept cache"
+    UNENDED = "turns behind an answer that no token ends, told from more of the answer"
     SEQUENCES = "several conversations on one cache"
     CANCEL = "answers that are given up"
     STREAM = "answers token by token"

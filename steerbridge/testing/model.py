@@ -42,6 +42,7 @@ KV_HEADS: Final = 2
 INNER: Final = 64
 CONTEXT: Final = 1024
 EOS: Final = 256  # the first ids are the 256 bytes
+END: Final = vision.END  # in a prompt: EOS
 EPS: Final = 1e-5
 THETA: Final = 10000.0
 NAN: Final = "\x01"
@@ -49,7 +50,7 @@ OVERFLOW: Final = "\x02"
 TRAP_LAYER: Final = 1
 _TRAP: Final = WIDTH - 1  # a channel that is zero for every other token
 PAD: Final = 259
-_SPECIAL: Final = ("<|end|>", "<|user|>", "<|assistant|>", "<|pad|>", *vision.TOKENS)
+_SPECIAL: Final = (vision.END_TOKEN, "<|user|>", "<|assistant|>", "<|pad|>", *vision.TOKENS)
 _BLANK_LINE: Final = "\u010a\u010a"  # two newlines, one token: libmtmd asks for it
 _MERGES: Final = [" ".join(_BLANK_LINE)]
 VOCAB: Final = 256 + len(_SPECIAL) + 1
@@ -98,10 +99,14 @@ class TinyModel:
 
     @staticmethod
     def encode(text: str) -> list[int]:
-        """Token ids of a prompt: its bytes in UTF-8; rows of a picture have ids from VOCAB on."""
+        """Token ids of a prompt: its bytes in UTF-8; `END` is one token; rows of a picture have ids
+        from VOCAB on."""
         ids: list[int] = []
         for character in text:
-            ids += _picture_ids(character) if character in vision.PICTURES else character.encode()
+            if character in vision.PICTURES:
+                ids += _picture_ids(character)
+            else:
+                ids += [EOS] if character == END else character.encode()
         return ids
 
     @staticmethod

@@ -38,6 +38,8 @@ EPS: Final = 1e-6
 PIXEL_MEAN: Final = 127.5 / 255
 PIXEL_STD: Final = 128 / 255
 IMAGE: Final = "<image>"
+END: Final = "\x04"  # in a prompt: the token that ends a turn
+END_TOKEN: Final = "<|end|>"
 TOKENS: Final = (
     "<fake_token_around_image>",
     IMAGE,
@@ -64,7 +66,13 @@ def pictures(prompt: str) -> list[bytes]:
 
 def marked(prompt: str, marker: str) -> str:
     """The prompt with a marker in the place of each picture."""
-    return "".join(marker if character in PICTURES else character for character in prompt)
+    shown = "".join(marker if character in PICTURES else character for character in prompt)
+    return text(shown)
+
+
+def text(prompt: str) -> str:
+    """A prompt without pictures as a text that a tokenizer takes."""
+    return prompt.replace(END, END_TOKEN)
 
 
 def content(prompt: str) -> list[dict[str, Any]]:
@@ -72,7 +80,7 @@ def content(prompt: str) -> list[dict[str, Any]]:
     parts: list[dict[str, Any]] = []
     for shows, run in itertools.groupby(prompt, lambda character: character in PICTURES):
         for piece in run if shows else ["".join(run)]:
-            parts.append(_picture_part(piece) if shows else {"type": "text", "text": piece})
+            parts.append(_picture_part(piece) if shows else {"type": "text", "text": text(piece)})
     return parts
 
 

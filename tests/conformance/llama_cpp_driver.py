@@ -165,6 +165,7 @@ class LlamaCppDriver:
         {
             Ability.BATCH,
             Ability.CONVERSATION,
+            Ability.UNENDED,
             Ability.CANCEL,
             Ability.STREAM,
             Ability.SAMPLING,

@@ -42,7 +42,7 @@ class Running:
             parameters |= {"do_sample": True, "temperature": how.temperature}
         if vision.pictures(prompt):
             return self._in_chat(prompt, new)
-        body = {"inputs": prompt, "parameters": parameters}
+        body = {"inputs": vision.text(prompt), "parameters": parameters}
         if how.stream or how.cancel_after:
             return self._streamed(body, how.cancel_after or new)
         answer = self._posted("generate", body).json()
@@ -97,6 +97,7 @@ class ServeDriver:
     abilities = frozenset(
         {
             Ability.CONVERSATION,
+            Ability.UNENDED,
             Ability.CANCEL,
             Ability.STREAM,
             Ability.SAMPLING,

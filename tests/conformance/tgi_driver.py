@@ -175,6 +175,7 @@ class TgiDriver:
         {
             Ability.BATCH,
             Ability.CONVERSATION,
+            Ability.UNENDED,
             Ability.CANCEL,
             Ability.THREADS,
             Ability.NGRAM_DRAFTS,

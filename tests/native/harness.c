@@ -155,7 +155,7 @@ static bool run_node(toy *t, const char *name, int32_t depth, const toy_row **ro
     bool go_on = !wanted || steerhook_eval(&node, false, t->session);
     t->asked_true += wanted;
     CHECK(!wanted || depth > 0 || !go_on);
-    for (int32_t i = 0; i < n && depth > 0 && go_on; i++) {
+    for (int32_t i = 0; i < n && depth > 0 && go_on && !t->uncompared; i++) {
         compare(t, rows[i], depth, node.data + (size_t)i * d);
     }
     free(node.data);

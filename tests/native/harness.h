@@ -73,6 +73,7 @@ typedef struct {
     int32_t lose_depth;   /* a node that is left out, or 0 */
     int32_t extra_rows;   /* rows too many at the first layer */
     bool stopped;         /* the callback stopped the graph */
+    bool uncompared;      /* rows are steered that the request's own are not */
 } toy;
 
 /* begin, all micro-batches, end; compares every row with the golden values. */

@@ -467,19 +467,31 @@ static int32_t quiet_rows(const golden_request *r, toy_row *rows) {
     return n;
 }
 
-/* Requests whose prompts end where logits are asked for; layer_guard, as in test_requests. */
+/* Every probe fires because it could not judge. */
+static void check_unjudged(const toy *t) {
+    steerhook_verdict verdicts[8];
+    int32_t count = steerhook_verdicts(t->session, 0, verdicts, 8);
+    CHECK(count > 0);
+    for (int32_t i = 0; i < count; i++) {
+        CHECK(verdicts[i].fired && isnan(verdicts[i].score) && verdicts[i].unjudged[0] != '\0');
+    }
+}
+
+/* Requests known by their batches: each last output row is judged as the prompt's end; layer_guard,
+ * as in test_requests. */
 static void test_open(const golden *g) {
     const golden_request *r = &g->requests[0];
     toy t;
     toy_row rows[128];
     toy_new(&t, g, 8, 2);
-    int32_t n = quiet_rows(r, rows);
+    int32_t n = quiet_rows(r, rows), n_prompt;
     CHECK(steerhook_request_stage(t.session, 0) == STEERHOOK_NONE);
     CHECK(steerhook_request_stage(t.session, 2) == STEERHOOK_NONE);
-    CHECK_STATUS(steerhook_request_open(t.session, 0, 2, false), STEERHOOK_CACHED);
+    CHECK(steerhook_request_rows(t.session, 2, &n_prompt) == 0);
+    CHECK_STATUS(steerhook_request_open(t.session, 0, -1, STEERHOOK_KEEP_NONE),
+                 STEERHOOK_ARGUMENT);
     CHECK_STATUS(steerhook_keep_rows(t.session, true), STEERHOOK_OK);
-    CHECK_STATUS(steerhook_request_open(t.session, 0, 2, false), STEERHOOK_CACHED);
-    CHECK_STATUS(steerhook_request_open(t.session, 0, 0, false), STEERHOOK_OK);
+    CHECK_STATUS(steerhook_request_open(t.session, 0, 0, STEERHOOK_KEEP_NONE), STEERHOOK_OK);
     CHECK_STATUS(toy_decode(&t, rows, n - 4, false), STEERHOOK_OK);
     CHECK(steerhook_request_stage(t.session, 0) == STEERHOOK_PROMPTING);
     /* No room in the cache: the same rows come again, in smaller batches. */
@@ -490,29 +502,64 @@ static void test_open(const golden *g) {
     CHECK_STATUS(toy_decode(&t, rows + n - 4, 1, false), STEERHOOK_OK);
     CHECK_STATUS(toy_decode(&t, rows + n - 3, 3, false), STEERHOOK_OK);
     CHECK(steerhook_request_stage(t.session, 0) == STEERHOOK_ANSWERING);
+    CHECK(steerhook_request_rows(t.session, 0, &n_prompt) == n && n_prompt == n);
     toy_check_verdicts(&t, r, 0);
     /* The next prompt begins with rows of this one: their mean was kept. */
     CHECK_STATUS(steerhook_request_cut(t.session, 0, n - 4, -1), STEERHOOK_OK);
     CHECK(steerhook_request_stage(t.session, 0) == STEERHOOK_NONE);
-    CHECK_STATUS(steerhook_request_open(t.session, 0, n - 3, false), STEERHOOK_CACHED);
-    CHECK_STATUS(steerhook_request_open(t.session, 0, n - 4, false), STEERHOOK_OK);
+    CHECK_STATUS(steerhook_request_open(t.session, 0, n - 4, STEERHOOK_KEEP_NONE), STEERHOOK_OK);
     CHECK_STATUS(toy_decode(&t, rows + n - 4, 4, false), STEERHOOK_OK);
     toy_check_verdicts(&t, r, 0);
     /* The reading at the prompt end minus two was in an earlier batch: it was kept. */
     for (int32_t last = 1; last <= 2; last++) {
         CHECK_STATUS(steerhook_request_cut(t.session, -1, 0, -1), STEERHOOK_OK);
-        CHECK_STATUS(steerhook_request_open(t.session, 0, 0, false), STEERHOOK_OK);
+        CHECK_STATUS(steerhook_request_open(t.session, 0, 0, STEERHOOK_KEEP_NONE), STEERHOOK_OK);
         CHECK_STATUS(toy_decode(&t, rows, n - last, false), STEERHOOK_OK);
         CHECK_STATUS(toy_decode(&t, rows + n - last, last, false), STEERHOOK_OK);
         toy_check_verdicts(&t, r, 0);
         /* The same prompt again, whose rows are all cached but the last ones. */
         CHECK_STATUS(steerhook_request_cut(t.session, 0, n - last, -1), STEERHOOK_OK);
-        CHECK_STATUS(steerhook_request_open(t.session, 0, n - last, false), STEERHOOK_OK);
+        CHECK_STATUS(steerhook_request_open(t.session, 0, n - last, STEERHOOK_KEEP_NONE),
+                     STEERHOOK_OK);
         CHECK_STATUS(toy_decode(&t, rows + n - last, last, false), STEERHOOK_OK);
         toy_check_verdicts(&t, r, 0);
         CHECK_STATUS(steerhook_request_cut(t.session, 0, n - last, -1), STEERHOOK_OK);
         CHECK_STATUS(steerhook_request_begin(t.session, 0, n - last, n), STEERHOOK_OK);
         CHECK_STATUS(toy_decode(&t, rows + n - last, last, false), STEERHOOK_OK);
+        toy_check_verdicts(&t, r, 0);
+    }
+    /* More cached rows than were kept: nobody knows what they held. */
+    CHECK_STATUS(steerhook_request_cut(t.session, 0, n - 4, -1), STEERHOOK_OK);
+    CHECK_STATUS(steerhook_request_open(t.session, 0, n - 3, STEERHOOK_KEEP_NONE), STEERHOOK_OK);
+    t.uncompared = true;
+    CHECK_STATUS(toy_decode(&t, rows + n - 3, 3, false), STEERHOOK_OK);
+    check_unjudged(&t);
+    steerhook_session_free(t.session);
+}
+
+/* A row that was judged was none's end: the prompt goes on, and is judged as if it had come whole.
+ * Single rows, and rows behind the last output, are prompts like any other. */
+static void test_open_goes_on(const golden *g) {
+    const golden_request *r = &g->requests[0];
+    toy t;
+    toy_row rows[128];
+    toy_new(&t, g, 8, 2);
+    int32_t n = quiet_rows(r, rows);
+    CHECK_STATUS(steerhook_keep_rows(t.session, true), STEERHOOK_OK);
+    for (int32_t first = 1; first < n; first += first < 4 ? 1 : 5) {
+        CHECK_STATUS(steerhook_request_cut(t.session, 0, 0, -1), STEERHOOK_OK);
+        CHECK_STATUS(steerhook_request_open(t.session, 0, 0, STEERHOOK_KEEP_NONE), STEERHOOK_OK);
+        rows[first - 1].output = t.uncompared = true;
+        CHECK_STATUS(toy_decode(&t, rows, first, false), STEERHOOK_OK);
+        rows[first - 1].output = t.uncompared = false;
+        CHECK(steerhook_request_stage(t.session, 0) == STEERHOOK_ANSWERING);
+        /* What fired for it is not kept: its logits were not used. */
+        int32_t steered = steerhook_first_steered(t.session, 0);
+        CHECK(steered == -1 || steered == first - 1);
+        int32_t from = steered == -1 ? first : first - 1; /* evaluated again if it was steered */
+        CHECK_STATUS(steerhook_request_open(t.session, 0, from, STEERHOOK_KEEP_HELD),
+                     STEERHOOK_OK);
+        CHECK_STATUS(toy_decode(&t, rows + from, n - from, false), STEERHOOK_OK);
         toy_check_verdicts(&t, r, 0);
     }
     steerhook_session_free(t.session);
@@ -565,41 +612,41 @@ static void test_keep_prompts(const golden *g) {
     steerhook_session_free(t.session);
 }
 
-/* Without kept rows, the reading at the prompt end minus two must come with the end. */
-static void test_open_forgets(const golden *g) {
+/* What cannot be judged fires: a reading whose row was not kept, a prompt of two rows with a
+ * reading two rows before its end, a prompt that is not trusted. Rules that fired stay fired where
+ * they are kept. */
+static void test_open_unjudged(const golden *g) {
     const golden_request *r = &g->requests[0];
     toy t;
     toy_row rows[128];
     toy_new(&t, g, 8, 2);
+    t.uncompared = true;
     int32_t n = quiet_rows(r, rows);
-    CHECK_STATUS(steerhook_request_open(t.session, 0, 0, false), STEERHOOK_OK);
+    CHECK_STATUS(steerhook_request_open(t.session, 0, 0, STEERHOOK_KEEP_NONE), STEERHOOK_OK);
     CHECK_STATUS(toy_decode(&t, rows, n - 2, false), STEERHOOK_OK);
-    CHECK_STATUS(toy_decode(&t, rows + n - 2, 2, false), STEERHOOK_PROMPT);
-    steerhook_session_free(t.session);
-}
-
-/* Logits within a prompt, and prompts that are too short. */
-static void test_open_refusals(const golden *g) {
-    toy t;
-    toy_new(&t, g, 8, 2);
-    const int8_t output[] = {0, 1, 0};
-    steerhook_batch batch = {.n_tokens = 3, .output = output};
-    CHECK_STATUS(steerhook_request_open(t.session, 0, 0, false), STEERHOOK_OK);
-    CHECK_STATUS(steerhook_batch_begin(t.session, &batch), STEERHOOK_PROMPT);
-    check_failed(&t, STEERHOOK_PROMPT);
-    CHECK_STATUS(steerhook_request_open(t.session, 0, 0, false), STEERHOOK_OK);
-    batch = (steerhook_batch){.n_tokens = 1};
-    CHECK_STATUS(steerhook_batch_begin(t.session, &batch), STEERHOOK_PROMPT);
-    check_failed(&t, STEERHOOK_PROMPT);
-    /* Two rows: the probe looks two rows before the end, finds none and fires. */
-    CHECK_STATUS(steerhook_request_open(t.session, 0, 0, false), STEERHOOK_OK);
-    batch = (steerhook_batch){.n_tokens = 2};
+    CHECK_STATUS(toy_decode(&t, rows + n - 2, 2, false), STEERHOOK_OK);
+    check_unjudged(&t);
+    CHECK_STATUS(steerhook_session_clear(t.session), STEERHOOK_OK);
+    CHECK_STATUS(steerhook_request_distrust(t.session, 0), STEERHOOK_NO_REQUEST);
+    CHECK_STATUS(steerhook_request_open(t.session, 0, 0, STEERHOOK_KEEP_NONE), STEERHOOK_OK);
+    steerhook_batch batch = {.n_tokens = 2};
     CHECK_STATUS(steerhook_batch_begin(t.session, &batch), STEERHOOK_OK);
-    steerhook_verdict verdict;
-    CHECK(steerhook_verdicts(t.session, 0, &verdict, 1) >= 1 && verdict.fired);
-    CHECK(isnan(verdict.score));
+    check_unjudged(&t);
     CHECK_STATUS(steerhook_batch_cancel(t.session), STEERHOOK_OK);
-    CHECK(steerhook_request_stage(t.session, 0) == STEERHOOK_NONE);
+    CHECK(steerhook_request_stage(t.session, 0) == STEERHOOK_PROMPTING);
+    CHECK_STATUS(steerhook_request_distrust(t.session, 0), STEERHOOK_OK);
+    CHECK_STATUS(toy_decode(&t, rows, n, false), STEERHOOK_OK);
+    check_unjudged(&t);
+    steerhook_rule_state before[8], after[8];
+    int32_t count = steerhook_rules(t.session, 0, before, 8);
+    CHECK_STATUS(steerhook_request_open(t.session, 0, n, STEERHOOK_KEEP_FIRED), STEERHOOK_OK);
+    CHECK(steerhook_rules(t.session, 0, after, 8) == count);
+    bool any = false;
+    for (int32_t i = 0; i < count; i++) {
+        any |= before[i].fired;
+        CHECK(!before[i].fired || after[i].fired);
+    }
+    CHECK(any);
     /* A cache of unknown history counts as steered. */
     CHECK_STATUS(steerhook_rows_restored(t.session, 0), STEERHOOK_OK);
     CHECK(steerhook_first_steered(t.session, 0) == 0);
@@ -629,8 +676,8 @@ void test_sessions(const char *directory) {
     test_open(layer);
     test_copy_kept(layer);
     test_keep_prompts(layer);
-    test_open_forgets(layer);
-    test_open_refusals(layer);
+    test_open_goes_on(layer);
+    test_open_unjudged(layer);
     golden_free(head);
     golden_free(layer);
     golden_free(image);

@@ -89,6 +89,18 @@ static bool may_share(const steerhook_session *s, const sh_request *a, const sh_
 
 /* ---- begin ---- */
 
+static bool is_output(const steerhook_batch *batch, int32_t row) {
+    return batch->output == NULL ? row == batch->n_tokens - 1 : batch->output[row] != 0;
+}
+
+static int32_t sequences_of(const steerhook_batch *batch, int32_t row) {
+    return batch->n_seq_id == NULL ? 1 : batch->n_seq_id[row];
+}
+
+static int32_t sequence_of(const steerhook_batch *batch, int32_t row, int32_t index) {
+    return batch->seq_id == NULL ? 0 : batch->seq_id[row][index];
+}
+
 static steerhook_status add_row_member(steerhook_session *s, int32_t row, int32_t seq) {
     sh_batch *batch = &s->batch;
     if (seq < 0 || seq >= s->model.n_seq_max) {
@@ -123,39 +135,35 @@ static steerhook_status count_row(steerhook_session *s, int32_t row) {
             return sh_session_fail(s, STEERHOOK_SEQUENCE, "row %ld: sequence %ld twice", (long)row,
                                    (long)batch->members[m].seq);
         }
-        if (request->ends_in_batch && request->batch_count == request->n_prompt) {
-            return sh_session_fail(s, STEERHOOK_PROMPT,
-                                   "row %ld: expected the first output row of sequence %ld to be "
-                                   "its last row in the batch, found another",
-                                   (long)row, (long)batch->members[m].seq);
-        }
         request->last_row = row;
         request->batch_count++;
     }
     return STEERHOOK_OK;
 }
 
-/* An output row ends the prompts that were open-ended. */
+/* The last output row of an open-ended prompt is judged as its end. */
 static steerhook_status end_prompts(steerhook_session *s, int32_t row) {
     const sh_batch *batch = &s->batch;
     steerhook_status status = STEERHOOK_OK;
     for (int32_t m = batch->first_member[row];
          status == STEERHOOK_OK && m < batch->n_members; m++) {
         sh_request *request = &s->requests[batch->members[m].seq];
-        if (request->open_ended) {
-            status = sh_request_end_prompt(s, request, row);
+        if (request->open_ended && request->end_row == row) {
+            status = sh_request_end_prompt(s, request);
         }
     }
     return status;
 }
 
-/* A row that a probe reads in the last block or at the head must be an output row. */
+/* A row that a probe reads in the last block or at the head must be an output row. Where only
+ * batches are known, those that need it cannot judge, see `unjudged` in request.c. */
 static steerhook_status check_output(steerhook_session *s, int32_t row) {
     const sh_batch *batch = &s->batch;
     for (int32_t m = batch->first_member[row]; m < batch->n_members; m++) {
         const sh_member *member = &batch->members[m];
-        const sh_request *request = &s->requests[member->seq];
-        for (int32_t i = 0; member->position < request->n_prompt && i < s->n_sites; i++) {
+        sh_request *request = &s->requests[member->seq];
+        request->unseen = true;
+        for (int32_t i = 0; !request->by_batches && member->position < request->n_prompt && i < s->n_sites; i++) {
             const sh_site_plan *site = &s->sites[i];
             for (int32_t j = 0; site->outputs_only && j < site->n_reads; j++) {
                 if (sh_wants(s, &site->reads[j], request, member->position)) {
@@ -172,8 +180,8 @@ static steerhook_status check_output(steerhook_session *s, int32_t row) {
 
 static steerhook_status add_row(steerhook_session *s, const steerhook_batch *from, int32_t row) {
     sh_batch *batch = &s->batch;
-    int32_t count = from->n_seq_id == NULL ? 1 : from->n_seq_id[row];
-    bool output = from->output == NULL ? row == from->n_tokens - 1 : from->output[row] != 0;
+    int32_t count = sequences_of(from, row);
+    bool output = is_output(from, row);
     steerhook_status status = STEERHOOK_OK;
     if (count < 1 || count > MAX_SEQS_PER_ROW) {
         return sh_session_fail(s, STEERHOOK_SEQUENCE,
@@ -182,7 +190,7 @@ static steerhook_status add_row(steerhook_session *s, const steerhook_batch *fro
     }
     batch->first_member[row] = batch->n_members;
     for (int32_t i = 0; i < count && status == STEERHOOK_OK; i++) {
-        status = add_row_member(s, row, from->seq_id == NULL ? 0 : from->seq_id[row][i]);
+        status = add_row_member(s, row, sequence_of(from, row, i));
     }
     status = status == STEERHOOK_OK ? count_row(s, row) : status;
     batch->is_output[row] = output;
@@ -195,13 +203,32 @@ static steerhook_status add_row(steerhook_session *s, const steerhook_batch *fro
     return status;
 }
 
+/* The row that is judged if the prompt is open-ended: the last output row. Where several outputs in
+ * a row close the sequence's part of the batch, behind rows without, it is the first of them: the
+ * others are drafts that came with the prompt. */
+static void find_end(sh_request *request, int32_t row, bool output) {
+    bool drafts = output && request->quiet && request->ends_with_output;
+    request->end_row = output && !drafts ? row : request->end_row;
+    request->quiet |= !output;
+    request->ends_with_output = output;
+}
+
 static void start(steerhook_session *s, const steerhook_batch *from) {
     s->batch.image = from->image;
     s->batch.n_rows = from->n_tokens;
     s->batch.n_outputs = s->batch.n_members = 0;
     for (int32_t i = 0; i < s->model.n_seq_max; i++) {
         s->requests[i].batch_count = s->requests[i].count;
-        s->requests[i].last_row = -1;
+        s->requests[i].last_row = s->requests[i].end_row = -1;
+        s->requests[i].quiet = s->requests[i].ends_with_output = false;
+    }
+    for (int32_t row = 0; row < from->n_tokens; row++) {
+        for (int32_t i = 0; i < sequences_of(from, row); i++) {
+            int32_t seq = sequence_of(from, row, i);
+            if (seq >= 0 && seq < s->model.n_seq_max) {
+                find_end(&s->requests[seq], row, is_output(from, row));
+            }
+        }
     }
     for (int32_t i = 0; i < s->n_sites; i++) {
         s->sites[i].next_row = s->sites[i].chunk = 0;
@@ -327,10 +354,12 @@ steerhook_status steerhook_batch_cancel(steerhook_session *s) {
     for (int32_t i = 0; i < s->model.n_seq_max; i++) {
         sh_request *request = &s->requests[i];
         if (request->ends_in_batch) { /* it may come in smaller batches */
-            request->ends_in_batch = false;
-            request->open_ended = true;
-            request->n_prompt = SH_ENDLESS;
-            request->open = !request->early; /* what fired for it would stay fired */
+            bool distrusted = request->distrusted;
+            status = sh_request_reopen(s, request, (int32_t)request->count, STEERHOOK_KEEP_HELD);
+            if (status != STEERHOOK_OK) {
+                return status;
+            }
+            request->distrusted |= distrusted;
         }
     }
     sh_batch_forget(s);

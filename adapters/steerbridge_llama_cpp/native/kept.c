@@ -146,7 +146,6 @@ steerhook_status sh_kept_ends(steerhook_session *s, sh_request *request) {
             }
         }
         status = taken && !request->probes[p].known ? sh_decide_probe(s, p, request) : status;
-        request->early |= taken && request->probes[p].known;
     }
     return status;
 }
@@ -158,7 +157,7 @@ void sh_kept_sums(const steerhook_session *s, sh_request *request) {
             continue;
         }
         double *sum = request->values + (int64_t)slot * d;
-        for (int32_t row = 0; row < request->n_cached; row++) {
+        for (int32_t row = 0; row < request->n_kept; row++) {
             if (s->image_only[slot] && !request->kept_image[row]) {
                 continue;
             }

@@ -68,43 +68,105 @@ int64_t sh_first_row(const sh_reading *reading, int64_t n_prompt) {
     return reading->position == SH_PROMPT_END ? n_prompt - 1 + reading->offset : 0;
 }
 
+/* Where a reading has a row of a prompt that a batch or the cache brings, or does not. */
+typedef enum { BEFORE_PROMPT, EVALUATED, KEPT, LOST } place;
+
+static place place_of(const steerhook_session *s, const sh_request *request, int32_t slot,
+                      const sh_reading *reading, int64_t n_prompt) {
+    int64_t row = sh_first_row(reading, n_prompt);
+    if (row < 0) {
+        return BEFORE_PROMPT;
+    }
+    bool all = reading->position != SH_PROMPT_END;
+    /* Without its length, rows of a prompt that came in earlier batches are over. */
+    int64_t over = request->by_batches && !all ? request->count : request->n_cached;
+    if (row >= over) {
+        return EVALUATED;
+    }
+    int64_t needed = all ? request->n_cached : row + 1;
+    return s->keeps && s->kept_of[slot] >= 0 && request->n_kept >= needed ? KEPT : LOST;
+}
+
 /* Whether no reading needs a row that is cached. One that needs a row before the prompt makes its
- * probe fire, see fire_unread. */
+ * probe fire, see fire_unjudged. */
 static steerhook_status check_readings(steerhook_session *s, const sh_request *request,
-                                       int32_t n_cached, int64_t n_prompt) {
+                                       int64_t n_prompt) {
     for (int32_t p = 0; p < s->package->n_probes; p++) {
         const sh_probe *probe = &s->package->probes[p];
         for (int32_t k = 0; k < probe->n_readings; k++) {
-            int64_t row = sh_first_row(&probe->readings[k], n_prompt);
-            if (row < 0) {
-                continue; /* fires, see fire_unread */
-            }
-            bool all = probe->readings[k].position != SH_PROMPT_END;
-            bool kept = s->keeps && s->kept_of[s->first_slot[p] + k] >= 0 &&
-                        request->n_kept >= (all ? n_cached : row + 1);
-            if (row < n_cached && !kept) {
+            const sh_reading *reading = &probe->readings[k];
+            if (place_of(s, request, s->first_slot[p] + k, reading, n_prompt) == LOST) {
                 return sh_session_refuse(s, STEERHOOK_CACHED,
                                          "probe %s: expected row %ld evaluated, found %ld cached",
-                                         probe->id, (long)row, (long)n_cached);
+                                         probe->id, (long)sh_first_row(reading, n_prompt),
+                                         (long)request->n_cached);
             }
         }
     }
     return STEERHOOK_OK;
 }
 
-static steerhook_status check_prompt(steerhook_session *s, const sh_request *request,
-                                     int32_t n_cached, int32_t n_prompt) {
+/* Why a probe cannot judge the prompt, as far as that is known when its end is. */
+static sh_unjudged unjudged(const steerhook_session *s, const sh_request *request, int32_t p) {
+    const sh_probe *probe = &s->package->probes[p];
+    for (int32_t k = 0; k < probe->n_readings; k++) {
+        const sh_reading *reading = &probe->readings[k];
+        int32_t slot = s->first_slot[p] + k;
+        place found = place_of(s, request, slot, reading, request->n_prompt);
+        if (found == BEFORE_PROMPT) {
+            return SH_TOO_SHORT;
+        }
+        bool earlier = reading->position != SH_PROMPT_END || reading->offset < 0;
+        bool outputs_only = s->sites[s->site_at[reading->depth]].outputs_only;
+        if (found == LOST || request->distrusted ||
+            (request->by_batches && request->unseen && earlier && outputs_only)) {
+            return SH_UNKNOWN;
+        }
+    }
+    return SH_JUDGED;
+}
+
+/* A probe that cannot judge the prompt fires. */
+static steerhook_status fire_unjudged(steerhook_session *s, sh_request *request) {
+    bool any = false;
+    for (int32_t p = 0; p < s->package->n_probes; p++) {
+        sh_unjudged why = unjudged(s, request, p);
+        if (why != SH_JUDGED) {
+            request->probes[p] = (sh_decision){true, true, why, NAN, s->thresholds[p]};
+            any = true;
+        }
+    }
+    return any ? sh_decide_rules(s, request) : STEERHOOK_OK;
+}
+
+/* ---- begin ---- */
+
+static void start(steerhook_session *s, sh_request *request, int32_t n_cached, int32_t n_prompt) {
+    request->open = true;
+    request->open_ended = n_prompt == SH_ENDLESS;
+    request->ends_in_batch = request->distrusted = false;
+    request->n_cached = n_cached;
+    request->n_prompt = n_prompt;
+    request->count = request->batch_count = n_cached;
+    request->last_row = request->end_row = -1;
+    request->kept_shift = 0; /* kept rows are numbered as in the cache now */
+    request->n_kept = request->n_kept < n_cached ? request->n_kept : n_cached;
+    sh_kept_sums(s, request);
+}
+
+static steerhook_status begin(steerhook_session *s, sh_request *request, int32_t n_cached,
+                              int32_t n_prompt) {
     if (n_cached < 0 || n_cached >= n_prompt) {
         return sh_session_refuse(s, STEERHOOK_PROMPT,
                                  "prompt: expected a row to evaluate, found %ld of %ld cached",
                                  (long)n_cached, (long)n_prompt);
     }
-    return check_readings(s, request, n_cached, n_prompt);
-}
-
-/* Starts a request whose prompt passed check_prompt. */
-static steerhook_status start(steerhook_session *s, sh_request *request, int32_t n_cached,
-                              int32_t n_prompt) {
+    request->n_cached = n_cached;
+    request->by_batches = false;
+    steerhook_status status = check_readings(s, request, n_prompt);
+    if (status != STEERHOOK_OK) {
+        return status;
+    }
     if (request->first_steered != SH_NO_ROW && n_cached > request->first_steered) {
         return sh_session_refuse(s, STEERHOOK_STEERED,
                                  "prompt: expected %ld cached rows at most, found %ld; later ones "
@@ -112,33 +174,10 @@ static steerhook_status start(steerhook_session *s, sh_request *request, int32_t
                                  (long)request->first_steered, (long)n_cached);
     }
     request->first_steered = SH_NO_ROW;
-    request->open = true;
-    request->open_ended = n_prompt == SH_ENDLESS;
-    request->ends_in_batch = request->early = false;
-    request->n_cached = n_cached;
-    request->n_prompt = n_prompt;
-    request->count = request->batch_count = n_cached;
-    request->last_row = -1;
-    request->kept_shift = 0; /* kept rows are numbered as in the cache now */
-    sh_kept_sums(s, request);
-    request->n_kept = request->n_kept < n_cached ? request->n_kept : n_cached;
-    steerhook_status status = request->open_ended ? STEERHOOK_OK : sh_kept_ends(s, request);
-    return status == STEERHOOK_OK ? sh_decide_rules(s, request) : status;
-}
-
-/* A probe that reads a row before the first of the prompt cannot judge it, so it fires. */
-static steerhook_status fire_unread(steerhook_session *s, sh_request *request) {
-    for (int32_t p = 0; p < s->package->n_probes; p++) {
-        const sh_probe *probe = &s->package->probes[p];
-        for (int32_t k = 0; k < probe->n_readings; k++) {
-            if (sh_first_row(&probe->readings[k], request->n_prompt) < 0) {
-                request->probes[p] =
-                    (sh_decision){true, true, SH_TOO_SHORT, NAN, s->thresholds[p]};
-                request->early = true;
-            }
-        }
-    }
-    return request->early ? sh_decide_rules(s, request) : STEERHOOK_OK;
+    start(s, request, n_cached, n_prompt);
+    status = sh_kept_ends(s, request);
+    status = status == STEERHOOK_OK ? sh_decide_rules(s, request) : status;
+    return status == STEERHOOK_OK ? fire_unjudged(s, request) : status;
 }
 
 steerhook_status steerhook_request_begin(steerhook_session *s, int32_t seq, int32_t n_cached,
@@ -152,91 +191,88 @@ steerhook_status steerhook_request_begin(steerhook_session *s, int32_t seq, int3
     if (!reset(s, request)) {
         return sh_session_refuse(s, STEERHOOK_MEMORY, "request: no memory");
     }
-    status = check_prompt(s, request, n_cached, n_prompt);
-    if (status != STEERHOOK_OK) {
-        return status;
-    }
-    status = start(s, request, n_cached, n_prompt);
-    return status == STEERHOOK_OK ? fire_unread(s, request) : status;
+    return begin(s, request, n_cached, n_prompt);
 }
 
-/* Rules that fired stay fired: which of the two requests a row belongs to is not known. */
-static void keep_rules(const steerhook_session *s, sh_request *request,
-                       const sh_rule_state *before) {
-    for (int32_t r = 0; r < s->package->n_rules; r++) {
-        if (before[r].decided && before[r].fired) {
+/* ---- requests that are known by their batches ---- */
+
+steerhook_status sh_request_reopen(steerhook_session *s, sh_request *request, int32_t n_cached,
+                                   steerhook_keep keep) {
+    bool had = keep != STEERHOOK_KEEP_NONE && request->open && request->rules != NULL;
+    size_t bytes = (size_t)s->package->n_rules * sizeof *request->rules;
+    sh_rule_state *before = had ? malloc(bytes + 1) : NULL;
+    if (before != NULL) {
+        memcpy(before, request->rules, bytes);
+    }
+    request->open = request->acting = false;
+    if ((had && before == NULL) || !reset(s, request)) {
+        free(before);
+        return sh_session_refuse(s, STEERHOOK_MEMORY, "request: no memory");
+    }
+    for (int32_t r = 0; before != NULL && r < s->package->n_rules; r++) {
+        bool fired = s->package->rules[r].conditional && before[r].decided && before[r].fired;
+        if (fired && (keep == STEERHOOK_KEEP_FIRED || before[r].held)) {
             request->rules[r] = before[r];
-            request->acting = true;
+            request->rules[r].held = request->acting = true;
         }
     }
+    free(before);
+    request->by_batches = true;
+    if (n_cached == 0) {
+        request->unseen = false;
+    }
+    start(s, request, n_cached, SH_ENDLESS);
+    if (request->first_steered != SH_NO_ROW && n_cached > request->first_steered) {
+        request->distrusted = true; /* its rows attend to some that were steered */
+    } else {
+        request->first_steered = SH_NO_ROW;
+    }
+    return sh_decide_rules(s, request);
 }
 
 steerhook_status steerhook_request_open(steerhook_session *s, int32_t seq, int32_t n_cached,
-                                        bool keep_fired) {
+                                        steerhook_keep keep) {
+    steerhook_status status = may_change(s, seq);
+    if (status != STEERHOOK_OK) {
+        return status;
+    }
+    if (n_cached < 0) {
+        return sh_session_refuse(s, STEERHOOK_ARGUMENT, "request: expected cached rows, found %ld",
+                                 (long)n_cached);
+    }
+    return sh_request_reopen(s, &s->requests[seq], n_cached, keep);
+}
+
+steerhook_status steerhook_request_distrust(steerhook_session *s, int32_t seq) {
     steerhook_status status = may_change(s, seq);
     if (status != STEERHOOK_OK) {
         return status;
     }
     sh_request *request = &s->requests[seq];
-    bool had = request->open && request->rules != NULL;
-    size_t bytes = (size_t)s->package->n_rules * sizeof *request->rules;
-    sh_rule_state *before = keep_fired && had ? malloc(bytes) : NULL;
-    if (before != NULL) {
-        memcpy(before, request->rules, bytes);
+    if (!request->open || !request->open_ended) {
+        return sh_session_refuse(s, STEERHOOK_NO_REQUEST,
+                                 "distrust: no open prompt on sequence %ld", (long)seq);
     }
-    request->open = request->acting = false;
-    if ((keep_fired && had && before == NULL) || !reset(s, request)) {
-        free(before);
-        return sh_session_refuse(s, STEERHOOK_MEMORY, "request: no memory");
-    }
-    status = check_prompt(s, request, n_cached, SH_ENDLESS);
-    if (status == STEERHOOK_OK && before != NULL) {
-        keep_rules(s, request, before);
-    }
-    free(before);
-    return status == STEERHOOK_OK ? start(s, request, n_cached, SH_ENDLESS) : status;
-}
-
-/* Whether the rows that are read relative to the prompt end are in the batch that brings it. */
-static steerhook_status check_batch_holds(steerhook_session *s, const sh_request *request,
-                                          int64_t n_prompt) {
-    for (int32_t p = 0; p < s->package->n_probes; p++) {
-        const sh_probe *probe = &s->package->probes[p];
-        for (int32_t k = 0; k < probe->n_readings; k++) {
-            int64_t row = sh_first_row(&probe->readings[k], n_prompt);
-            if (probe->readings[k].position == SH_PROMPT_END && row >= 0 && row < request->count &&
-                !sh_kept_has(s, request, s->first_slot[p] + k, row)) {
-                return sh_session_refuse(s, STEERHOOK_PROMPT,
-                                         "probe %s: expected row %ld in the batch that ends the "
-                                         "prompt, found it in an earlier one",
-                                         probe->id, (long)row);
-            }
-        }
-    }
+    request->distrusted = true;
     return STEERHOOK_OK;
 }
 
-steerhook_status sh_request_end_prompt(steerhook_session *s, sh_request *request, int32_t row) {
-    int64_t n_prompt = request->batch_count;
-    if (n_prompt == 1) {
-        return sh_session_fail(s, STEERHOOK_PROMPT,
-                               "row %ld: expected a prompt of two rows or more, found one whose "
-                               "logits are asked for",
-                               (long)row);
-    }
-    steerhook_status status = check_readings(s, request, 0, n_prompt);
-    if (status == STEERHOOK_OK) {
-        status = check_batch_holds(s, request, n_prompt);
-    }
-    if (status != STEERHOOK_OK) {
-        s->status = status;
-        return status;
-    }
-    request->n_prompt = (int32_t)n_prompt;
+steerhook_status sh_request_end_prompt(steerhook_session *s, sh_request *request) {
+    request->n_prompt = (int32_t)request->batch_count;
     request->open_ended = false;
     request->ends_in_batch = true;
-    status = fire_unread(s, request);
+    steerhook_status status = fire_unjudged(s, request);
+    status = status == STEERHOOK_OK ? sh_decide_rules(s, request) : status;
     return status == STEERHOOK_OK ? sh_kept_ends(s, request) : status;
+}
+
+int32_t steerhook_request_rows(const steerhook_session *s, int32_t seq, int32_t *n_prompt) {
+    bool known = steerhook_request_stage(s, seq) != STEERHOOK_NONE;
+    if (n_prompt != NULL) {
+        bool judged = known && !s->requests[seq].open_ended;
+        *n_prompt = judged ? s->requests[seq].n_prompt : 0;
+    }
+    return known ? (int32_t)s->requests[seq].count : 0;
 }
 
 steerhook_stage steerhook_request_stage(const steerhook_session *s, int32_t seq) {
@@ -308,6 +344,7 @@ steerhook_status steerhook_request_copy(steerhook_session *s, int32_t from, int3
 
 static void cut(const steerhook_session *s, sh_request *request, int64_t from, int64_t to) {
     sh_kept_cut(s, request, from, to);
+    request->unseen = request->unseen && (from > 0 || to >= 0);
     bool before_steered = request->first_steered != SH_NO_ROW && from <= request->first_steered;
     if (before_steered && to < 0) {
         request->first_steered = SH_NO_ROW; /* the steered rows were removed */
@@ -320,6 +357,7 @@ static void cut(const steerhook_session *s, sh_request *request, int64_t from, i
     }
     if (from >= request->n_prompt) {
         request->count = tail ? from : request->count;
+        request->batch_count = request->count;
     } else if (tail || request->count < request->n_prompt) {
         request->open = request->acting = false;
     }
@@ -396,27 +434,31 @@ static bool leaves_rows(const steerhook_session *s, const sh_rule *rule) {
     return false;
 }
 
+/* A rule writes rows from the prompt's end on. */
+static void note_steered(sh_request *request) {
+    int32_t first = request->n_prompt - 1;
+    if (request->first_steered == SH_NO_ROW || first < request->first_steered) {
+        request->first_steered = first;
+    }
+}
+
 steerhook_status sh_decide_rules(steerhook_session *s, sh_request *request) {
     for (int32_t r = 0; r < s->package->n_rules; r++) {
         const sh_rule *rule = &s->package->rules[r];
         sh_rule_state *state = &request->rules[r];
         bool holds = false;
-        if (state->decided || !condition(rule, request->probes, &holds)) {
-            continue;
+        if (!state->decided && condition(rule, request->probes, &holds)) {
+            state->decided = true;
+            state->fired = holds;
+            state->strength = holds ? strength_of(rule, request->probes) : 0.0;
+            steerhook_status status = check_strength(s, rule, state->strength);
+            if (status != STEERHOOK_OK) {
+                return status;
+            }
+            request->acting |= holds;
         }
-        state->decided = true;
-        state->fired = holds;
-        if (!holds) {
-            continue;
-        }
-        state->strength = strength_of(rule, request->probes);
-        steerhook_status status = check_strength(s, rule, state->strength);
-        if (status != STEERHOOK_OK) {
-            return status;
-        }
-        request->acting = true;
-        if (leaves_rows(s, rule)) {
-            request->first_steered = request->n_prompt - 1;
+        if (state->fired && !request->open_ended && leaves_rows(s, rule)) {
+            note_steered(request);
         }
     }
     return STEERHOOK_OK;

@@ -219,6 +219,7 @@ static const char *reason(sh_unjudged unjudged) {
     switch (unjudged) {
     case SH_NOT_FINITE: return "its states or logits are not finite";
     case SH_TOO_SHORT: return "the prompt is shorter than its reading needs";
+    case SH_UNKNOWN: return "rows that it reads are of unknown history";
     case SH_JUDGED: break;
     }
     return "";

@@ -31,7 +31,7 @@ typedef struct {
 
 /* ---- requests ---- */
 
-typedef enum { SH_JUDGED = 0, SH_NOT_FINITE, SH_TOO_SHORT } sh_unjudged;
+typedef enum { SH_JUDGED = 0, SH_NOT_FINITE, SH_TOO_SHORT, SH_UNKNOWN } sh_unjudged;
 
 typedef struct {
     bool known, fired;
@@ -41,6 +41,7 @@ typedef struct {
 
 typedef struct {
     bool decided, fired;
+    bool held; /* it fired for an earlier part of the conversation */
     double strength;
 } sh_rule_state;
 
@@ -55,7 +56,12 @@ typedef struct {
     bool acting; /* a fired rule may rewrite rows of this sequence */
     bool open_ended;     /* n_prompt is not known yet: SH_ENDLESS */
     bool ends_in_batch;  /* n_prompt became known in the open batch */
-    bool early;          /* ... and something was decided before its rows were seen */
+    bool by_batches;     /* begun by steerhook_request_open */
+    bool distrusted;     /* no probe can judge it */
+    bool unseen;         /* some row of its prompt did not reach the last block: no output row */
+    int32_t end_row;     /* in the batch being begun: the row to judge; -1: none */
+    bool quiet;          /* ... some row of it is no output */
+    bool ends_with_output; /* ... its latest row is one */
     int32_t n_cached, n_prompt;
     int64_t count;        /* rows so far, cached ones included */
     int64_t batch_count;  /* the same after the open batch */
@@ -183,10 +189,13 @@ bool sh_batch_is_idle(const steerhook_session *session);
 /* Ends the batch without counting its rows. */
 void sh_batch_forget(steerhook_session *session);
 
-/* The row of the batch that is being begun ends the open-ended prompt of a request: its length is
- * known, and whether its readings can be taken. */
-steerhook_status sh_request_end_prompt(steerhook_session *session, sh_request *request,
-                                       int32_t row);
+/* The last row that was counted ends the open-ended prompt of a request: its length is known, and
+ * which probes can judge it. */
+steerhook_status sh_request_end_prompt(steerhook_session *session, sh_request *request);
+
+/* The row was no end after all: the prompt goes on behind `n_cached` rows. */
+steerhook_status sh_request_reopen(steerhook_session *session, sh_request *request,
+                                   int32_t n_cached, steerhook_keep keep);
 
 /* The first row of a prompt that a reading takes; negative: the prompt is too short. */
 int64_t sh_first_row(const sh_reading *reading, int64_t n_prompt);

@@ -165,19 +165,32 @@ STEERHOOK_API steerhook_status steerhook_calibrate(steerhook_session *session,
 STEERHOOK_API steerhook_status steerhook_request_begin(steerhook_session *session, int32_t seq,
                                                        int32_t n_cached, int32_t n_prompt);
 
-/* The same for a caller that sees batches only: the prompt ends at its first output row, which
- * must be its last row in that batch (programs ask for logits where they sample; one that asks for
- * logits of the prompt itself is refused). `keep_fired`: rules that fired for the last request of
- * the sequence stay fired, where it cannot be told from a new one. A single row on an empty cache
- * is no prompt. A probe that looks further back than the prompt reaches fires. */
+/* Which rules stay fired when a request goes on from the last one of its sequence: none; those
+ * that were kept for it already; or all that fired. */
+typedef enum { STEERHOOK_KEEP_NONE = 0, STEERHOOK_KEEP_HELD, STEERHOOK_KEEP_FIRED } steerhook_keep;
+
+/* The same for a caller that sees batches only. The last output row that the sequence has in a
+ * batch is judged, and steered, as if its prompt ended there (where outputs in a row close its part
+ * of the batch behind rows without, the first of them: the others are drafts). Whether it does is seen later, by
+ * whether its logits are used: if not, the request is opened again with all its rows cached, and
+ * the next output row is judged. A probe that cannot judge fires: its readings reach behind the
+ * first row, or rows that they need were not seen. Needs steerhook_keep_rows. */
 STEERHOOK_API steerhook_status steerhook_request_open(steerhook_session *session, int32_t seq,
-                                                      int32_t n_cached, bool keep_fired);
+                                                      int32_t n_cached, steerhook_keep keep);
+
+/* The prompt of an open request that has not been judged cannot be: every probe will fire. */
+STEERHOOK_API steerhook_status steerhook_request_distrust(steerhook_session *session, int32_t seq);
 
 typedef enum { STEERHOOK_NONE = 0, STEERHOOK_PROMPTING, STEERHOOK_ANSWERING } steerhook_stage;
 
-/* Whether the sequence has an open request, and whether its prompt has ended. */
+/* Whether the sequence has an open request, and whether its prompt has been judged. */
 STEERHOOK_API steerhook_stage steerhook_request_stage(const steerhook_session *session,
                                                       int32_t seq);
+
+/* Rows of the open request so far, cached ones included, and in `n_prompt` (may be NULL) how many
+ * of them are its prompt, once it has been judged; 0 without a request. */
+STEERHOOK_API int32_t steerhook_request_rows(const steerhook_session *session, int32_t seq,
+                                             int32_t *n_prompt);
 
 /* The cache of a sequence was replaced by rows of unknown history (a saved state): its request
  * has ended, and if the package steers layers the rows count as steered. */

@@ -30,15 +30,14 @@ static const char *metadata(const llama_model *model, const char *key, char *tex
     return read(model, key, text, size) < 0 ? "" : text;
 }
 
-/* The first argument of functions of the vocabulary: in older versions the model itself. */
-static const void *vocabulary(const llama_model *model) {
+const void *sb_vocabulary(const llama_model *model) {
     vocab_of get = (vocab_of)sb_either("llama_model_get_vocab", NULL);
     return get != NULL ? (const void *)get(model) : model;
 }
 
 static int32_t n_vocab(const llama_model *model) {
     typedef int32_t (*count)(const void *);
-    return SB_CALL(count, "llama_vocab_n_tokens", "llama_n_vocab")(vocabulary(model));
+    return SB_CALL(count, "llama_vocab_n_tokens", "llama_n_vocab")(sb_vocabulary(model));
 }
 
 sb_facts sb_facts_of(const llama_model *model) {
@@ -72,7 +71,7 @@ static int32_t unpadded(const void *vocab, text_of text, int32_t count) {
 /* As steerbridge/fingerprint.py: each token behind its length in bytes, 32 bits, little endian. */
 static void hash_tokens(const llama_model *model, int32_t count, char digest[SB_SHA256_TEXT]) {
     text_of text = SB_CALL(text_of, "llama_vocab_get_text", "llama_token_get_text");
-    const void *vocab = vocabulary(model);
+    const void *vocab = sb_vocabulary(model);
     sb_sha256 hash;
     sb_sha256_begin(&hash);
     count = unpadded(vocab, text, count);

@@ -13,6 +13,9 @@ typedef struct {
 
 sb_facts sb_facts_of(const llama_model *model);
 
+/* The first argument of functions of the vocabulary: in older versions the model itself. */
+const void *sb_vocabulary(const llama_model *model);
+
 /* Ends the process if the model's vocabulary, token texts or chat template are not those that
  * `steerbridge run` names in the environment. */
 void sb_check_model(const llama_model *model, const sb_facts *facts);

@@ -17,6 +17,7 @@ typedef struct llama_sampler llama_sampler;
 typedef struct llama_batch_ext llama_batch_ext;
 typedef struct ggml_backend_sched ggml_backend_sched;
 struct ggml_tensor;
+struct ggml_cgraph;
 
 typedef struct {
     int32_t n_tokens;
@@ -34,8 +35,16 @@ typedef struct {
 } llama_embd;
 
 typedef struct {
-    bool no_perf;
-} llama_sampler_chain_params;
+    int32_t id;
+    float logit, p;
+} llama_token_data;
+
+typedef struct {
+    llama_token_data *data;
+    size_t size;
+    int64_t selected; /* below 0: none yet */
+    bool sorted;
+} llama_token_data_array;
 
 typedef bool (*eval_callback)(struct ggml_tensor *, bool ask, void *data);
 

@@ -38,7 +38,7 @@ static void *theirs(const char *name, void *ours);
 
 EXPORT int32_t OURS(llama_decode)(llama_context *context, llama_batch batch) {
     REAL(llama_decode)
-    sb_rows rows = {batch.n_tokens, batch.pos,    batch.n_seq_id,
+    sb_rows rows = {batch.n_tokens, batch.token,  batch.pos,           batch.n_seq_id,
                     batch.seq_id,   batch.logits, batch.token == NULL};
     sb_watch *watch = sb_watch_of(context);
     return sb_before(watch, &rows) ? sb_after(watch, real(context, batch)) : SB_ERROR;
@@ -120,7 +120,7 @@ EXPORT int32_t OURS(llama_batch_ext_add)(llama_batch_ext *batch, int32_t seq) {
     REAL(llama_batch_ext_add)
     int32_t index = real(batch, seq);
     if (index >= 0) {
-        sb_shadow_add(batch, index, seq, false);
+        sb_shadow_add(batch, index, seq, -1, false);
     }
     return index;
 }
@@ -129,7 +129,7 @@ EXPORT int32_t OURS(llama_batch_ext_add_token)(llama_batch_ext *batch, int32_t s
     REAL(llama_batch_ext_add_token)
     int32_t index = real(batch, seq, token);
     if (index >= 0) {
-        sb_shadow_add(batch, index, seq, false);
+        sb_shadow_add(batch, index, seq, token, false);
     }
     return index;
 }
@@ -138,7 +138,7 @@ EXPORT int32_t OURS(llama_batch_ext_add_embd)(llama_batch_ext *batch, int32_t se
     REAL(llama_batch_ext_add_embd)
     int32_t index = real(batch, seq, embd);
     if (index >= 0) {
-        sb_shadow_add(batch, index, seq, true);
+        sb_shadow_add(batch, index, seq, -1, true);
     }
     return index;
 }
@@ -256,30 +256,78 @@ EXPORT size_t OURS(llama_state_seq_load_file)(llama_context *context, const char
     return read;
 }
 
-/* ---- samplers: some request starts ---- */
+/* ---- logits that are used ---- */
 
-static _Thread_local int cloning;
+EXPORT float *OURS(llama_get_logits)(llama_context *context) {
+    REAL(llama_get_logits)
+    sb_read_whole(context);
+    return real(context);
+}
 
-EXPORT llama_sampler *OURS(llama_sampler_chain_init)(llama_sampler_chain_params params) {
-    REAL(llama_sampler_chain_init)
-    if (cloning == 0) {
-        sb_sampler_made();
+/* Functions of a context and the index of a row; what they return is one of its results. */
+#define USE(type, name, nothing)                                         \
+    EXPORT type OURS(name)(llama_context *context, int32_t index) {      \
+        REAL(name)                                                       \
+        return sb_used(context, index) ? real(context, index) : nothing; \
     }
-    return real(params);
+
+USE(float *, llama_get_logits_ith, NULL)
+USE(float *, llama_get_sampled_probs_ith, NULL)
+USE(float *, llama_get_sampled_logits_ith, NULL)
+USE(int32_t *, llama_get_sampled_candidates_ith, NULL)
+
+EXPORT int32_t OURS(llama_get_sampled_token_ith)(llama_context *context, int32_t index) {
+    REAL(llama_get_sampled_token_ith)
+    int32_t token = sb_used(context, index) ? real(context, index) : -1;
+    sb_chose(context, index, token);
+    return token;
 }
 
-EXPORT llama_sampler *OURS(llama_sampler_clone)(const llama_sampler *sampler) {
-    REAL(llama_sampler_clone)
-    cloning++; /* drafts are verified with clones */
-    llama_sampler *clone = real(sampler);
-    cloning--;
-    return clone;
+/* Samplers apply others: only what the program's own call chose counts. */
+static _Thread_local int applying;
+
+EXPORT int32_t OURS(llama_sampler_sample)(llama_sampler *sampler, llama_context *context,
+                                          int32_t index) {
+    REAL(llama_sampler_sample)
+    if (!sb_used(context, index)) {
+        sb_fatal("llama_sampler_sample: the last batch failed");
+    }
+    applying++;
+    int32_t token = real(sampler, context, index);
+    applying--;
+    sb_chose(context, index, token);
+    return token;
 }
 
-EXPORT void OURS(llama_sampler_reset)(llama_sampler *sampler) {
-    REAL(llama_sampler_reset)
-    sb_sampler_reset();
-    real(sampler);
+EXPORT void OURS(llama_sampler_apply)(llama_sampler *sampler, llama_token_data_array *tokens) {
+    REAL(llama_sampler_apply)
+    applying++;
+    real(sampler, tokens);
+    if (--applying == 0 && tokens->selected >= 0 && (size_t)tokens->selected < tokens->size) {
+        sb_chose_last(tokens->data[tokens->selected].id);
+    }
+}
+
+EXPORT float *OURS(llama_get_embeddings)(llama_context *context) {
+    REAL(llama_get_embeddings)
+    return sb_steered_embeddings(context) ? NULL : real(context);
+}
+
+EXPORT float *OURS(llama_get_embeddings_ith)(llama_context *context, int32_t index) {
+    REAL(llama_get_embeddings_ith)
+    return sb_steered_embeddings(context) ? NULL : real(context, index);
+}
+
+EXPORT float *OURS(llama_get_embeddings_seq)(llama_context *context, int32_t seq) {
+    REAL(llama_get_embeddings_seq)
+    return sb_steered_embeddings(context) ? NULL : real(context, seq);
+}
+
+EXPORT int OURS(ggml_backend_sched_graph_compute_async)(ggml_backend_sched *sched,
+                                                        struct ggml_cgraph *graph) {
+    REAL(ggml_backend_sched_graph_compute_async)
+    sb_pass(graph);
+    return real(sched, graph);
 }
 
 /* ---- looking up ---- */
@@ -297,13 +345,26 @@ EXPORT void OURS(llama_sampler_reset)(llama_sampler *sampler) {
     CACHE_FUNCTIONS(X, llama_kv_self) CACHE_FUNCTIONS(X, llama_kv_cache)                     \
     X(llama_state_set_data) X(llama_state_load_file) X(llama_state_seq_set_data)             \
     X(llama_state_seq_set_data_ext) X(llama_state_seq_load_file)                             \
-    X(llama_sampler_chain_init) X(llama_sampler_clone) X(llama_sampler_reset)
+    X(llama_get_logits) X(llama_get_logits_ith) X(llama_get_sampled_probs_ith)               \
+    X(llama_get_sampled_logits_ith) X(llama_get_sampled_candidates_ith)                      \
+    X(llama_get_sampled_token_ith) X(llama_sampler_sample) X(llama_sampler_apply)            \
+    X(llama_get_embeddings) X(llama_get_embeddings_ith) X(llama_get_embeddings_seq)          \
+    X(ggml_backend_sched_graph_compute_async)
 
 #define ENTRY(name) {#name, (void *)&OURS(name)},
 static const struct {
     const char *name;
     void *ours;
 } replaced[] = {FUNCTIONS(ENTRY)};
+
+void *sb_original(const char *name) {
+    for (size_t i = 0; i < sizeof replaced / sizeof *replaced; i++) {
+        if (strcmp(name, replaced[i].name) == 0) {
+            return theirs(name, replaced[i].ours);
+        }
+    }
+    return NULL;
+}
 
 static bool special(const void *handle) {
 #ifdef __APPLE__

@@ -12,6 +12,9 @@ void *sb_find(const char *name, const void *ours);
 /* The same, but its absence ends the process. */
 void *sb_need(const char *name, const void *ours);
 
+/* The program's own function behind one of ours; its absence ends the process. In preload.c. */
+void *sb_original(const char *name);
+
 /* The result of the program's own dlsym. */
 void *sb_real_dlsym(void *handle, const char *name);
 

@@ -5,7 +5,7 @@
 #include <string.h>
 
 typedef struct {
-    int32_t pos;
+    int32_t token, pos;
     bool has_pos, output, image;
     int32_t n_seqs;
     int32_t *seqs;
@@ -17,7 +17,7 @@ typedef struct shadow {
     int32_t count, capacity;
     row *rows;
     /* the same as arrays, made when asked for */
-    int32_t *pos, *n_seq_id, **seq_id;
+    int32_t *token, *pos, *n_seq_id, **seq_id;
     int8_t *output;
     struct shadow *next;
 } shadow;
@@ -51,14 +51,16 @@ static bool reserve(shadow *s, int32_t count) {
         return true;
     }
     int32_t capacity = count < 512 ? 512 : 2 * count;
-    void *rows = s->rows, *pos = s->pos, *n_seq_id = s->n_seq_id;
+    void *rows = s->rows, *token = s->token, *pos = s->pos, *n_seq_id = s->n_seq_id;
     void *seq_id = s->seq_id, *output = s->output;
     bool ok = grow(&rows, capacity, sizeof *s->rows);
+    ok = grow(&token, capacity, sizeof *s->token) && ok;
     ok = grow(&pos, capacity, sizeof *s->pos) && ok;
     ok = grow(&n_seq_id, capacity, sizeof *s->n_seq_id) && ok;
     ok = grow(&seq_id, capacity, sizeof *s->seq_id) && ok;
     ok = grow(&output, capacity, sizeof *s->output) && ok;
     s->rows = rows;
+    s->token = token;
     s->pos = pos;
     s->n_seq_id = n_seq_id;
     s->seq_id = seq_id;
@@ -80,7 +82,8 @@ bool sb_shadow_clear(const llama_batch_ext *batch) {
     return true;
 }
 
-bool sb_shadow_add(const llama_batch_ext *batch, int32_t index, int32_t seq, bool image) {
+bool sb_shadow_add(const llama_batch_ext *batch, int32_t index, int32_t seq, int32_t token,
+                   bool image) {
     shadow *s = find(batch, true);
     if (s == NULL || s->broken || index != s->count || !reserve(s, index + 1)) {
         if (s != NULL) {
@@ -89,7 +92,7 @@ bool sb_shadow_add(const llama_batch_ext *batch, int32_t index, int32_t seq, boo
         return false;
     }
     row *added = &s->rows[s->count++];
-    *added = (row){.image = image, .seqs = added->seqs};
+    *added = (row){.token = token, .image = image, .seqs = added->seqs};
     return sb_shadow_add_seq(batch, index, seq);
 }
 
@@ -144,6 +147,7 @@ void sb_shadow_free(const llama_batch_ext *batch) {
         free(s->rows[i].seqs);
     }
     free(s->rows);
+    free(s->token);
     free(s->pos);
     free(s->n_seq_id);
     free(s->seq_id);
@@ -163,12 +167,14 @@ bool sb_shadow_rows(const llama_batch_ext *batch, sb_rows *rows) {
             return false;
         }
         positions &= r->has_pos;
+        s->token[i] = r->token;
         s->pos[i] = r->pos;
         s->n_seq_id[i] = r->n_seqs;
         s->seq_id[i] = r->seqs;
         s->output[i] = r->output;
     }
-    *rows = (sb_rows){s->count, positions ? s->pos : NULL, s->n_seq_id, s->seq_id, s->output,
-                      s->count > 0 && s->rows[0].image};
+    bool image = s->count > 0 && s->rows[0].image;
+    *rows = (sb_rows){s->count, image ? NULL : s->token, positions ? s->pos : NULL, s->n_seq_id, s->seq_id, s->output,
+                      image};
     return true;
 }

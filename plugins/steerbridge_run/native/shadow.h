@@ -7,6 +7,7 @@
 /* Rows of a batch, whichever of llama.cpp's two interfaces it came through. */
 typedef struct {
     int32_t n_tokens;
+    const int32_t *token; /* NULL: embeddings */
     const int32_t *pos; /* NULL: llama.cpp counts */
     const int32_t *n_seq_id;
     int32_t *const *seq_id;
@@ -14,9 +15,10 @@ typedef struct {
     bool image;
 } sb_rows;
 
-/* Each returns false if there is no memory for it: the batch then cannot be decoded. */
+/* `token` is -1 for an embedding. Each returns false if there is no memory for it: the batch then cannot be decoded. */
 bool sb_shadow_clear(const llama_batch_ext *batch);
-bool sb_shadow_add(const llama_batch_ext *batch, int32_t index, int32_t seq, bool image);
+bool sb_shadow_add(const llama_batch_ext *batch, int32_t index, int32_t seq, int32_t token,
+                   bool image);
 bool sb_shadow_add_seq(const llama_batch_ext *batch, int32_t index, int32_t seq);
 bool sb_shadow_output(const llama_batch_ext *batch, int32_t index, bool output);
 bool sb_shadow_pos(const llama_batch_ext *batch, int32_t index, int32_t pos);

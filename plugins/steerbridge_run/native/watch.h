@@ -1,30 +1,80 @@
 /* The contexts of a process and the requests on their sequences. Internal.
  *
- * A program gives llama.cpp only batches and edits of the KV cache, so requests are inferred:
- *   - rows on a sequence without a request start a prompt;
- *   - the first row whose logits are asked for ends it, later ones are answers;
- *   - a row without logits after an answer starts the next prompt (a follow-up turn);
- *   - so does a single row of a sequence whose cache was cut while a sampler was made or reset: a
- *     prompt of which all but the last row is cached looks like that, and so does a slot whose
- *     drafts were all rejected while its neighbour starts. Then what had fired stays fired;
- *   - several rows of an answer that all ask for logits are drafts to verify. They are no prompt:
- *     that of a program which asks for the logits of its prompts was refused at its first one.
+ * A program gives llama.cpp only batches and edits of the KV cache. What they mean is seen by what
+ * the program does with the results:
+ *   - the last output row of a sequence that is not answering is judged, and steered, as if its
+ *     prompt ended there;
+ *   - it did end there if the logits of that row are used: by index or by a sampler. Rows that come
+ *     without such use are more prompt, and the next output row is judged;
+ *   - an answer goes on with a token that was chosen from the logits of the row before, or that
+ *     stood there already. Any other token behind the prompt is a new prompt; behind tokens of an
+ *     answer it is more of the conversation: what fired stays fired, and the new verdict is added,
+ *     unless a token between them ends generation.
+ * See docs/run.md for the programs in which this cannot be seen.
  */
 #ifndef SB_WATCH_H
 #define SB_WATCH_H
 
+#include "answers.h"
 #include "llama_abi.h"
+#include "passes.h"
 #include "shadow.h"
+#include "steerhook.h"
 
-typedef struct sb_watch sb_watch;
+typedef struct {
+    bool used;     /* its judged row's logits were: it is answering */
+    bool told;     /* its verdict was reported */
+    bool lost;     /* it had a request when the session failed */
+    uint64_t batch;  /* the context's batch that has its last rows */
+    int32_t origin;  /* whose rows of that batch they are: its own, or those it was copied from */
+    int32_t first;   /* number of the first of them in its request */
+    int32_t rows;    /* of the batch being begun, or the last one */
+    int32_t judged;  /* the row among them, in the batch, that was judged; of an answer the last
+                      * output row; -1: none */
+    int32_t draft;   /* the row from which the next one must have been chosen, if rows that no logits
+                      * were seen for are drafts; -1: all are known */
+    int32_t blind;   /* single rows of which nobody was seen to use the logits */
+    int32_t gap, shift; /* rows that a context shift took out at `gap` */
+    int32_t answer_pos; /* position of the answer's first row */
+    sb_answer answer;   /* from its prompt's last row on */
+} sb_sequence;
+
+typedef struct sb_watch {
+    llama_context *context;
+    const void *memory;
+    const void *vocab;
+    steerhook_session *session; /* NULL: not steered, see `other` */
+    bool other;      /* named with --also: it goes unsteered */
+    bool mrope, failed;
+    bool observed;   /* the program uses logits by index or by a sampler */
+    bool read_whole; /* llama_get_logits was called since the last batch */
+    int32_t n_seq_max, number;
+    sb_sequence *sequences;
+    sb_last last;
+    struct sb_watch *next;
+} sb_watch;
 
 enum { SB_ERROR = -3 }; /* what llama_decode returns when computing failed */
+
+/* ---- contexts.c ---- */
 
 /* The watch of a context, made when first asked for. It ends the process if the context cannot be
  * steered and is none that may go unsteered. */
 sb_watch *sb_watch_of(llama_context *context);
+/* The steered watch of a context or its cache; NULL if it has decoded nothing yet, or is not
+ * steered. */
+sb_watch *sb_watch_known(const void *context_or_memory);
 bool sb_steers(const sb_watch *watch); /* false: named with --also */
 void sb_watch_free(llama_context *context);
+/* Whether a token ends generation. */
+bool sb_ends(const sb_watch *watch, int32_t token);
+/* llama_decode itself, and its llama_memory_seq_rm, past ours. */
+int32_t sb_decode(const sb_watch *watch, llama_batch batch);
+bool sb_remove(const sb_watch *watch, int32_t seq, int32_t from);
+/* Rows of a sequence that are in the cache. */
+int32_t sb_cached(const sb_watch *watch, int32_t seq);
+
+/* ---- requests.c ---- */
 
 /* Before llama_decode: false if it must not be called and has failed with SB_ERROR. After it,
  * sb_after takes its result and returns the one to pass on. */
@@ -35,6 +85,18 @@ int32_t sb_after(sb_watch *watch, int32_t result);
  * that may go unsteered, or of a llama_decode that was not seen. */
 typedef enum { SB_UNSEEN, SB_UNSTEERED, SB_STEERED } sb_graph;
 sb_graph sb_current(eval_callback *callback, void **data);
+/* That graph is about to be computed. */
+void sb_pass(const struct ggml_cgraph *graph);
+
+/* The logits of a row of the last batch are being used; false if they must not be. */
+bool sb_used(llama_context *context, int32_t index);
+/* A token was chosen from them; or from those that this thread asked for last. */
+void sb_chose(llama_context *context, int32_t index, int32_t token);
+void sb_chose_last(int32_t token);
+/* All logits of the last batch were asked for at once. */
+void sb_read_whole(llama_context *context);
+/* Whether rows of the last batch were steered: then their embeddings are none. */
+bool sb_steered_embeddings(llama_context *context);
 
 /* What happened to the KV cache. `memory` is a llama_memory or, in older versions, the context. */
 void sb_cut(const void *memory, int32_t seq, int32_t from, int32_t to);
@@ -42,7 +104,5 @@ void sb_copied(const void *memory, int32_t from, int32_t to, int32_t p0, int32_t
 void sb_kept(const void *memory, int32_t seq);
 void sb_restored(llama_context *context, int32_t seq); /* seq < 0: every sequence */
 void sb_broken(const void *memory, const char *what);
-void sb_sampler_made(void);
-void sb_sampler_reset(void); /* drafts are made by a sampler that is reset every time */
 
 #endif

@@ -9,6 +9,7 @@ from steerbridge.testing import cases
 from steerbridge.testing.cases import Case
 from steerbridge.testing.driver import Ability
 from steerbridge.testing.kit import Guarded, Trial
+from steerbridge.testing.model import END
 from steerbridge.testing.shapes.table import ONE, Table, first, sound
 
 TABLE: Final = Table()
@@ -54,18 +55,28 @@ def _(trial: Trial) -> None:
                 guard.right([whole[:length]], keep=True)
 
 
+def _further(guard: Guarded, between: str) -> None:
+    """A prompt that fires and a quiet one, each with such ones that go on behind its answer."""
+    case = guard.case
+    for start in (case.quiet[0], case.fired[0]):
+        said = bytes(case.expected(start).tokens).decode()
+        turns = cases.prompts_of(8)
+        for fired in (True, False):
+            _in_turn(guard, [start, _longer(case, start + said + between, turns, fired)])
+
+
 @TABLE.each(
     "a further turn, behind the answer",
     Ability.CONVERSATION,
     kinds=("head", "mean", "layers", "earlier"),
 )
 def _(guard: Guarded) -> None:
-    case = guard.case
-    for start in (case.quiet[0], case.fired[0]):
-        said = bytes(case.expected(start).tokens).decode()
-        turns = cases.prompts_of(8)
-        for fired in (True, False):
-            _in_turn(guard, [start, _longer(case, start + said, turns, fired)])
+    _further(guard, END)
+
+
+@TABLE.each("a further turn, behind an answer that no token ends", Ability.UNENDED)
+def _(guard: Guarded) -> None:
+    _further(guard, "")
 
 
 @TABLE.each("a prompt that is a prefix of the last", Ability.CONVERSATION)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Final
 
-from steerbridge.testing import cases
+from steerbridge.testing import cases, vision
 from steerbridge.testing.cases import Case
 from steerbridge.testing.driver import Ability
 from steerbridge.testing.kit import Guarded, Trial
@@ -125,7 +125,7 @@ def _turn(guard: Guarded, starts: Sequence[str], more: Sequence[str]) -> None:
     sides = {_fires(case, start): start for start in starts}
     for fires, start in sides.items():
         said = bytes(case.expected(start).tokens).decode()
-        turns = [start + said + text for text in more]
+        turns = [start + said + vision.END + text for text in more]
         other = (p for p in turns if _fires(case, p) != fires and case.sound(p))
         turn = next(other, None) or first(turns, case.sound, "a later turn")
         for prompt in (start, turn):

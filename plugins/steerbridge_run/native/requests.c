@@ -1,0 +1,614 @@
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "events.h"
+#include "watch.h"
+
+static _Thread_local sb_watch *current; /* whose llama_decode runs on this thread */
+
+/* The row of logits that this thread asked for last. */
+static _Thread_local struct {
+    const llama_context *context;
+    int32_t number, row; /* of the context, and in its batch */
+    uint64_t batch;
+} fetched;
+
+sb_graph sb_current(eval_callback *callback, void **data) {
+    if (current == NULL) {
+        return SB_UNSEEN;
+    }
+    if (current->session == NULL) {
+        return SB_UNSTEERED;
+    }
+    *callback = steerhook_eval;
+    *data = current->session;
+    return SB_STEERED;
+}
+
+void sb_pass(const struct ggml_cgraph *graph) {
+    if (current != NULL && current->session != NULL) {
+        sb_last_check(&current->last, graph);
+    }
+}
+
+/* ---- failure ---- */
+
+static void tell_refused(const sb_watch *watch, int32_t seq, const char *reason) {
+    sb_event event;
+    fprintf(stderr, "steerbridge: sequence %ld refused: %s\n", (long)seq, reason);
+    sb_event_begin(&event, "refused");
+    sb_event_number(&event, "context", watch->number);
+    sb_event_number(&event, "sequence", seq);
+    sb_event_text(&event, "reason", "%s", reason);
+    sb_event_send(&event);
+}
+
+/* No sequence that had a request may go on before its cache was emptied. */
+static void fail(sb_watch *watch, const char *reason) {
+    if (!watch->failed) {
+        sb_tell("failed", "context %ld: %s", (long)watch->number, reason);
+    }
+    watch->failed = true;
+    for (int32_t i = 0; i < watch->n_seq_max; i++) {
+        watch->sequences[i].lost = steerhook_request_stage(watch->session, i) != STEERHOOK_NONE;
+    }
+}
+
+static void recover(sb_watch *watch) {
+    for (int32_t i = 0; i < watch->n_seq_max; i++) {
+        if (watch->sequences[i].lost) {
+            return;
+        }
+    }
+    watch->failed = false;
+    steerhook_session_clear(watch->session);
+    for (int32_t i = 0; i < watch->n_seq_max; i++) {
+        steerhook_rows_restored(watch->session, i); /* rows of finished requests are still there */
+    }
+}
+
+/* ---- what is told ---- */
+
+static void tell_verdict(sb_watch *watch, int32_t seq) {
+    enum { MAX = 64 };
+    steerhook_verdict verdicts[MAX];
+    steerhook_rule_state rules[MAX];
+    int32_t probes = steerhook_verdicts(watch->session, seq, verdicts, MAX);
+    int32_t count = steerhook_rules(watch->session, seq, rules, MAX);
+    sb_event event;
+    sb_event_begin(&event, "verdict");
+    sb_event_number(&event, "context", watch->number);
+    sb_event_number(&event, "sequence", seq);
+    sb_event_open(&event, "probes", '[');
+    for (int32_t i = 0; i < probes && i < MAX; i++) {
+        sb_event_open(&event, NULL, '{');
+        sb_event_text(&event, "probe", "%s", verdicts[i].probe);
+        sb_event_number(&event, "score", verdicts[i].score);
+        sb_event_number(&event, "threshold", verdicts[i].threshold);
+        sb_event_bool(&event, "fired", verdicts[i].fired);
+        if (verdicts[i].unjudged[0] != '\0') {
+            sb_event_text(&event, "unjudged", "%s", verdicts[i].unjudged);
+        }
+        sb_event_close(&event, '}');
+    }
+    sb_event_close(&event, ']');
+    sb_event_open(&event, "fired", '[');
+    for (int32_t i = 0; i < count && i < MAX; i++) {
+        if (rules[i].fired) {
+            sb_event_text(&event, NULL, "%s", rules[i].rule);
+        }
+    }
+    sb_event_close(&event, ']');
+    sb_event_send(&event);
+    watch->sequences[seq].told = true;
+}
+
+/* ---- a request begins, or goes on ---- */
+
+static bool in_range(const sb_watch *watch, int32_t seq) {
+    return seq >= 0 && seq < watch->n_seq_max;
+}
+
+static bool open_request(sb_watch *watch, int32_t seq, int32_t n_cached, steerhook_keep keep) {
+    sb_sequence *q = &watch->sequences[seq];
+    if (steerhook_request_open(watch->session, seq, n_cached, keep) != STEERHOOK_OK) {
+        tell_refused(watch, seq, steerhook_session_error(watch->session));
+        return false;
+    }
+    q->used = q->told = false;
+    q->gap = q->shift = 0;
+    q->draft = -1;
+    return true;
+}
+
+/* The first row of a sequence in the batch being begun. */
+static int32_t first_row(const sb_watch *watch, int32_t seq) {
+    int32_t row = 0;
+    while (!sb_last_has(&watch->last, row, seq)) {
+        row++;
+    }
+    return row;
+}
+
+static bool begin(sb_watch *watch, int32_t seq) {
+    int32_t row = first_row(watch, seq);
+    int32_t n_cached = watch->last.pos[row];
+    const sb_answer *answer = &watch->sequences[seq].answer;
+    /* It may answer from the logits of a prompt's earlier row, which were not steered. */
+    bool distrust = sb_answer_chosen(answer, n_cached - 1, watch->last.token[row]);
+    if (!open_request(watch, seq, n_cached, STEERHOOK_KEEP_NONE)) {
+        return false;
+    }
+    if (distrust) {
+        steerhook_request_distrust(watch->session, seq);
+    }
+    return true;
+}
+
+/* Evaluates rows of a prompt again: they were steered in their blocks, and what follows must not
+ * attend to such rows. The caller has opened the request before them. */
+static bool evaluate_again(sb_watch *watch, int32_t seq, const int32_t *tokens, int32_t count,
+                           int32_t position) {
+    if (!sb_remove(watch, seq, position)) {
+        return false;
+    }
+    for (int32_t i = 0; i < count; i++) {
+        int8_t output = 0;
+        int32_t one = 1, *list = &seq, token = tokens[i], at = position + i;
+        llama_batch batch = {1, &token, NULL, &at, &one, &list, &output};
+        steerhook_batch ours = {1, &one, &list, &output, false};
+        sb_last again = {.n_rows = 1, .text = true, .token = &token};
+        sb_last last = watch->last;
+        if (steerhook_batch_begin(watch->session, &ours) != STEERHOOK_OK) {
+            return false;
+        }
+        current = watch;
+        watch->last = again;
+        int32_t result = sb_decode(watch, batch);
+        bool reordered = watch->last.reordered;
+        watch->last = last;
+        current = NULL;
+        if (result != 0 || reordered || steerhook_batch_end(watch->session) != STEERHOOK_OK) {
+            return false;
+        }
+    }
+    return true;
+}
+
+/* Opens a request behind `count` rows of the last one, none of which may be left steered in its
+ * blocks: those are evaluated again. Where their tokens are not known, its probes will fire. */
+static bool open_behind(sb_watch *watch, int32_t seq, int32_t count, steerhook_keep keep) {
+    sb_sequence *q = &watch->sequences[seq];
+    int32_t steered = steerhook_first_steered(watch->session, seq);
+    int32_t again = steered < 0 || steered >= count ? 0 : count - steered;
+    const sb_answer *answer = &q->answer;
+    bool known = again > 0 && answer->first == steered && answer->n_tokens >= again &&
+                 q->shift == 0 && q->answer_pos >= 0;
+    for (int32_t i = 0; i < again && known; i++) {
+        known = answer->tokens[i] >= 0;
+    }
+    if (!open_request(watch, seq, known ? steered : count, keep)) {
+        return false;
+    }
+    if (known && !evaluate_again(watch, seq, answer->tokens, again, q->answer_pos)) {
+        fail(watch, "rows that were steered could not be evaluated again");
+        return false;
+    }
+    return true;
+}
+
+/* Rows come, and the logits of the judged one were not used: the prompt goes on. */
+static bool extend(sb_watch *watch, int32_t seq) {
+    sb_sequence *q = &watch->sequences[seq];
+    int32_t rows = steerhook_request_rows(watch->session, seq, NULL);
+    /* Nobody was ever seen to use logits, and it feeds single tokens: it may be answering. */
+    bool blind = watch->read_whole && !watch->observed && q->rows == 1;
+    q->blind = blind ? q->blind + 1 : 0;
+    if (!blind) {
+        return open_behind(watch, seq, rows, STEERHOOK_KEEP_HELD);
+    }
+    bool opened = open_request(watch, seq, rows, STEERHOOK_KEEP_FIRED);
+    if (opened && q->blind > 1) {
+        steerhook_request_distrust(watch->session, seq);
+    }
+    return opened;
+}
+
+/* Rows behind an answer: its own tokens, drafts of them, or a new part of the conversation. */
+static bool go_on(sb_watch *watch, int32_t seq, bool drafts) {
+    sb_sequence *q = &watch->sequences[seq];
+    const sb_last *last = &watch->last;
+    int32_t n_prompt, count = steerhook_request_rows(watch->session, seq, &n_prompt);
+    int32_t previous = -1, number = count;
+    bool ended = q->answer.ended < count, known = true, outputs = true;
+    q->draft = -1;
+    for (int32_t row = 0; row < last->n_rows; row++) {
+        if (!sb_last_has(last, row, seq)) {
+            continue;
+        }
+        if (known && !sb_answer_goes_on(&q->answer, number, last->token[row])) {
+            known = false;
+            q->draft = previous;
+        }
+        outputs = outputs && (known || last->output[row]);
+        /* The last one may be chosen yet; what stands before it was not answered. */
+        ended |= number + 1 < count + q->rows && sb_ends(watch, last->token[row]);
+        previous = row;
+        number++;
+    }
+    if (known || (drafts && q->draft >= 0 && outputs)) {
+        return true;
+    }
+    bool fresh = ended || (q->draft < 0 && count == n_prompt);
+    return fresh ? open_behind(watch, seq, count, STEERHOOK_KEEP_NONE)
+                 : open_request(watch, seq, count, STEERHOOK_KEEP_FIRED);
+}
+
+/* Notes which sequences have rows here; false if one is out of range. */
+static bool survey(sb_watch *watch) {
+    const sb_last *last = &watch->last;
+    for (int32_t i = 0; i < watch->n_seq_max; i++) {
+        watch->sequences[i].rows = 0;
+    }
+    for (int32_t m = 0; m < last->first_member[last->n_rows]; m++) {
+        if (!in_range(watch, last->members[m])) {
+            return false;
+        }
+        watch->sequences[last->members[m]].rows++;
+    }
+    return true;
+}
+
+/* Where a program leaves positions to llama.cpp, they go on from the cache. */
+static void number_rows(sb_watch *watch) {
+    sb_last *last = &watch->last;
+    for (int32_t seq = 0; last->pos[0] < 0 && seq < watch->n_seq_max; seq++) {
+        int32_t next = watch->sequences[seq].rows > 0 ? sb_cached(watch, seq) : 0;
+        for (int32_t row = 0; watch->sequences[seq].rows > 0 && row < last->n_rows; row++) {
+            if (sb_last_has(last, row, seq)) {
+                last->pos[row] = next++;
+            }
+        }
+    }
+}
+
+static bool enter(sb_watch *watch, int32_t seq, bool drafts) {
+    switch (steerhook_request_stage(watch->session, seq)) {
+    case STEERHOOK_NONE: return begin(watch, seq);
+    case STEERHOOK_PROMPTING: return true;
+    case STEERHOOK_ANSWERING: break;
+    }
+    return watch->sequences[seq].used ? go_on(watch, seq, drafts) : extend(watch, seq);
+}
+
+/* As sb_before; without `drafts`, rows behind an answer's last token are no drafts. */
+static bool before(sb_watch *watch, const sb_rows *rows, bool drafts) {
+    sb_last_take(&watch->last, rows);
+    if (!survey(watch)) {
+        fail(watch, "a row of a sequence that the context does not have");
+        return false;
+    }
+    number_rows(watch);
+    for (int32_t seq = 0; seq < watch->n_seq_max; seq++) {
+        if (watch->sequences[seq].rows > 0 && !enter(watch, seq, drafts)) {
+            return false;
+        }
+    }
+    steerhook_batch batch = {rows->n_tokens, rows->n_seq_id, rows->seq_id, rows->output,
+                             rows->image};
+    if (steerhook_batch_begin(watch->session, &batch) != STEERHOOK_OK) {
+        fail(watch, steerhook_session_error(watch->session));
+        return false;
+    }
+    current = watch;
+    return true;
+}
+
+bool sb_before(sb_watch *watch, const sb_rows *rows) {
+    current = watch; /* also where nothing is steered: llama.cpp may use this graph again */
+    if (watch->other) {
+        return true;
+    }
+    current = NULL;
+    if (watch->failed) {
+        return false;
+    }
+    if (rows->image && watch->mrope) {
+        fail(watch, "images of a model with M-RoPE: positions do not identify rows");
+        return false;
+    }
+    return rows->n_tokens < 1 || before(watch, rows, true);
+}
+
+/* ---- a batch was decoded ---- */
+
+/* Notes what the rows of the batch are for a sequence. From the row on that was judged, their
+ * tokens are kept. */
+static void note_rows(sb_watch *watch, int32_t seq) {
+    sb_sequence *q = &watch->sequences[seq];
+    const sb_last *last = &watch->last;
+    int32_t n_prompt, number;
+    q->first = number = steerhook_request_rows(watch->session, seq, &n_prompt) - q->rows;
+    q->batch = last->number;
+    q->origin = seq;
+    q->judged = -1;
+    for (int32_t row = 0; row < last->n_rows; row++) {
+        if (!sb_last_has(last, row, seq)) {
+            continue;
+        }
+        if (q->used ? last->output[row] != 0 : number == n_prompt - 1) {
+            q->judged = row;
+        }
+        if (!q->used && q->judged == row) {
+            sb_answer_begin(&q->answer, number);
+            q->answer_pos = last->pos[row];
+        }
+        if (n_prompt > 0 && number >= n_prompt - 1) {
+            bool ends = number >= n_prompt && sb_ends(watch, last->token[row]);
+            sb_answer_add(&q->answer, number, last->token[row], ends);
+        }
+        number++;
+    }
+    sb_answer_prune(&q->answer, q->first - 1);
+    if (q->blind > 1 && !q->told) {
+        tell_verdict(watch, seq);
+    }
+}
+
+int32_t sb_after(sb_watch *watch, int32_t result) {
+    current = NULL;
+    if (watch->other) {
+        return result;
+    }
+    steerhook_status status = result == 0 ? steerhook_batch_end(watch->session)
+                                          : steerhook_batch_cancel(watch->session);
+    if (status != STEERHOOK_OK) {
+        fail(watch, steerhook_session_error(watch->session));
+        return SB_ERROR; /* the logits in the context are of an earlier batch */
+    }
+    if (result != 0) {
+        return result;
+    }
+    if (watch->last.reordered) {
+        fail(watch, "a pass computed other tokens than the next ones of the batch");
+        return SB_ERROR;
+    }
+    watch->read_whole = false;
+    for (int32_t seq = 0; seq < watch->n_seq_max; seq++) {
+        if (watch->sequences[seq].rows > 0) {
+            note_rows(watch, seq);
+        }
+    }
+    return result;
+}
+
+/* ---- its logits are used ---- */
+
+/* The row in the last batch that a sequence would know it by: its own, or the one it was copied
+ * from. */
+static bool concerns(const sb_watch *watch, const sb_sequence *q, int32_t row) {
+    return q->batch == watch->last.number && sb_last_has(&watch->last, row, q->origin);
+}
+
+/* The number of a row of the last batch in a sequence's request. */
+static int32_t number_of(const sb_watch *watch, const sb_sequence *q, int32_t row) {
+    return q->first + sb_last_before(&watch->last, row, q->origin);
+}
+
+/* What looked like drafts was prompt: decode it again, judged. It must be alone in its batch. */
+static bool judge_again(sb_watch *watch, int32_t seq) {
+    sb_sequence *q = &watch->sequences[seq];
+    sb_last copy = watch->last;
+    for (int32_t i = 0; i < watch->n_seq_max; i++) {
+        if (i != seq && watch->sequences[i].batch == copy.number) {
+            fail(watch, "a batch of several sequences, one with drafts that are not verified");
+            return false;
+        }
+    }
+    watch->last = (sb_last){.number = copy.number};
+    llama_batch batch = sb_last_batch(&copy);
+    sb_rows rows = {copy.n_rows,  copy.token,  copy.pos, batch.n_seq_id,
+                    batch.seq_id, copy.output, copy.image};
+    steerhook_request_cut(watch->session, seq, q->first, -1);
+    bool done = sb_remove(watch, seq, copy.pos[0]) && before(watch, &rows, false) &&
+                sb_after(watch, sb_decode(watch, batch)) == 0;
+    if (!done && !watch->failed) {
+        fail(watch, "rows behind an answer could not be evaluated again");
+    }
+    current = NULL;
+    free(batch.n_seq_id);
+    free(batch.seq_id);
+    sb_last_free(&copy);
+    return done;
+}
+
+static void latch(sb_watch *watch, int32_t seq) {
+    sb_sequence *q = &watch->sequences[seq];
+    q->used = true;
+    q->blind = 0;
+    if (q->origin == seq && !q->told) {
+        tell_verdict(watch, seq);
+    }
+}
+
+bool sb_used(llama_context *context, int32_t index) {
+    sb_watch *watch = sb_watch_known(context);
+    if (watch == NULL || watch->failed || watch->last.n_rows == 0) {
+        return watch == NULL || !watch->failed;
+    }
+    int32_t row = sb_last_row(&watch->last, index);
+    fetched.context = context;
+    fetched.number = watch->number;
+    fetched.batch = watch->last.number;
+    fetched.row = row;
+    if (row < 0 || (watch->last.used[row] && watch->observed)) {
+        return true;
+    }
+    watch->observed = true;
+    for (int32_t seq = 0; seq < watch->n_seq_max; seq++) {
+        const sb_sequence *q = &watch->sequences[seq];
+        bool judged = steerhook_request_stage(watch->session, seq) == STEERHOOK_ANSWERING;
+        if (!judged || !concerns(watch, q, row) || q->judged > row) {
+            continue;
+        }
+        if (!q->used && q->judged < row) {
+            fail(watch, "logits behind a prompt's end were used before those of the end");
+            return false;
+        }
+        if (q->judged != row) {
+            continue;
+        }
+        if (q->used && q->draft >= 0 && !watch->last.used[q->draft] && q->draft != row) {
+            if (!judge_again(watch, seq)) {
+                return false;
+            }
+            fetched.batch = watch->last.number;
+        }
+        if (!q->used) {
+            latch(watch, seq);
+        }
+    }
+    watch->last.used[row] = true;
+    return true;
+}
+
+static void chose(sb_watch *watch, int32_t row, int32_t token) {
+    for (int32_t seq = 0; row >= 0 && seq < watch->n_seq_max; seq++) {
+        sb_sequence *q = &watch->sequences[seq];
+        if (concerns(watch, q, row)) {
+            sb_answer_choose(&q->answer, number_of(watch, q, row), token);
+        }
+    }
+}
+
+void sb_chose(llama_context *context, int32_t index, int32_t token) {
+    sb_watch *watch = sb_watch_known(context);
+    if (watch != NULL && watch->last.n_rows > 0) {
+        chose(watch, sb_last_row(&watch->last, index), token);
+    }
+}
+
+void sb_chose_last(int32_t token) {
+    sb_watch *watch = fetched.context == NULL ? NULL : sb_watch_known(fetched.context);
+    if (watch != NULL && watch->number == fetched.number && watch->last.number == fetched.batch) {
+        chose(watch, fetched.row, token);
+    }
+}
+
+void sb_read_whole(llama_context *context) {
+    sb_watch *watch = sb_watch_known(context);
+    if (watch != NULL) {
+        watch->read_whole = true;
+    }
+}
+
+bool sb_steered_embeddings(llama_context *context) {
+    sb_watch *watch = sb_watch_known(context);
+    for (int32_t seq = 0; watch != NULL && seq < watch->n_seq_max; seq++) {
+        enum { MAX = 64 };
+        steerhook_rule_state rules[MAX];
+        bool last = watch->sequences[seq].batch == watch->last.number &&
+                    steerhook_request_stage(watch->session, seq) == STEERHOOK_ANSWERING;
+        int32_t count = last ? steerhook_rules(watch->session, seq, rules, MAX) : 0;
+        for (int32_t i = 0; i < count && i < MAX; i++) {
+            if (rules[i].fired) {
+                tell_refused(watch, seq, "embeddings of rows that were steered");
+                return true;
+            }
+        }
+    }
+    return false;
+}
+
+/* ---- the KV cache ---- */
+
+/* Positions are rows until a context shift takes some out; behind it they lag by so many. */
+static int32_t row_at(const sb_sequence *q, int32_t position) {
+    return q->shift > 0 && position > q->gap ? position + q->shift : position;
+}
+
+static void cut(sb_watch *watch, int32_t seq, int32_t from, int32_t to) {
+    sb_sequence *q = &watch->sequences[seq];
+    from = from < 0 ? 0 : from;
+    if (watch->failed) {
+        q->lost &= from > 0 || to >= 0;
+        return;
+    }
+    int32_t rows = steerhook_request_rows(watch->session, seq, NULL);
+    int32_t first = row_at(q, from), behind = to < 0 ? -1 : row_at(q, to);
+    steerhook_request_cut(watch->session, seq, first, behind);
+    bool answering = steerhook_request_stage(watch->session, seq) == STEERHOOK_ANSWERING;
+    if (behind < 0 || behind >= rows) {
+        sb_answer_cut(&q->answer, first, q->first);
+    } else if (to > from && answering) {
+        q->gap = q->shift == 0 || from < q->gap ? from : q->gap;
+        q->shift += to - from;
+    }
+    q->used &= answering;
+}
+
+void sb_cut(const void *memory, int32_t seq, int32_t from, int32_t to) {
+    sb_watch *watch = sb_watch_known(memory);
+    if (watch == NULL) {
+        return;
+    }
+    for (int32_t i = 0; i < watch->n_seq_max; i++) {
+        if (seq < 0 || seq == i) {
+            cut(watch, i, from, to);
+        }
+    }
+    if (watch->failed) {
+        recover(watch);
+    }
+}
+
+void sb_kept(const void *memory, int32_t seq) {
+    sb_watch *watch = sb_watch_known(memory);
+    for (int32_t i = 0; watch != NULL && i < watch->n_seq_max; i++) {
+        if (i != seq) {
+            sb_cut(memory, i, 0, -1);
+        }
+    }
+}
+
+void sb_copied(const void *memory, int32_t from, int32_t to, int32_t p0, int32_t p1) {
+    sb_watch *watch = sb_watch_known(memory);
+    if (watch == NULL || from == to || !in_range(watch, from) || !in_range(watch, to)) {
+        return;
+    }
+    if (watch->failed) {
+        watch->sequences[to].lost = true; /* only emptying its cache helps */
+        return;
+    }
+    steerhook_status status = steerhook_request_copy(watch->session, from, to);
+    if (status == STEERHOOK_OK) {
+        sb_answer answer = watch->sequences[to].answer;
+        sb_answer_copy(&watch->sequences[from].answer, &answer);
+        watch->sequences[to] = watch->sequences[from];
+        watch->sequences[to].answer = answer;
+    }
+    if (status != STEERHOOK_OK || p0 > 0) { /* the copy is of no request, or of its middle */
+        steerhook_request_end(watch->session, to);
+    } else if (p1 >= 0) {
+        cut(watch, to, p1, -1);
+    }
+}
+
+void sb_restored(llama_context *context, int32_t seq) {
+    sb_watch *watch = sb_watch_of(context);
+    for (int32_t i = 0; i < watch->n_seq_max; i++) {
+        if (seq < 0 || seq == i) {
+            steerhook_rows_restored(watch->session, i);
+            watch->sequences[i].used = false;
+            sb_answer_forget(&watch->sequences[i].answer);
+        }
+    }
+}
+
+void sb_broken(const void *memory, const char *what) {
+    sb_watch *watch = sb_watch_known(memory);
+    if (watch != NULL) {
+        fail(watch, what);
+    }
+}

@@ -1,0 +1,18 @@
+/* What `steerbridge run` says in the environment. Internal. */
+#ifndef SB_SETTINGS_H
+#define SB_SETTINGS_H
+
+#include <stdbool.h>
+
+#include "steerhook.h"
+
+/* The package, loaded once; ends the process without one. */
+steerhook_package *sb_package(void);
+
+/* Whether a model may go unsteered: a shape "architecture:width:blocks" that --also named. */
+bool sb_may_go_unsteered(const char *shape);
+
+/* Takes the thresholds calibrated for a `general.file_type`; false if there are none. */
+bool sb_calibrate(steerhook_session *session, const char *file_type);
+
+#endif

@@ -1,0 +1,161 @@
+"""What the preload cannot see, seen from outside: processes without it, and a hidden llama.cpp.
+
+On Linux `run` adopts every process that its program starts. One that opens a model file without
+having answered (it lost the preload, has elevated privileges or is linked statically), or with a
+llama.cpp inside another library, ends with all the others: no answer is better than an unguarded
+one. On macOS nothing is seen; there the answer of the program itself is all there is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import stat
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from elftools.common.exceptions import ELFError
+
+from steerbridge_run import programs
+
+_PROC: Final = Path("/proc")
+_GGUF: Final = b"GGUF"
+_PR_SET_CHILD_SUBREAPER: Final = 36
+SECONDS: Final = 0.02  # between two looks
+
+
+def adopt() -> None:
+    """Become the parent of every orphan that this process's children leave (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def descendants(root: int) -> list[int]:
+    """Processes that a process started, and those that they started (Linux)."""
+    found, waiting = [], [root]
+    while waiting:
+        children = _children(waiting.pop())
+        found += children
+        waiting += children
+    return found
+
+
+def _children(pid: int) -> list[int]:
+    listed = []
+    with contextlib.suppress(OSError):
+        for task in (_PROC / str(pid) / "task").iterdir():
+            with contextlib.suppress(OSError):
+                listed += [int(child) for child in (task / "children").read_text().split()]
+    return listed
+
+
+@dataclass
+class Watchdog:
+    """Looks at the processes of `run` until it is closed.
+
+    Args:
+        answered: whether the preload of a process has said that it is there.
+        stop: called with a reason, once; then the processes are killed.
+    """
+
+    answered: Callable[[int], bool]
+    stop: Callable[[str], None]
+    _kinds: dict[tuple[int, int, int], str] = field(default_factory=dict)
+    _seen: dict[int, frozenset[str]] = field(default_factory=dict)
+    _closed: threading.Event = field(default_factory=threading.Event)
+
+    def start(self) -> None:
+        """Begin to look, in a thread (Linux)."""
+        if sys.platform == "linux":
+            threading.Thread(target=self._watch, daemon=True).start()
+
+    def close(self) -> None:
+        """Look no more."""
+        self._closed.set()
+
+    def _watch(self) -> None:
+        while not self._closed.wait(SECONDS):
+            for pid in descendants(os.getpid()):
+                if reason := self._fault(pid):
+                    self.stop(reason)
+                    kill_all()
+                    return
+
+    def _fault(self, pid: int) -> str:
+        """Why a process must end; empty if it need not."""
+        paths = frozenset(_mapped(pid)) | frozenset(_opened(pid))
+        if paths == self._seen.get(pid):
+            return ""
+        kinds = {path: self._kind(path) for path in paths}
+        models = sorted(path for path, kind in kinds.items() if kind == "model")
+        if models and not self.answered(pid):
+            return (
+                f"process {pid} ({_name(pid)}) opened {models[0]} without the guard: it was "
+                "started with another environment, is linked statically, or has elevated privileges"
+            )
+        if models and (hidden := [path for path, kind in kinds.items() if kind == "hidden"]):
+            return (
+                f"process {pid} ({_name(pid)}) runs {models[0]} with a llama.cpp that is hidden in "
+                f"{hidden[0]}; `steerbridge serve` runs the model guarded"
+            )
+        self._seen[pid] = paths
+        return ""
+
+    def _kind(self, path: str) -> str:
+        """`model`, `hidden` (a llama.cpp that cannot be hooked), or empty."""
+        try:
+            found = os.stat(path)
+        except OSError:
+            return ""
+        if not stat.S_ISREG(found.st_mode):
+            return ""
+        key = found.st_dev, found.st_ino, found.st_size
+        if key not in self._kinds:
+            self._kinds[key] = _kind_of(Path(path))
+        return self._kinds[key]
+
+
+def _kind_of(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            start = file.read(4)
+        if start == _GGUF:
+            return "model"
+        return "hidden" if start == programs.ELF and programs.hides_llama(path) else ""
+    except (OSError, ValueError, ELFError):
+        return ""
+
+
+def _mapped(pid: int) -> Iterator[str]:
+    with contextlib.suppress(OSError):
+        for line in (_PROC / str(pid) / "maps").read_text(errors="replace").splitlines():
+            _, slash, path = line.partition("/")
+            if slash:
+                yield slash + path
+
+
+def _opened(pid: int) -> Iterator[str]:
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(_PROC / str(pid) / "fd"):
+            with contextlib.suppress(OSError):
+                if (path := os.readlink(entry.path)).startswith("/"):
+                    yield path
+
+
+def _name(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        return (_PROC / str(pid) / "comm").read_text().strip()
+    return "ended"
+
+
+def kill_all() -> None:
+    """Kill every process that this one started, and those that they started."""
+    for pid in descendants(os.getpid()):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, signal.SIGKILL)
