@@ -27,7 +27,11 @@ def _next(generator: Any, sent: Any) -> int | None:
 
 
 class Steering:
-    """The methods of `Llama` that the request tracker must know of; mixed in before the class."""
+    """The methods of `Llama` that the request tracker must know of; mixed in before the class.
+
+    Threads take turns: llama.cpp's context is used by one at a time. Of two answers that threads
+    take token by token, the first ends with an error, as both would use one cache.
+    """
 
     steering_session: Attachment
     _steering_tracker: RequestTracker
@@ -39,28 +43,37 @@ class Steering:
         tracker = self._steering_tracker
         bound = _GENERATE.bind(self, tokens, *args, **kwargs).arguments
         del bound["self"]
-        with tracker.request(tokens, bound.get("reset", True)) as running:
-            bound["tokens"] = running.tokens
-            with contextlib.closing(super().generate(**bound)) as inner:  # type: ignore[misc]
-                sent = None
-                while (token := _next(inner, sent)) is not None:
-                    sent = yield token
+        with contextlib.ExitStack() as stack:
+            with tracker.turn:
+                request = tracker.request(tokens, bound.get("reset", True))
+                running = stack.enter_context(request)
+                bound["tokens"] = running.tokens
+                inner = stack.enter_context(contextlib.closing(super().generate(**bound)))  # type: ignore[misc]
+            sent = None
+            while True:
+                with tracker.turn:
                     tracker.check(running)
+                    token = _next(inner, sent)
+                if token is None:
+                    return
+                sent = yield token
 
     def eval(self, tokens: Sequence[int]) -> None:
         """See `Llama.eval`; on an empty cache the tokens are a prompt."""
-        self._steering_tracker.before_eval(len(tokens))
-        super().eval(tokens)  # type: ignore[misc]
+        with self._steering_tracker.turn:
+            self._steering_tracker.before_eval(len(tokens))
+            super().eval(tokens)  # type: ignore[misc]
 
     def reset(self) -> None:
         """See `Llama.reset`."""
-        if self._steering_tracker.context.failed:
-            self._steering_tracker.recover()
-        super().reset()  # type: ignore[misc]
+        with self._steering_tracker.turn:
+            if self._steering_tracker.context.failed:
+                self._steering_tracker.recover()
+            super().reset()  # type: ignore[misc]
 
     def embed(self, *args: Any, **kwargs: Any) -> Any:
         """See `Llama.embed`; nothing is generated, so nothing is steered."""
-        with self._steering_tracker.paused():
+        with self._steering_tracker.turn, self._steering_tracker.paused():
             return super().embed(*args, **kwargs)  # type: ignore[misc]
 
     def save_state(self) -> Any:
@@ -69,13 +82,15 @@ class Steering:
         Raises:
             SteeredCache: the KV cache holds rows that were steered at a layer.
         """
-        self._steering_tracker.refuse_steered_cache()
-        return super().save_state()  # type: ignore[misc]
+        with self._steering_tracker.turn:
+            self._steering_tracker.refuse_steered_cache()
+            return super().save_state()  # type: ignore[misc]
 
     def load_state(self, state: Any) -> None:
         """See `Llama.load_state`; what follows must be a request of its own (`generate`)."""
-        super().load_state(state)  # type: ignore[misc]
-        self._steering_tracker.loaded()
+        with self._steering_tracker.turn:
+            super().load_state(state)  # type: ignore[misc]
+            self._steering_tracker.loaded()
 
     def set_cache(self, cache: Any) -> None:
         """See `Llama.set_cache`.
@@ -89,7 +104,8 @@ class Steering:
 
     def create_completion(self, *args: Any, **kwargs: Any) -> Any:
         """See `Llama.create_completion`; the result, or each chunk, has a field `steering`."""
-        return self._tagged(super().create_completion(*args, **kwargs))  # type: ignore[misc]
+        with self._steering_tracker.turn:  # a stream takes it token by token
+            return self._tagged(super().create_completion(*args, **kwargs))  # type: ignore[misc]
 
     def create_chat_completion(self, *args: Any, **kwargs: Any) -> Any:
         """See `Llama.create_chat_completion`; with the field `steering` too.
@@ -103,14 +119,25 @@ class Steering:
         messages, handler = args[0] if args else kwargs.get("messages", []), self.chat_handler  # type: ignore[attr-defined]
         check_parts(messages, handler)
         create = super().create_chat_completion  # type: ignore[misc]
-        if not is_media_handler(handler):
-            return self._tagged(create(*args, **kwargs))
-        if self.cache is not None:  # type: ignore[attr-defined]
-            raise UnsupportedFeature(
-                RUNTIME, "images with a cache of saved states", "set_cache(None)"
-            )
-        with watched(handler, self._steering_tracker):
-            return self._tagged(create(*args, **kwargs))
+        with self._steering_tracker.turn:
+            if not is_media_handler(handler):
+                return self._tagged(create(*args, **kwargs))
+            if self.cache is not None:  # type: ignore[attr-defined]
+                raise UnsupportedFeature(
+                    RUNTIME, "images with a cache of saved states", "set_cache(None)"
+                )
+            with watched(handler, self._steering_tracker):
+                return self._tagged(create(*args, **kwargs))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refused: a copy (`copy`, `pickle`) would be made without its package.
+
+        Raises:
+            UnsupportedFeature: always.
+        """
+        raise UnsupportedFeature(
+            RUNTIME, "copying or pickling a steered Llama", "open the model again and steer it"
+        )
 
     def _tagged(self, result: Any) -> Any:
         return self._tag(result) if isinstance(result, dict) else self._tag_each(result)

@@ -9,6 +9,7 @@ is evaluated in chunks, its length announced before the first (see `media.py`).
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +45,8 @@ class RequestTracker:
         self.llama: Any = llama
         self.outcomes: tuple[Outcome, ...] = ()
         """The outcome of the last prompt that ended (one, or none yet)."""
+        self.turn = threading.RLock()
+        """Held by the thread that uses the Llama's context."""
         self._on_outcome = on_outcome
         self._reach = _Reach(package)
         self.keeps_rows = self._reach.whole and bool(package.spec.rules)

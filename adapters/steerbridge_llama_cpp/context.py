@@ -46,7 +46,7 @@ class SteeredContext(internals.LlamaContext):
     Raises:
         ModelMismatch: the package was made for another model.
         UnsupportedFeature: a site that llama.cpp does not expose, a KV cache that is not
-            unified, an encoder, another version of llama-cpp-python.
+            unified, several sequences of a recurrent or hybrid model, an encoder, another version of llama-cpp-python.
     """
 
     def __init__(
@@ -65,6 +65,11 @@ class SteeredContext(internals.LlamaContext):
         if params.n_seq_max > 1 and not params.kv_unified:
             raise UnsupportedFeature(
                 RUNTIME, f"{params.n_seq_max} sequences without a unified KV cache", "kv_unified"
+            )
+        if params.n_seq_max > 1 and _has_states(model.model):
+            raise UnsupportedFeature(
+                RUNTIME,
+                f"{params.n_seq_max} sequences of a recurrent or hybrid model: rows are reordered",
             )
         if llama_cpp.llama_model_has_encoder(model.model):
             raise UnsupportedFeature(RUNTIME, "models with an encoder")
@@ -226,6 +231,11 @@ class SteeredContext(internals.LlamaContext):
     def _cut(self, seq: int, start: int, stop: int) -> None:
         if not self.failed and not self.native.is_paused:
             self.native.cut(seq, start, stop)
+
+
+def _has_states(model: Any) -> bool:
+    """Whether a model has recurrent states, whose rows llama.cpp takes sequence by sequence."""
+    return bool(llama_cpp.llama_model_is_recurrent(model) or llama_cpp.llama_model_is_hybrid(model))
 
 
 def _n_ubatch(params: Any) -> int:

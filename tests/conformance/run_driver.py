@@ -69,7 +69,7 @@ class Log:
             assert time.monotonic() < until, "no verdict in the log"
             time.sleep(0.01)
         self._taken += count
-        assert len(events) == count, f"{len(events)} verdicts on {count} requests"
+        assert len(events) == count, f"{len(events)} verdicts on {count} requests: {events}"
         return events
 
     def refusal(self) -> str:

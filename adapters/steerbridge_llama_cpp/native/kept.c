@@ -32,13 +32,12 @@ bool sh_keeps(const steerhook_session *s, const sh_read *read, bool prompt) {
 static int64_t kept_end(const steerhook_session *s, const sh_request *request) {
     int64_t end = request->batch_count;
     bool whole = s->keeps_answers || end < request->n_prompt;
-    return (whole ? end : request->n_prompt) - request->kept_shift;
+    return whole ? end : request->n_prompt;
 }
 
 float *sh_kept(const steerhook_session *s, const sh_request *request, int32_t slot,
                int64_t position) {
-    int64_t row = position - request->kept_shift;
-    return request->kept + (row * s->n_kept_readings + s->kept_of[slot]) * s->package->n_embd;
+    return request->kept + (position * s->n_kept_readings + s->kept_of[slot]) * s->package->n_embd;
 }
 
 /* Room for so many kept rows; false without memory. */
@@ -66,7 +65,7 @@ bool sh_keep_room(const steerhook_session *s, sh_request *request) {
 }
 
 void sh_keep_batch(const steerhook_session *s, sh_request *request) {
-    int64_t from = request->count - request->kept_shift;
+    int64_t from = request->count;
     int64_t to = kept_end(s, request);
     if (!s->keeps || request->n_kept < from || to <= from) {
         return; /* rows before these are not known, or these are an answer's */
@@ -78,9 +77,7 @@ void sh_keep_batch(const steerhook_session *s, sh_request *request) {
 }
 
 void sh_kept_cut(const steerhook_session *s, sh_request *request, int64_t from, int64_t to) {
-    int64_t first = from - request->kept_shift;
-    int64_t last = to - request->kept_shift;
-    first = first < 0 ? 0 : first;
+    int64_t first = from, last = to;
     if (!s->keeps || first >= request->n_kept) {
         return;
     }
@@ -94,7 +91,6 @@ void sh_kept_cut(const steerhook_session *s, sh_request *request, int64_t from, 
         memmove(request->kept_image + first, request->kept_image + last,
                 moved * sizeof *request->kept_image);
         request->n_kept -= (int32_t)(last - first);
-        request->kept_shift += (int32_t)(last - first);
     }
 }
 
@@ -110,14 +106,12 @@ bool sh_kept_copy(const steerhook_session *s, const sh_request *from, sh_request
     memcpy(to->kept, from->kept, (size_t)from->n_kept * row * sizeof *to->kept);
     memcpy(to->kept_image, from->kept_image, (size_t)from->n_kept * sizeof *to->kept_image);
     to->n_kept = from->n_kept;
-    to->kept_shift = from->kept_shift;
     return true;
 }
 
 bool sh_kept_has(const steerhook_session *s, const sh_request *request, int32_t slot,
                  int64_t position) {
-    int64_t row = position - request->kept_shift;
-    return s->keeps && s->kept_of[slot] >= 0 && row >= 0 && row < request->n_kept;
+    return s->keeps && s->kept_of[slot] >= 0 && position >= 0 && position < request->n_kept;
 }
 
 /* The value of a reading at one row, as if the row had just been seen. */

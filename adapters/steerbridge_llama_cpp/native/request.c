@@ -149,7 +149,6 @@ static void start(steerhook_session *s, sh_request *request, int32_t n_cached, i
     request->n_prompt = n_prompt;
     request->count = request->batch_count = n_cached;
     request->last_row = request->end_row = -1;
-    request->kept_shift = 0; /* kept rows are numbered as in the cache now */
     request->n_kept = request->n_kept < n_cached ? request->n_kept : n_cached;
     sh_kept_sums(s, request);
 }
@@ -342,25 +341,38 @@ steerhook_status steerhook_request_copy(steerhook_session *s, int32_t from, int3
     return STEERHOOK_OK;
 }
 
+/* The number of a row after others were removed, or of the first behind them if it was among them;
+ * SH_NO_ROW if there is none. */
+static int32_t moved(int32_t row, int64_t from, int64_t to) {
+    if (row == SH_NO_ROW || row < from) {
+        return row;
+    }
+    if (to < 0) {
+        return SH_NO_ROW;
+    }
+    return (int32_t)(row < to ? from : row - (to - from));
+}
+
 static void cut(const steerhook_session *s, sh_request *request, int64_t from, int64_t to) {
     sh_kept_cut(s, request, from, to);
     request->unseen = request->unseen && (from > 0 || to >= 0);
-    bool before_steered = request->first_steered != SH_NO_ROW && from <= request->first_steered;
-    if (before_steered && to < 0) {
-        request->first_steered = SH_NO_ROW; /* the steered rows were removed */
-    } else if (before_steered && to > from) {
-        request->first_steered = (int32_t)from; /* rows behind the gap move up, steered ones too */
-    }
+    request->first_steered = moved(request->first_steered, from, to);
     bool tail = to < 0 || to >= request->count;
     if (!request->open || from >= request->count || (!tail && to <= from)) {
         return;
     }
-    if (from >= request->n_prompt) {
-        request->count = tail ? from : request->count;
-        request->batch_count = request->count;
-    } else if (tail || request->count < request->n_prompt) {
+    bool judged = !request->open_ended && request->count >= request->n_prompt;
+    if (!judged || (tail && from < request->n_prompt)) {
         request->open = request->acting = false;
+        return;
     }
+    int64_t removed_to = tail ? request->count : to;
+    if (from < request->n_prompt) { /* a context shift: the answer goes on */
+        int64_t in_prompt = removed_to < request->n_prompt ? removed_to : request->n_prompt;
+        request->n_prompt -= (int32_t)(in_prompt - from);
+    }
+    request->count -= removed_to - from;
+    request->batch_count = request->count;
 }
 
 steerhook_status steerhook_request_cut(steerhook_session *s, int32_t seq, int32_t from,

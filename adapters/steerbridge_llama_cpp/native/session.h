@@ -71,11 +71,10 @@ typedef struct {
     int32_t first_steered;
     double *values;       /* readings, n_embd each; sums while a mean is running */
     /* Rows in the cache as the readings saw them, [n_kept][n_kept_readings][n_embd], and which of
-     * them are an image's. They belong to the cache too. Row r of the request is kept at
-     * r - kept_shift: a context shift renumbers what it leaves. */
+     * them are an image's. They belong to the cache too. */
     float *kept;
     bool *kept_image;
-    int32_t n_kept, kept_capacity, kept_shift;
+    int32_t n_kept, kept_capacity;
     sh_progress *progress;
     sh_decision *probes;
     sh_rule_state *rules;

@@ -202,9 +202,9 @@ STEERHOOK_API steerhook_status steerhook_request_copy(steerhook_session *session
                                                       int32_t to);
 
 /* Rows `from` to `to` - 1 of a sequence were removed from the cache (`to` < 0: all from `from` on;
- * `seq` < 0: every sequence), as llama_memory_seq_rm and llama_memory_clear do. A request that
- * loses rows of its prompt has ended, unless its prompt was complete and rows behind the gap stay
- * (a context shift). */
+ * `seq` < 0: every sequence), as llama_memory_seq_rm and llama_memory_clear do; rows behind them
+ * are numbered anew. A request that loses rows of its prompt has ended, unless its prompt was
+ * complete and rows behind the gap stay (a context shift). */
 STEERHOOK_API steerhook_status steerhook_request_cut(steerhook_session *session, int32_t seq,
                                                      int32_t from, int32_t to);
 

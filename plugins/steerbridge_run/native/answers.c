@@ -42,7 +42,8 @@ void sb_answer_choose(sb_answer *answer, int32_t row, int32_t token) {
 void sb_answer_add(sb_answer *answer, int32_t row, int32_t token, bool ends) {
     int32_t index = row - answer->first;
     if (index < 0 || index > answer->n_tokens) {
-        return;
+        answer->first = row; /* those between are not known */
+        answer->n_tokens = index = 0;
     }
     if (index == answer->n_tokens) {
         answer->tokens =
@@ -72,6 +73,27 @@ void sb_answer_cut(sb_answer *answer, int32_t row, int32_t unsure) {
     }
     answer->n_choices = kept;
     answer->ended = answer->ended >= row ? SB_NOT_ENDED : answer->ended;
+}
+
+void sb_answer_move(sb_answer *answer, int32_t first, int32_t last) {
+    int32_t kept = 0;
+    for (int32_t i = 0; i < answer->n_choices; i++) {
+        sb_choice choice = answer->choices[i];
+        if (choice.row < first || choice.row >= last) {
+            choice.row -= choice.row >= last ? last - first : 0;
+            answer->choices[kept++] = choice;
+        }
+    }
+    answer->n_choices = kept;
+    if (last <= answer->first) {
+        answer->first -= last - first;
+    } else { /* some of its own tokens: they are not asked for again */
+        answer->n_tokens = 0;
+        answer->first = first;
+    }
+    if (answer->ended != SB_NOT_ENDED && answer->ended >= first) {
+        answer->ended = answer->ended < last ? first : answer->ended - (last - first);
+    }
 }
 
 void sb_answer_prune(sb_answer *answer, int32_t row) {

@@ -31,6 +31,8 @@ void sb_answer_add(sb_answer *answer, int32_t row, int32_t token, bool ends);
 /* Rows from `row` on were removed. Tokens of rows from `unsure` on that were not chosen were
  * drafts: they are forgotten. */
 void sb_answer_cut(sb_answer *answer, int32_t row, int32_t unsure);
+/* Rows `first` to `last` - 1 were removed, and those behind them moved up. */
+void sb_answer_move(sb_answer *answer, int32_t first, int32_t last);
 /* Choices at rows before `row` are not needed any more. */
 void sb_answer_prune(sb_answer *answer, int32_t row);
 void sb_answer_copy(const sb_answer *from, sb_answer *to);

@@ -166,6 +166,7 @@ void sb_watch_free(llama_context *context) {
         steerhook_session_free(watch->session);
         for (int32_t i = 0; i < watch->n_seq_max; i++) {
             sb_answer_free(&watch->sequences[i].answer);
+            sb_cells_free(&watch->sequences[i].cells);
         }
         sb_last_free(&watch->last);
         free(watch->sequences);
@@ -210,7 +211,7 @@ bool sb_remove(const sb_watch *watch, int32_t seq, int32_t from) {
     return real(watch->memory, seq, from, -1);
 }
 
-int32_t sb_cached(const sb_watch *watch, int32_t seq) {
+int32_t sb_next_position(const sb_watch *watch, int32_t seq) {
     typedef int32_t (*last_position)(const void *, int32_t);
     static last_position real;
     if (real == NULL) {

@@ -203,6 +203,15 @@ static _Thread_local int nested;
             sb_kept(memory, seq);                                                            \
         }                                                                                    \
     }                                                                                        \
+    EXPORT void OURS(prefix##_seq_add)(memory_type *memory, int32_t seq, int32_t p0, int32_t p1,   \
+                                 int32_t delta) {                                            \
+        REAL(prefix##_seq_add)                                                               \
+        nested++;                                                                            \
+        real(memory, seq, p0, p1, delta);                                                    \
+        if (--nested == 0) {                                                                 \
+            sb_moved(memory, seq, p0, p1, delta);                                            \
+        }                                                                                    \
+    }                                                                                        \
     EXPORT void OURS(prefix##_seq_div)(memory_type *memory, int32_t seq, int32_t p0, int32_t p1,   \
                                  int d) {                                                    \
         REAL(prefix##_seq_div)                                                               \
@@ -334,7 +343,7 @@ EXPORT int OURS(ggml_backend_sched_graph_compute_async)(ggml_backend_sched *sche
 
 #define CACHE_FUNCTIONS(X, prefix)                                                           \
     X(prefix##_clear) X(prefix##_seq_rm) X(prefix##_seq_cp) X(prefix##_seq_keep)             \
-    X(prefix##_seq_div)
+    X(prefix##_seq_add) X(prefix##_seq_div)
 #define FUNCTIONS(X)                                                                         \
     X(llama_decode) X(llama_process) X(llama_encode)                                         \
     X(ggml_backend_sched_set_eval_callback) X(llama_free) X(llama_batch_ext_init)            \

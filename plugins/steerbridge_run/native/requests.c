@@ -117,7 +117,6 @@ static bool open_request(sb_watch *watch, int32_t seq, int32_t n_cached, steerho
         return false;
     }
     q->used = q->told = false;
-    q->gap = q->shift = 0;
     q->draft = -1;
     return true;
 }
@@ -133,7 +132,7 @@ static int32_t first_row(const sb_watch *watch, int32_t seq) {
 
 static bool begin(sb_watch *watch, int32_t seq) {
     int32_t row = first_row(watch, seq);
-    int32_t n_cached = watch->last.pos[row];
+    int32_t n_cached = watch->sequences[seq].cells.count;
     const sb_answer *answer = &watch->sequences[seq].answer;
     /* It may answer from the logits of a prompt's earlier row, which were not steered. */
     bool distrust = sb_answer_chosen(answer, n_cached - 1, watch->last.token[row]);
@@ -184,14 +183,14 @@ static bool open_behind(sb_watch *watch, int32_t seq, int32_t count, steerhook_k
     int32_t again = steered < 0 || steered >= count ? 0 : count - steered;
     const sb_answer *answer = &q->answer;
     bool known = again > 0 && answer->first == steered && answer->n_tokens >= again &&
-                 q->shift == 0 && q->answer_pos >= 0;
+                 steered < q->cells.count;
     for (int32_t i = 0; i < again && known; i++) {
         known = answer->tokens[i] >= 0;
     }
     if (!open_request(watch, seq, known ? steered : count, keep)) {
         return false;
     }
-    if (known && !evaluate_again(watch, seq, answer->tokens, again, q->answer_pos)) {
+    if (known && !evaluate_again(watch, seq, answer->tokens, again, q->cells.positions[steered])) {
         fail(watch, "rows that were steered could not be evaluated again");
         return false;
     }
@@ -264,7 +263,7 @@ static bool survey(sb_watch *watch) {
 static void number_rows(sb_watch *watch) {
     sb_last *last = &watch->last;
     for (int32_t seq = 0; last->pos[0] < 0 && seq < watch->n_seq_max; seq++) {
-        int32_t next = watch->sequences[seq].rows > 0 ? sb_cached(watch, seq) : 0;
+        int32_t next = watch->sequences[seq].rows > 0 ? sb_next_position(watch, seq) : 0;
         for (int32_t row = 0; watch->sequences[seq].rows > 0 && row < last->n_rows; row++) {
             if (sb_last_has(last, row, seq)) {
                 last->pos[row] = next++;
@@ -337,12 +336,14 @@ static void note_rows(sb_watch *watch, int32_t seq) {
         if (!sb_last_has(last, row, seq)) {
             continue;
         }
+        if (!sb_cells_add(&q->cells, last->pos[row])) {
+            fail(watch, "rows behind later ones: their order in the cache is not known");
+        }
         if (q->used ? last->output[row] != 0 : number == n_prompt - 1) {
             q->judged = row;
         }
         if (!q->used && q->judged == row) {
             sb_answer_begin(&q->answer, number);
-            q->answer_pos = last->pos[row];
         }
         if (n_prompt > 0 && number >= n_prompt - 1) {
             bool ends = number >= n_prompt && sb_ends(watch, last->token[row]);
@@ -523,29 +524,40 @@ bool sb_steered_embeddings(llama_context *context) {
 
 /* ---- the KV cache ---- */
 
-/* Positions are rows until a context shift takes some out; behind it they lag by so many. */
-static int32_t row_at(const sb_sequence *q, int32_t position) {
-    return q->shift > 0 && position > q->gap ? position + q->shift : position;
-}
-
 static void cut(sb_watch *watch, int32_t seq, int32_t from, int32_t to) {
     sb_sequence *q = &watch->sequences[seq];
-    from = from < 0 ? 0 : from;
+    int32_t first = sb_cells_before(&q->cells, from < 0 ? 0 : from);
+    int32_t last = sb_cells_before(&q->cells, to);
+    bool tail = last == q->cells.count;
+    sb_cells_cut(&q->cells, first, last);
     if (watch->failed) {
-        q->lost &= from > 0 || to >= 0;
+        q->lost &= q->cells.count > 0;
         return;
     }
-    int32_t rows = steerhook_request_rows(watch->session, seq, NULL);
-    int32_t first = row_at(q, from), behind = to < 0 ? -1 : row_at(q, to);
-    steerhook_request_cut(watch->session, seq, first, behind);
-    bool answering = steerhook_request_stage(watch->session, seq) == STEERHOOK_ANSWERING;
-    if (behind < 0 || behind >= rows) {
+    steerhook_request_cut(watch->session, seq, first, tail ? -1 : last);
+    if (tail) {
         sb_answer_cut(&q->answer, first, q->first);
-    } else if (to > from && answering) {
-        q->gap = q->shift == 0 || from < q->gap ? from : q->gap;
-        q->shift += to - from;
+    } else if (first < last) {
+        sb_answer_move(&q->answer, first, last);
     }
-    q->used &= answering;
+    q->used &= steerhook_request_stage(watch->session, seq) == STEERHOOK_ANSWERING;
+}
+
+/* What the cache of a sequence holds is not known any more. */
+static void forget(sb_watch *watch, int32_t seq) {
+    steerhook_rows_restored(watch->session, seq);
+    watch->sequences[seq].used = false;
+    sb_answer_forget(&watch->sequences[seq].answer);
+    sb_cells_fill(&watch->sequences[seq].cells, sb_next_position(watch, seq));
+}
+
+void sb_moved(const void *memory, int32_t seq, int32_t from, int32_t to, int32_t delta) {
+    sb_watch *watch = sb_watch_known(memory);
+    for (int32_t i = 0; watch != NULL && i < watch->n_seq_max; i++) {
+        if ((seq < 0 || seq == i) && !sb_cells_shift(&watch->sequences[i].cells, from, to, delta)) {
+            forget(watch, i);
+        }
+    }
 }
 
 void sb_cut(const void *memory, int32_t seq, int32_t from, int32_t to) {
@@ -577,21 +589,34 @@ void sb_copied(const void *memory, int32_t from, int32_t to, int32_t p0, int32_t
     if (watch == NULL || from == to || !in_range(watch, from) || !in_range(watch, to)) {
         return;
     }
+    sb_sequence *q = &watch->sequences[to];
+    bool whole = q->cells.count == 0 && p0 <= 0;
+    bool ordered = sb_cells_copy(&watch->sequences[from].cells, &q->cells, p0, p1);
     if (watch->failed) {
-        watch->sequences[to].lost = true; /* only emptying its cache helps */
+        q->lost = true; /* only emptying its cache helps */
         return;
     }
-    steerhook_status status = steerhook_request_copy(watch->session, from, to);
-    if (status == STEERHOOK_OK) {
-        sb_answer answer = watch->sequences[to].answer;
-        sb_answer_copy(&watch->sequences[from].answer, &answer);
-        watch->sequences[to] = watch->sequences[from];
-        watch->sequences[to].answer = answer;
+    if (!whole || !ordered) { /* of its middle, or behind rows of its own */
+        steerhook_request_copy(watch->session, from, to); /* which rows were steered */
+        forget(watch, to);
+        return;
     }
-    if (status != STEERHOOK_OK || p0 > 0) { /* the copy is of no request, or of its middle */
-        steerhook_request_end(watch->session, to);
-    } else if (p1 >= 0) {
-        cut(watch, to, p1, -1);
+    if (steerhook_request_copy(watch->session, from, to) != STEERHOOK_OK) {
+        q->used = false; /* there was no request */
+        sb_answer_forget(&q->answer);
+        return;
+    }
+    sb_answer answer = q->answer;
+    sb_cells cells = q->cells;
+    sb_answer_copy(&watch->sequences[from].answer, &answer);
+    *q = watch->sequences[from];
+    q->answer = answer;
+    q->cells = cells;
+    int32_t rows = steerhook_request_rows(watch->session, to, NULL);
+    if (cells.count < rows) { /* p1 left some of them out */
+        steerhook_request_cut(watch->session, to, cells.count, -1);
+        sb_answer_cut(&q->answer, cells.count, q->first);
+        q->used &= steerhook_request_stage(watch->session, to) == STEERHOOK_ANSWERING;
     }
 }
 
@@ -599,9 +624,7 @@ void sb_restored(llama_context *context, int32_t seq) {
     sb_watch *watch = sb_watch_of(context);
     for (int32_t i = 0; i < watch->n_seq_max; i++) {
         if (seq < 0 || seq == i) {
-            steerhook_rows_restored(watch->session, i);
-            watch->sequences[i].used = false;
-            sb_answer_forget(&watch->sequences[i].answer);
+            forget(watch, i);
         }
     }
 }

@@ -16,6 +16,7 @@
 #define SB_WATCH_H
 
 #include "answers.h"
+#include "cells.h"
 #include "llama_abi.h"
 #include "passes.h"
 #include "shadow.h"
@@ -34,7 +35,7 @@ typedef struct {
     int32_t draft;   /* the row from which the next one must have been chosen, if rows that no logits
                       * were seen for are drafts; -1: all are known */
     int32_t blind;   /* single rows of which nobody was seen to use the logits */
-    int32_t gap, shift; /* rows that a context shift took out at `gap` */
+    sb_cells cells;
     int32_t answer_pos; /* position of the answer's first row */
     sb_answer answer;   /* from its prompt's last row on */
 } sb_sequence;
@@ -71,8 +72,8 @@ bool sb_ends(const sb_watch *watch, int32_t token);
 /* llama_decode itself, and its llama_memory_seq_rm, past ours. */
 int32_t sb_decode(const sb_watch *watch, llama_batch batch);
 bool sb_remove(const sb_watch *watch, int32_t seq, int32_t from);
-/* Rows of a sequence that are in the cache. */
-int32_t sb_cached(const sb_watch *watch, int32_t seq);
+/* The position behind the last row of a sequence in the cache. */
+int32_t sb_next_position(const sb_watch *watch, int32_t seq);
 
 /* ---- requests.c ---- */
 
@@ -101,6 +102,7 @@ bool sb_steered_embeddings(llama_context *context);
 /* What happened to the KV cache. `memory` is a llama_memory or, in older versions, the context. */
 void sb_cut(const void *memory, int32_t seq, int32_t from, int32_t to);
 void sb_copied(const void *memory, int32_t from, int32_t to, int32_t p0, int32_t p1);
+void sb_moved(const void *memory, int32_t seq, int32_t from, int32_t to, int32_t delta);
 void sb_kept(const void *memory, int32_t seq);
 void sb_restored(llama_context *context, int32_t seq); /* seq < 0: every sequence */
 void sb_broken(const void *memory, const char *what);
