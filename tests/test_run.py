@@ -144,12 +144,12 @@ def test_a_script_answers_as_the_adapter_does(tmp_path, smollm2_path, position):
     llama.close()
 
 
-def test_programs_without_models_run_as_ever(tmp_path, smollm2_path):
-    done, events = steered(
-        package(smollm2_path, 1, tmp_path), [sys.executable, "-c", "print('[1]')"]
-    )
+def test_a_program_without_a_model_ends_with_an_error(tmp_path, smollm2_path):
+    guard = package(smollm2_path, 1, tmp_path)
+    done, events = steered(guard, [sys.executable, "-c", "print('[1]')"], check=False)
     assert answers(done) == [[1]]
     assert events == []
+    assert done.returncode == 78
     assert "nothing was steered" in done.stderr
 
 
@@ -187,14 +187,18 @@ def test_a_preload_without_a_package_stops_the_program(tmp_path, smollm2_path):
     assert done.stdout == ""
 
 
-def test_logits_of_a_whole_prompt_are_refused(tmp_path, smollm2_path):
-    """The end of the prompt could not be determined."""
+def test_logits_of_a_whole_prompt_change_nothing(tmp_path, smollm2_path):
+    """Each row of it asks for logits, and they are read all at once; the last one is used."""
     pytest.importorskip("llama_cpp")
-    command = [*script(tmp_path), str(smollm2_path), '{"logits_all": true}', TEXTS[0]]
-    done, events = steered(package(smollm2_path, 1, tmp_path), command, check=False)
-    assert done.returncode != 0
-    assert done.stdout == ""
-    assert events[-1]["event"] == "failed"
+    told = []
+    for options in ('{"logits_all": true}', "{}"):
+        command = [*script(tmp_path), str(smollm2_path), options, *TEXTS]
+        guard = package(smollm2_path, 1, tmp_path)
+        done, events = steered(guard, command, log=tmp_path / f"{len(told)}.jsonl")
+        verdicts = [(e["probes"][0]["score"], e["fired"]) for e in events[1:]]
+        told.append((answers(done), verdicts))
+    assert told[0] == told[1]
+    assert len(told[0][1]) == len(TEXTS)
 
 
 @pytest.mark.native

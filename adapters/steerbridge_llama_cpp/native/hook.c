@@ -7,14 +7,24 @@
 
 /* ---- which node ---- */
 
+/* What the output embedding reads. A context that gives embeddings without pooling them gives the
+ * same tensor another name; one that pools has both. */
+static bool is_head(steerhook_session *s, const char *name) {
+    if (strcmp(name, "result_norm") == 0) {
+        s->has_norm = true;
+        return true;
+    }
+    return !s->has_norm && strcmp(name, "result_embd_pooled") == 0;
+}
+
 /* "l_out-<k>" is depth k + 1, "result_norm" is the head; anything else is -1. Most of the names
  * of a graph end at the first comparison. */
-static int32_t depth_of(const steerhook_session *s, const char *name) {
+static int32_t depth_of(steerhook_session *s, const char *name) {
     if (name == NULL) {
         return -1;
     }
     if (name[0] == 'r') {
-        return strcmp(name, "result_norm") == 0 ? s->model.n_layer + 1 : -1;
+        return is_head(s, name) ? s->model.n_layer + 1 : -1;
     }
     if (name[0] != 'l' || strncmp(name, "l_out-", 6) != 0 || name[6] == '\0') {
         return -1;
@@ -29,7 +39,7 @@ static int32_t depth_of(const steerhook_session *s, const char *name) {
     return layer < s->model.n_layer ? layer + 1 : -1;
 }
 
-static sh_site_plan *site_of(const steerhook_session *s, const struct ggml_tensor *node) {
+static sh_site_plan *site_of(steerhook_session *s, const struct ggml_tensor *node) {
     int32_t depth = depth_of(s, s->ggml.get_name(node));
     return depth < 0 || s->site_at[depth] < 0 ? NULL : &s->sites[s->site_at[depth]];
 }

@@ -104,6 +104,7 @@ struct steerhook_session {
     steerhook_ggml ggml;
     steerhook_status status; /* not OK: failed */
     bool paused;
+    bool has_norm; /* a node named result_norm was seen */
     bool keeps; /* rows for later readings, see steerhook_keep_rows */
     bool keeps_answers;
     int32_t n_kept_readings;

@@ -134,6 +134,10 @@ static bool same_tokens(const sb_last *last, const struct ggml_tensor *tokens, i
     return true;
 }
 
+bool sb_last_complete(const sb_last *last) {
+    return !last->reordered && (!last->text || last->next == last->n_rows);
+}
+
 void sb_last_check(sb_last *last, const struct ggml_cgraph *graph) {
     static tensor_of find;
     static size_of size;
@@ -143,8 +147,11 @@ void sb_last_check(sb_last *last, const struct ggml_cgraph *graph) {
     find = find != NULL ? find : SB_CALL(tensor_of, "ggml_graph_get_tensor", NULL);
     size = size != NULL ? size : SB_CALL(size_of, "ggml_nbytes", NULL);
     const struct ggml_tensor *tokens = find(graph, "inp_tokens");
-    int32_t count = tokens == NULL ? 0 : (int32_t)(size(tokens) / sizeof(int32_t));
-    if (count == 0 || count > last->n_rows - last->next || !same_tokens(last, tokens, count)) {
+    if (tokens == NULL) {
+        return; /* it moves rows of the cache; one that holds ours is missed at the end */
+    }
+    int32_t count = (int32_t)(size(tokens) / sizeof(int32_t));
+    if (count > last->n_rows - last->next || !same_tokens(last, tokens, count)) {
         last->reordered = true;
         return;
     }

@@ -33,5 +33,7 @@ llama_batch sb_last_batch(const sb_last *last);
 
 /* A graph is about to be computed: its tokens must be the next ones of the batch. */
 void sb_last_check(sb_last *last, const struct ggml_cgraph *graph);
+/* Whether all of them were. */
+bool sb_last_complete(const sb_last *last);
 
 #endif

@@ -165,10 +165,10 @@ static bool evaluate_again(sb_watch *watch, int32_t seq, const int32_t *tokens, 
         current = watch;
         watch->last = again;
         int32_t result = sb_decode(watch, batch);
-        bool reordered = watch->last.reordered;
+        bool complete = sb_last_complete(&watch->last);
         watch->last = last;
         current = NULL;
-        if (result != 0 || reordered || steerhook_batch_end(watch->session) != STEERHOOK_OK) {
+        if (result != 0 || !complete || steerhook_batch_end(watch->session) != STEERHOOK_OK) {
             return false;
         }
     }
@@ -207,7 +207,9 @@ static bool extend(sb_watch *watch, int32_t seq) {
     if (!blind) {
         return open_behind(watch, seq, rows, STEERHOOK_KEEP_HELD);
     }
+    bool told = q->told;
     bool opened = open_request(watch, seq, rows, STEERHOOK_KEEP_FIRED);
+    q->told = told; /* once is enough */
     if (opened && q->blind > 1) {
         steerhook_request_distrust(watch->session, seq);
     }
@@ -371,7 +373,7 @@ int32_t sb_after(sb_watch *watch, int32_t result) {
     if (result != 0) {
         return result;
     }
-    if (watch->last.reordered) {
+    if (!sb_last_complete(&watch->last)) {
         fail(watch, "a pass computed other tokens than the next ones of the batch");
         return SB_ERROR;
     }

@@ -1,0 +1,189 @@
+"""What `steerbridge run` takes for a request, in programs that use llama.cpp's C API by themselves."""
+
+from __future__ import annotations
+
+import json
+import sys
+import textwrap
+
+import pytest
+
+pytest.importorskip("elftools", reason="needs the extra `run`")
+pytest.importorskip("llama_cpp")
+from test_run import package, steered
+
+SCRIPT = """
+import ctypes, json, sys
+import llama_cpp as c
+import numpy as np
+kind, path, text = sys.argv[1:4]
+quiet = c.llama_log_callback(lambda *_: None)
+c.llama_log_set(quiet, ctypes.c_void_p())
+model = c.llama_model_load_from_file(path.encode(), c.llama_model_default_params())
+vocab = c.llama_model_get_vocab(model)
+width = c.llama_vocab_n_tokens(vocab)
+params = c.llama_context_default_params()
+params.n_ctx, params.n_batch, params.n_threads = 512, 512, 2
+params.n_seq_max, params.kv_unified = 4, True
+params.embeddings = kind == "embeddings"
+context = c.llama_init_from_model(model, params)
+memory = c.llama_get_memory(context)
+sampler = c.llama_sampler_chain_init(c.llama_sampler_chain_default_params())
+c.llama_sampler_chain_add(sampler, c.llama_sampler_init_greedy())
+ids = (c.llama_token * 256)()
+prompt = list(ids[:c.llama_tokenize(vocab, text.encode(), len(text.encode()), ids, 256, True, True)])
+
+def decode(tokens, start, outputs=None, seq=0):
+    batch = c.llama_batch_init(len(tokens), 0, 1)
+    batch.n_tokens = len(tokens)
+    for i, token in enumerate(tokens):
+        batch.token[i], batch.pos[i] = token, start + i
+        batch.n_seq_id[i], batch.seq_id[i][0] = 1, seq
+        batch.logits[i] = i == len(tokens) - 1 if outputs is None else i in outputs
+    assert c.llama_decode(context, batch) == 0
+    c.llama_batch_free(batch)
+
+def greedy(index=-1):
+    return c.llama_sampler_sample(sampler, context, index)
+
+def argmax(index=-1):
+    return int(np.ctypeslib.as_array(c.llama_get_logits_ith(context, index), (width,)).argmax())
+
+def whole():
+    return int(np.ctypeslib.as_array(c.llama_get_logits(context), (width,)).argmax())
+
+def loop(choose, start, count=6):
+    tokens = []
+    while len(tokens) < count:
+        tokens.append(int(choose()))
+        decode(tokens[-1:], start + len(tokens) - 1)
+    return tokens
+
+told = []
+if kind in ("greedy", "argmax", "whole"):
+    decode(prompt, 0)
+    told = loop({"greedy": greedy, "argmax": argmax, "whole": whole}[kind], len(prompt))
+elif kind == "split":  # all but the last token, then that one
+    decode(prompt[:-1], 0)
+    decode(prompt[-1:], len(prompt) - 1)
+    told = loop(greedy, len(prompt))
+elif kind == "one by one":
+    for i, token in enumerate(prompt):
+        decode([token], i)
+    told = loop(greedy, len(prompt))
+elif kind == "earlier":  # an answer from the logits of a row before the last
+    decode(prompt, 0, outputs=(len(prompt) - 3, len(prompt) - 1))
+    token = greedy(len(prompt) - 3)
+    c.llama_memory_seq_rm(memory, 0, len(prompt) - 2, -1)
+    decode([token], len(prompt) - 2)
+    told = loop(greedy, len(prompt) - 1)
+elif kind == "twice":  # two answers from one row
+    decode(prompt, 0)
+    first = greedy()
+    c.llama_memory_seq_cp(memory, 0, 1, -1, -1)
+    told = [first, greedy()]
+    for seq in (0, 1):
+        decode([first], len(prompt), seq=seq)
+        told.append(greedy())
+elif kind == "embeddings":
+    decode(prompt, 0, outputs=range(len(prompt)))
+    told = [bool(c.llama_get_embeddings_ith(context, -1))]
+elif kind == "appended":  # text behind an answer, and behind a token that ends one
+    decode(prompt, 0)
+    tokens = loop(greedy, len(prompt), 2)
+    more = prompt[1:8]
+    decode(more, len(prompt) + 2)
+    told = loop(greedy, len(prompt) + 2 + len(more), 2)
+    at = len(prompt) + 4 + len(more)
+    decode([c.llama_vocab_eos(vocab), *more], at)
+    told += loop(greedy, at + 1 + len(more), 2)
+print(json.dumps(told))
+"""
+TEXT = "The three colours of the flag are red, white and"
+NEVER, ALWAYS = 1e9, -1e9
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, smollm2_path):
+    """What the script prints, and the verdicts told."""
+    folder = tmp_path_factory.mktemp("requests")
+    path = folder / "app.py"
+    path.write_text(textwrap.dedent(SCRIPT))
+    known = {}
+
+    def run(kind, limit=NEVER, text=TEXT):
+        if (kind, limit, text) not in known:
+            guard = package(smollm2_path, limit, folder)
+            command = [sys.executable, str(path), kind, str(smollm2_path), text]
+            done, events = steered(guard, command, log=folder / f"{len(known)}.jsonl", check=False)
+            assert done.returncode == 0, done.stderr[-2000:]
+            answer = json.loads(done.stdout.splitlines()[-1])
+            known[kind, limit, text] = answer, [e for e in events if e["event"] != "active"]
+        return known[kind, limit, text]
+
+    return run
+
+
+def scores(events):
+    return [event["probes"][0]["score"] for event in events if event["event"] == "verdict"]
+
+
+@pytest.mark.parametrize("kind", ["split", "one by one"])
+@pytest.mark.parametrize("limit", [NEVER, ALWAYS])
+def test_a_prompt_ends_where_its_logits_are_used(run, kind, limit):
+    """It came in parts, each of which asked for logits."""
+    (tokens, events), (want, told) = run(kind, limit), run("greedy", limit)
+    assert tokens == want
+    assert scores(events) == pytest.approx(scores(told), rel=1e-3)
+    assert len(events) == len(told) == 1
+
+
+def test_a_program_that_chooses_by_itself_is_steered(run):
+    """Which token it chose is not seen: each is judged as more of the prompt, and what fired stays."""
+    (tokens, events), (want, told) = run("argmax", ALWAYS), run("greedy", ALWAYS)
+    assert tokens == want
+    assert scores(events)[0] == scores(told)[0]
+    assert all(event["fired"] for event in events)
+    assert run("argmax")[0] == run("greedy")[0]
+
+
+def test_a_program_that_reads_all_logits_at_once_is_not_trusted(run):
+    """Nothing tells its answer from a prompt that comes token by token: its probes fire."""
+    tokens, events = run("whole")
+    assert [e["probes"][0]["score"] for e in events] == [None]
+    assert "unknown history" in events[0]["probes"][0]["unjudged"]
+    assert events[0]["fired"]
+    assert run("whole", ALWAYS)[0] == run("greedy", ALWAYS)[0]
+    assert tokens[:2] == run("greedy")[0][:2]
+
+
+def test_an_answer_from_an_earlier_row_is_not_trusted(run):
+    _, events = run("earlier")
+    assert [bool(e["fired"]) for e in events] == [True]
+    assert events[0]["probes"][0]["unjudged"]
+
+
+@pytest.mark.parametrize("limit", [NEVER, ALWAYS])
+def test_two_answers_from_one_row_share_its_verdict(run, limit):
+    tokens, events = run("twice", limit)
+    assert tokens[0] == tokens[1]
+    assert tokens[2] == tokens[3]
+    assert tokens[:1] + tokens[2:3] == run("greedy", limit)[0][:2]
+    assert len(events) == 1
+
+
+def test_embeddings_of_steered_rows_are_none(run):
+    assert run("embeddings")[0] == [True]
+    given, events = run("embeddings", ALWAYS)
+    assert given == [False]
+    assert "embeddings" in events[0]["reason"]
+
+
+def test_what_fired_stays_behind_an_answer_that_nothing_ended(run):
+    """A new verdict is added to it; behind a token that ends generation it is the only one."""
+    first, behind, ended = scores(run("appended")[1])
+    limit = (first + max(behind, ended)) / 2
+    assert first > limit, "the probe tells these prompts apart"
+    _, events = run("appended", limit)
+    assert [bool(e["fired"]) for e in events] == [True, True, False]
+    assert [e["probes"][0]["fired"] for e in events] == [True, False, False]
