@@ -43,8 +43,10 @@ def main() -> None:
     guard = guards.chosen(options)
     prompts = [e for e in corpus_examples("test") if e.kind == "general"][: options.rounds]
     if options.peak:
-        package = guard.package if options.peak == "steered" else None
-        run(open_smollm2(), prompts[:1], package, NEW)
+        model = open_smollm2()
+        if options.peak == "steered":
+            steer(model.model, guard.package)
+        run(model, prompts[:1], NEW)
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
         return
     finish({"guard": str(guard), **measure(guard, prompts, options)})
@@ -71,39 +73,40 @@ def measure(guard: guards.Guard, prompts: Any, options: argparse.Namespace) -> d
     return parts
 
 
-def run(model: Any, prompts: Sequence[Example], package: Any, new: int) -> float:
+def run(model: Any, prompts: Sequence[Example], new: int) -> float:
     """Seconds of one greedy generation of exactly `new` tokens for each prompt of a batch."""
     inputs = model._pad([model.render(prompt) for prompt in prompts])
     options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
-    session = None if package is None else steer(model.model, package)
     start = time.perf_counter()
     with torch.inference_mode():
         model.model.generate(**inputs, **options, pad_token_id=model.tokenizer.pad_token_id)
-    seconds = time.perf_counter() - start
-    if session is not None:
-        session.remove()
-        fired = [p.text for p, o in zip(prompts, session.outcomes, strict=True) if o.fired]
-        assert not fired, f"fired on harmless prompts: {fired}"
-    return seconds
+    return time.perf_counter() - start
 
 
 def hf(model: Any, package: Any, prompts: Sequence[Example]) -> dict[str, Any]:
-    """One prompt at a time, and eight in a batch."""
+    """One prompt at a time, and eight in a batch.
+
+    The sides are models of their own, so that the guard is attached once, as users attach it.
+    """
+    sides = {"plain": model, "control": open_smollm2(), "steered": open_smollm2()}
+    session = steer(sides["steered"].model, package)
     quiet = []
     for prompt in prompts:
-        try:
-            run(model, [prompt], package, 1)
+        run(sides["steered"], [prompt], 1)
+        if session.outcomes[0].fired:
+            say(f"fired on a harmless prompt: {prompt.text}")
+        else:
             quiet.append(prompt)
-        except AssertionError as error:
-            say(str(error))
     together = quiet[:BATCH]
-    batches = {"": [[p] for p in quiet], f"batch_{len(together)}_": [together] * len(quiet)}
-    sides = {"plain": None, "control": None, "steered": package}
+    batches = {
+        "": [[p] for p in quiet],
+        f"batch_{len(together)}_": [together] * (len(quiet) // 2),
+    }
     samples = {}
     for name, each in batches.items():
         rounds = []
         for i, batch in enumerate(each):
-            runs = {side: partial(run, model, batch, guard) for side, guard in sides.items()}
+            runs = {side: partial(run, opened, batch) for side, opened in sides.items()}
             rounds.append(generation_times(i, runs, NEW))
         first, later = zip(*rounds, strict=True)
         samples[f"{name}ttft_ratio"] = ratios.of_rounds(first)

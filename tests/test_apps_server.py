@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import random
-import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ import programs
 pytest.importorskip("elftools", reason="needs the extra `run`")
 pytest.importorskip("llama_cpp", reason="needs the extra `llama-cpp`")
 from guarded import NEW, Guarded
-from helpers import CLI, chat_message
+from helpers import chat_message
 from steerbridge.data import Example
 
 pytestmark = [pytest.mark.apps, pytest.mark.llama_cpp]
@@ -115,11 +114,15 @@ def test_chats_of_llama_server(case, request):
 
 
 @needs_programs
-def test_slots_side_by_side(guarded_means):
-    """Batches over several slots, some of which fire."""
+@pytest.mark.parametrize("cache", ["--kv-unified", "--no-kv-unified"])
+def test_slots_side_by_side(guarded_means, cache):
+    """Batches over several slots, some of which fire.
+
+    With a cache each, llama.cpp takes their rows in another order.
+    """
     jobs = [i for i in range(len(guarded_means.prompts)) for _ in range(2)]
     random.Random(0).shuffle(jobs)
-    with served(guarded_means, "-np", "4") as server:
+    with served(guarded_means, "-np", "4", cache) as server:
 
         def ask(i):
             return i, server.complete(guarded_means.rendered[i])["tokens"]
@@ -236,19 +239,19 @@ def test_speculation(guarded_means, smollm2_path, kind):
 
 
 @needs_programs
-def test_a_cache_a_sequence_is_refused_at_start(guarded_text):
-    """Separate caches do not keep the rows of several sequences in order."""
-    command = [
-        *CLI,
-        *(
-            "run",
-            "--package",
-            str(guarded_text.guard),
-            "--",
-            str(programs.built() / "llama-server"),
-        ),
-        *(*guarded_text.options, "-np", "2", "--no-kv-unified", "--port", "0"),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 78
-    assert "KV cache: expected a unified one" in done.stderr
+def test_chunks_of_the_cache_that_move(guarded_means):
+    """`--cache-reuse` moves two chunks up: a mean is over their rows, not over those between."""
+    random.seed(3)
+    words = [[random.randrange(1000, 9000) for _ in range(64)] for _ in range(5)]
+    first, dropped, second, other, third = words
+    with served(guarded_means, "-np", "1", "--cache-reuse", "16") as server:
+        server.complete([*first, *dropped, *second, *other, *third], n_predict=1)
+        moved = server.complete([*first, *second, *third], n_predict=1)
+        assert moved["timings"]["cache_n"] > 150
+        server.complete(dropped, n_predict=1)
+        server.post("/slots/0?action=erase")
+        fresh = server.complete([*first, *second, *third], n_predict=1)
+        assert fresh["timings"]["cache_n"] == 0
+        scores = [event["probes"][0]["score"] for event in server.events(count=4)]
+        assert scores[1] == pytest.approx(scores[3], rel=0.1)
+        assert abs(scores[0] - scores[3]) > 2 * abs(scores[1] - scores[3])

@@ -1,4 +1,4 @@
-"""What `steerbridge run` takes for a request, in programs that use llama.cpp's C API by themselves."""
+"""What `steerbridge run` takes for a request, in programs that use llama.cpp's C API."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ memory = c.llama_get_memory(context)
 sampler = c.llama_sampler_chain_init(c.llama_sampler_chain_default_params())
 c.llama_sampler_chain_add(sampler, c.llama_sampler_init_greedy())
 ids = (c.llama_token * 256)()
-prompt = list(ids[:c.llama_tokenize(vocab, text.encode(), len(text.encode()), ids, 256, True, True)])
+text = text.encode()
+prompt = list(ids[:c.llama_tokenize(vocab, text, len(text), ids, 256, True, True)])
 
 def decode(tokens, start, outputs=None, seq=0):
     batch = c.llama_batch_init(len(tokens), 0, 1)
@@ -88,6 +89,11 @@ elif kind == "twice":  # two answers from one row
 elif kind == "embeddings":
     decode(prompt, 0, outputs=range(len(prompt)))
     told = [bool(c.llama_get_embeddings_ith(context, -1))]
+elif kind in ("behind", "behind, all"):  # the answer's token and more of the prompt, in one batch
+    decode(prompt, 0)
+    more = [greedy(), *prompt[1:8]]
+    decode(more, len(prompt), outputs=range(len(more)) if kind == "behind, all" else None)
+    told = loop(greedy, len(prompt) + len(more), 3)
 elif kind == "appended":  # text behind an answer, and behind a token that ends one
     decode(prompt, 0)
     tokens = loop(greedy, len(prompt), 2)
@@ -139,7 +145,7 @@ def test_a_prompt_ends_where_its_logits_are_used(run, kind, limit):
 
 
 def test_a_program_that_chooses_by_itself_is_steered(run):
-    """Which token it chose is not seen: each is judged as more of the prompt, and what fired stays."""
+    """Which token it chose is not seen: each is judged as more of the prompt; what fired stays."""
     (tokens, events), (want, told) = run("argmax", ALWAYS), run("greedy", ALWAYS)
     assert tokens == want
     assert scores(events)[0] == scores(told)[0]
@@ -177,6 +183,14 @@ def test_embeddings_of_steered_rows_are_none(run):
     given, events = run("embeddings", ALWAYS)
     assert given == [False]
     assert "embeddings" in events[0]["reason"]
+
+
+@pytest.mark.parametrize("limit", [NEVER, ALWAYS])
+def test_rows_that_look_like_drafts_are_judged_when_their_last_is_used(run, limit):
+    (tokens, events), (want, told) = run("behind, all", limit), run("behind", limit)
+    assert tokens == want
+    assert scores(events) == pytest.approx(scores(told), rel=1e-3)
+    assert len(events) == 2
 
 
 def test_what_fired_stays_behind_an_answer_that_nothing_ended(run):

@@ -56,6 +56,12 @@ class Rows(NamedTuple):
     columns: Tensor
 
 
+class Column(NamedTuple):
+    """The same where all prompts end at one column, as `generate` wants it: a slice, no index."""
+
+    at: int  # index into Q
+
+
 class Mean(NamedTuple):
     """Where the states [B, Q, D] of a site hold the rows that a reading averages."""
 
@@ -95,10 +101,13 @@ class Requests:
     held: dict[int, Tensor] = field(default_factory=dict)  # [B] bool
     active: dict[int, Tensor] = field(default_factory=dict)  # rows with a rule that holds
     ends: Tensor = field(init=False)  # [B] column of each prompt's last token
+    padded: bool = field(init=False)
     first_end: int = field(init=False)
     last_end: int = field(init=False)
     begun: bool = False
-    _found: dict[tuple[Any, ...], Rows | Mean] = field(default_factory=dict)  # of this pass
+    _found: dict[tuple[Any, ...], Rows | Column | Mean] = field(
+        default_factory=dict
+    )  # of this pass
 
     def __post_init__(self) -> None:
         if not bool(self.mask.any(dim=1).all()):
@@ -109,7 +118,11 @@ class Requests:
 
     def _find_ends(self) -> None:
         last = self.mask.shape[1] - 1
-        self.ends = last - self.mask.flip(1).int().argmax(dim=1)
+        self.padded = not bool(self.mask.all())
+        if self.padded:
+            self.ends = last - self.mask.flip(1).int().argmax(dim=1)
+        else:
+            self.ends = torch.full((self.rows,), last)
         ends = self.ends.tolist()
         self.first_end, self.last_end = min(ends), max(ends)
 
@@ -192,6 +205,8 @@ class Requests:
         if self.ids is None:
             self.ids = torch.full(self.mask.shape, -1, dtype=found.dtype)
         known = self.ids[:, part]
+        if torch.equal(known, found):
+            return
         differs = (known != found) & (known >= 0) & self.mask[:, part]
         if bool(differs.any()):
             raise RowMappingLost("a pass evaluates other tokens than the prompt's")
@@ -214,15 +229,16 @@ class Requests:
     def _check_cached_prefix(self, start: int) -> None:
         checked: dict[Position, Tensor] = {}
         for index, probe in enumerate(self.package.spec.probes):
-            self.short[index] = torch.zeros(self.rows, dtype=torch.bool)
             for reading in probe.readings:
                 position = reading.position
-                earlier = isinstance(position, PromptEnd) and position.offset < 0
-                if not start and not earlier:  # every row is there, and evaluated
-                    continue
+                offset = position.offset if isinstance(position, PromptEnd) else 0
+                there = not offset or (not self.padded and self.first_end + offset >= 0)
+                if there and not start:
+                    continue  # every row that it needs will be evaluated
                 if position not in checked:
                     checked[position] = self._check_reading(probe.id, reading, start)
-                self.short[index] = self.short[index] | checked[position]
+                known = self.short.get(index, torch.zeros(self.rows, dtype=torch.bool))
+                self.short[index] = known | checked[position]
 
     def _check_reading(self, probe: str, reading: Reading, start: int) -> Tensor:
         """Which rows [B] are too short for a reading."""
@@ -261,9 +277,12 @@ class Requests:
         # Every site but the head holds the same columns.
         place = position, columns is step.head, h.device
         if place not in self._found:
-            self._found[place] = self._find(position, columns, h.device)
+            self._found[place] = self._find(position, step, columns, h.device)
         found = self._found[place]
-        h, key = h.detach(), (probe, index)
+        h, key = h.detach() if h.requires_grad else h, (probe, index)
+        if isinstance(found, Column):
+            self.read[key] = h[:, found.at].to(torch.float32, copy=True)
+            return
         if isinstance(found, Rows):
             if key not in self.read:
                 shape = (self.rows, h.shape[-1])
@@ -281,12 +300,17 @@ class Requests:
         if self.closes(step):
             self.read[key] = (self.read[key] / found.counts).float()
 
-    def _find(self, position: Position, columns: Tensor, device: torch.device) -> Rows | Mean:
+    def _find(
+        self, position: Position, step: Step, columns: Tensor, device: torch.device
+    ) -> Rows | Column | Mean:
         """Where a site that holds these columns has the rows of a reading."""
         if isinstance(position, PromptEnd):
+            at = self.last_end + position.offset - step.start
+            if columns is step.columns and self.first_end == self.last_end and 0 <= at < step.width:
+                return Column(at)
             here = columns[None] == (self.ends + position.offset)[:, None]  # [B, Q]
-            rows, at = here.nonzero(as_tuple=True)
-            return Rows(rows.to(device), at.to(device))
+            rows, places = here.nonzero(as_tuple=True)
+            return Rows(rows.to(device), places.to(device))
         mask = self._images() if isinstance(position, ImageMean) else self.mask
         part = mask[:, columns[columns < self.prompt]]
         padding = None if bool(part.all()) else ~part[..., None].to(device)
@@ -304,13 +328,14 @@ class Requests:
         parts = [self.read[self.plan.source[index, k]] for k in range(len(probe.readings))]
         device = parts[-1].device
         sees = any(isinstance(reading.position, ImageMean) for reading in probe.readings)
-        images = self._images().any(dim=1) if sees else torch.zeros(self.rows, dtype=torch.bool)
+        missing = ~self._images().any(dim=1).to(device) if sees else None
         x = torch.cat([p.to(device) for p in parts], dim=1)
-        scores, finite = kernels.judge(probe, self.weights, x, ~images.to(device))
+        scores, finite = kernels.judge(probe, self.weights, x, missing)
         unknown = NO_IMAGE_ROWS if sees and self.media and self.ids is None else ""
-        reasons = [
-            reference.TOO_SHORT if short else unknown for short in self.short[index].tolist()
-        ]
+        reasons = [unknown] * self.rows
+        if index in self.short:
+            short = self.short[index].tolist()
+            reasons = [reference.TOO_SHORT if s else unknown for s in short]
         self.judged[index] = Judged.of(scores, finite, reasons)
 
     def _decide(self, index: int) -> None:

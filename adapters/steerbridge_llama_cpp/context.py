@@ -46,7 +46,8 @@ class SteeredContext(internals.LlamaContext):
     Raises:
         ModelMismatch: the package was made for another model.
         UnsupportedFeature: a site that llama.cpp does not expose, a KV cache that is not
-            unified, several sequences of a recurrent or hybrid model, an encoder, another version of llama-cpp-python.
+            unified, several sequences of a recurrent or hybrid model, an encoder, another version
+            of llama-cpp-python.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class SteeredContext(internals.LlamaContext):
         self.unchecked = package.check(facts_for(model, package.spec.base_model), ignore)
         self.package = package.calibrated(RUNTIME, quantisation(model))
         shape = Shape(
+            model.metadata().get("general.architecture", ""),
             model.n_embd(),
             llama_cpp.llama_model_n_layer(model.model),
             _n_ubatch(params),

@@ -44,6 +44,7 @@ _ERRORS: dict[str, type[SteeringFailed]] = {
 
 class _Model(ctypes.Structure):
     _fields_ = (
+        ("architecture", c_char_p),
         ("n_embd", c_int32),
         ("n_layer", c_int32),
         ("n_ubatch", c_int32),
@@ -88,6 +89,7 @@ class _RuleState(ctypes.Structure):
 class Shape:
     """What a session must know of its context, by llama.cpp's names."""
 
+    architecture: str
     n_embd: int
     n_layer: int
     n_ubatch: int
@@ -195,7 +197,13 @@ class NativeSession:
                 )
             )
         )
-        model = _Model(shape.n_embd, shape.n_layer, shape.n_ubatch, shape.n_seq_max)
+        model = _Model(
+            shape.architecture.encode(),
+            shape.n_embd,
+            shape.n_layer,
+            shape.n_ubatch,
+            shape.n_seq_max,
+        )
         self._session = self._library.steerhook_session_new(
             handle, ctypes.byref(model), ctypes.byref(functions), error, len(error)
         )

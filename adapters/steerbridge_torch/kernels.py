@@ -63,8 +63,9 @@ class Weights:
     def __init__(self, package: SteeringPackage, device: torch.device | None = None) -> None:
         self._package = package
         self._copies: dict[tuple[str, torch.device], Tensor] = {}
-        for name in package.tensors if device is not None else ():
-            self(name, device)
+        if device is not None:
+            for name in package.tensors:
+                self(name, device)
 
     def __call__(self, name: str, device: torch.device) -> Tensor:
         key = (name, device)
@@ -75,14 +76,17 @@ class Weights:
 
 
 @_exact
-def judge(probe: Any, weights: Weights, x_BI: Tensor, missing_B: Tensor) -> tuple[Tensor, Tensor]:
+def judge(
+    probe: Any, weights: Weights, x_BI: Tensor, missing_B: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Scores [B] of probe inputs, and whether they may be trusted ([B] bool).
 
     A row is not to be trusted if one of its inputs or logits is not finite: squashing would hide
     it.
 
     Args:
-        missing_B: rows without an image to read; they take the probe's input mean.
+        missing_B: rows without an image to read; they take the probe's input mean. None: the probe
+            reads no image.
     """
     device = x_BI.device
     x_BI = _with_means(probe, weights, x_BI, missing_B)
@@ -95,10 +99,10 @@ def judge(probe: Any, weights: Weights, x_BI: Tensor, missing_B: Tensor) -> tupl
     return _squashed(probe, y_BO), finite & torch.isfinite(y_BO).all(dim=1)
 
 
-def _with_means(probe: Any, weights: Weights, x_BI: Tensor, missing_B: Tensor) -> Tensor:
+def _with_means(probe: Any, weights: Weights, x_BI: Tensor, missing_B: Tensor | None) -> Tensor:
     """Inputs in which an image that is missing is the input mean (0 without one)."""
     of_image = [isinstance(reading.position, ImageMean) for reading in probe.readings]
-    if not any(of_image):
+    if missing_B is None or not any(of_image):
         return x_BI
     width = x_BI.shape[1] // len(of_image)
     columns = torch.tensor(of_image, device=x_BI.device).repeat_interleave(width)

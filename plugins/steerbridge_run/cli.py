@@ -119,9 +119,21 @@ def doctor(
         for name, value in facts.items():
             if value:
                 print(f"{name:10} {value}")
-        print("would work" if not problems else "would not work")
+        print(_verdict(facts))
     if problems:
         sys.exit(1)
+
+
+def _verdict(facts: dict[str, Any]) -> str:
+    """The last line of a report."""
+    if facts["problems"]:
+        return "would not work"
+    if facts["program"] and facts["program"]["loads_later"]:
+        return (
+            "would work, if it loads a llama.cpp that is a library of its own; otherwise `run` "
+            "ends it when it opens a model (exit code 78)"
+        )
+    return "would work"
 
 
 def _describe(package: SteeringPackage) -> dict[str, Any]:
@@ -132,7 +144,12 @@ def _describe(package: SteeringPackage) -> dict[str, Any]:
 def _program(program: programs.Program) -> dict[str, Any]:
     runs = program.runs
     libraries = [n for n in runs.libraries if n.startswith(("libllama", "libggml", "libmtmd"))]
-    return {"path": str(program.path), "runs": str(runs.path), "libraries": libraries}
+    return {
+        "path": str(program.path),
+        "runs": str(runs.path),
+        "libraries": libraries,
+        "loads_later": not runs.names_llama,
+    }
 
 
 def _model(command: list[str], package: str, ignore: list[str]) -> dict[str, Any] | None:

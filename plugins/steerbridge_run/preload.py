@@ -135,9 +135,8 @@ def environment(
         "STEERBRIDGE_IGNORE": ",".join(ignore),
         "STEERBRIDGE_FILE_TYPES": ";".join(_file_types(package)),
     }
-    # Read by llama-server: rows of several sequences must stay in order, and a state restored from
-    # its prompt cache holds rows that no mean has read, or that were steered at a layer.
-    made["LLAMA_ARG_KV_UNIFIED"] = "1"
+    # Read by llama-server: a state restored from its prompt cache holds rows that no mean has read,
+    # or that were steered at a layer.
     if _needs_whole_cache(package):
         made["LLAMA_ARG_CACHE_RAM"] = "0"
     for entry in entry_points(group="steerbridge.environments"):

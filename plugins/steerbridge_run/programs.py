@@ -32,7 +32,7 @@ _HOOK: Final = "ggml_backend_sched_set_eval_callback"
 # macOS removes every DYLD variable from Apple's programs and from what they start.
 _PROTECTED: Final = ("/bin/", "/sbin/", "/usr/bin/", "/usr/sbin/", "/usr/libexec/", "/System/")
 _STATIC: Final = "a control vector or LoRA of it may do (see docs/run.md)"
-# Programs that run llama.cpp where no preload goes: in a binary of their own, a daemon, a container.
+# Programs that run llama.cpp where no preload goes.
 _APART: Final = {
     "ollama": "starts its own build of llama.cpp from a daemon",
     "lms": "talks to LM Studio, which starts its own build of llama.cpp",

@@ -50,7 +50,7 @@ static void run(const steerhook_package *package) {
     if (info.n_embd > WIDTH_LIMIT || info.n_layer > DEPTH_LIMIT) {
         return;
     }
-    const steerhook_model model = {info.n_embd, info.n_layer, 16, 2};
+    const steerhook_model model = {NULL, info.n_embd, info.n_layer, 16, 2};
     char error[256];
     steerhook_session *session = steerhook_session_new(package, &model, &ggml, error, sizeof error);
     if (session == NULL) {

@@ -113,7 +113,7 @@ void golden_free(golden *g) {
 
 void toy_new(toy *t, const golden *g, int32_t n_ubatch, int32_t n_seq_max) {
     char error[256] = "";
-    const steerhook_model model = {g->d, g->n_layer, n_ubatch, n_seq_max};
+    const steerhook_model model = {NULL, g->d, g->n_layer, n_ubatch, n_seq_max};
     *t = (toy){.g = g, .n_ubatch = n_ubatch};
     t->session = steerhook_session_new(g->package, &model, &fake_ggml, error, sizeof error);
     if (t->session == NULL) {

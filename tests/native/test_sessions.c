@@ -40,17 +40,40 @@ static void check_failed(toy *t, steerhook_status status) {
     *t = (toy){.session = t->session, .g = t->g, .n_ubatch = t->n_ubatch};
 }
 
+/* Architectures whose nodes are not what their names say; head_guard reads blocks and steers the
+ * head. */
+static void test_architectures(const golden *g) {
+    static const char *const refused[] = {"nanbeige", "hrm_text", "qwen3vl", "qwen3vlmoe",
+                                          "minicpm3", "plamo3",   "plamo2",  "deepseek4",
+                                          "qwen4exp", "eagle3",   "gemma4-assistant"};
+    static const char *const taken[] = {"llama", "gpt-oss", "gemma4", "cohere2moe", ""};
+    steerhook_model model = {NULL, g->d, g->n_layer, 8, 2};
+    char error[256] = "";
+    for (size_t i = 0; i < sizeof refused / sizeof *refused; i++) {
+        model.architecture = refused[i];
+        CHECK(steerhook_session_new(g->package, &model, &fake_ggml, error, sizeof error) == NULL);
+        CHECK(strstr(error, refused[i]) != NULL && strstr(error, "site") != NULL);
+    }
+    for (size_t i = 0; i < sizeof taken / sizeof *taken; i++) {
+        model.architecture = taken[i];
+        steerhook_session *s =
+            steerhook_session_new(g->package, &model, &fake_ggml, error, sizeof error);
+        CHECK(s != NULL);
+        steerhook_session_free(s);
+    }
+}
+
 static void test_models(const golden *g) {
     char error[256] = "";
-    steerhook_model model = {g->d + 1, g->n_layer, 8, 2};
+    steerhook_model model = {NULL, g->d + 1, g->n_layer, 8, 2};
     CHECK(steerhook_session_new(g->package, &model, &fake_ggml, error, sizeof error) == NULL);
     CHECK(strstr(error, "n_embd") != NULL);
-    model = (steerhook_model){g->d, g->n_layer - 1, 8, 2};
+    model = (steerhook_model){NULL, g->d, g->n_layer - 1, 8, 2};
     CHECK(steerhook_session_new(g->package, &model, &fake_ggml, error, sizeof error) == NULL);
     CHECK(strstr(error, "n_layer") != NULL);
-    model = (steerhook_model){g->d, g->n_layer, 0, 2};
+    model = (steerhook_model){NULL, g->d, g->n_layer, 0, 2};
     CHECK(steerhook_session_new(g->package, &model, &fake_ggml, error, sizeof error) == NULL);
-    model = (steerhook_model){g->d, g->n_layer, 8, 0};
+    model = (steerhook_model){NULL, g->d, g->n_layer, 8, 0};
     CHECK(steerhook_session_new(g->package, &model, &fake_ggml, NULL, 0) == NULL);
     CHECK(steerhook_session_new(NULL, &model, &fake_ggml, error, sizeof error) == NULL);
     CHECK(steerhook_package_load("/dev/null", error, sizeof error) == NULL);
@@ -565,6 +588,83 @@ static void test_open_goes_on(const golden *g) {
     steerhook_session_free(t.session);
 }
 
+/* Rows of two sequences that take turns in the batch, computed one sequence after the other, in
+ * several graphs. */
+static void test_passes(const golden *g) {
+    const golden_request *r = &g->requests[0], *q = &g->requests[1];
+    for (int32_t size = 3; size < 64; size += 20) {
+        toy t;
+        toy_row rows[128], graph[128];
+        int32_t order[128], *lists[128], counts[128], seqs[128];
+        int8_t outputs[128];
+        toy_new(&t, g, 64, 2);
+        begin(&t, 0, r);
+        begin(&t, 1, q);
+        int32_t n = 0;
+        for (int32_t i = 0; i < r->n_prompt || i < q->n_prompt; i++) {
+            if (i < r->n_prompt) {
+                rows[n++] = (toy_row){r, 0, i, i == r->n_prompt - 1};
+            }
+            if (i < q->n_prompt) {
+                rows[n++] = (toy_row){q, 1, i, i == q->n_prompt - 1};
+            }
+        }
+        int32_t next = 0;
+        for (int32_t i = 0; i < n; i++) {
+            seqs[i] = rows[i].seq;
+            counts[i] = 1;
+            lists[i] = &seqs[i];
+            outputs[i] = rows[i].output;
+        }
+        for (int32_t seq = 0; seq < 2; seq++) {
+            for (int32_t i = 0; i < n; i++) {
+                if (rows[i].seq == seq) {
+                    order[next++] = i;
+                }
+            }
+        }
+        const steerhook_batch batch = {n, counts, lists, outputs, false};
+        CHECK_STATUS(steerhook_batch_begin(t.session, &batch), STEERHOOK_OK);
+        for (int32_t from = 0; from < n; from += size) {
+            int32_t count = n - from < size ? n - from : size;
+            for (int32_t i = 0; i < count; i++) {
+                graph[i] = rows[order[from + i]];
+            }
+            CHECK_STATUS(steerhook_pass(t.session, order + from, count), STEERHOOK_OK);
+            toy_graphs(&t, graph, count);
+        }
+        CHECK_STATUS(steerhook_batch_end(t.session), STEERHOOK_OK);
+        toy_check_verdicts(&t, r, 0);
+        toy_check_verdicts(&t, q, 1);
+        CHECK_STATUS(steerhook_pass(t.session, order, 1), STEERHOOK_ORDER);
+        steerhook_session_free(t.session);
+    }
+}
+
+/* A graph that was not announced, and rows that the batch does not have. */
+static void test_strange_passes(const golden *g) {
+    const golden_request *r = &g->requests[0];
+    toy t;
+    toy_row rows[128];
+    const int32_t none = 99, first = 0;
+    toy_new(&t, g, 1, 1);
+    int32_t n = prompt_rows(r, 0, rows);
+    int8_t outputs[128];
+    memset(outputs, 1, sizeof outputs);
+    steerhook_batch batch = {.n_tokens = n, .output = outputs};
+    begin(&t, 0, r);
+    CHECK_STATUS(steerhook_batch_begin(t.session, &batch), STEERHOOK_OK);
+    CHECK_STATUS(steerhook_pass(t.session, &first, 1), STEERHOOK_OK);
+    toy_graphs(&t, rows, 2);
+    CHECK_STATUS(steerhook_session_status(t.session), STEERHOOK_HOOK_LOST);
+    check_failed(&t, STEERHOOK_HOOK_LOST);
+    begin(&t, 0, r);
+    CHECK_STATUS(steerhook_batch_begin(t.session, &batch), STEERHOOK_OK);
+    CHECK_STATUS(steerhook_pass(t.session, &none, 1), STEERHOOK_ARGUMENT);
+    check_failed(&t, STEERHOOK_ARGUMENT);
+    steerhook_session_free(t.session);
+}
+
 /* Kept rows are copied to a sequence that never had a request, so has no room of its own. */
 static void test_copy_kept(const golden *g) {
     const golden_request *r = &g->requests[0];
@@ -659,6 +759,7 @@ void test_sessions(const char *directory) {
     golden *image = golden_load(directory, "image_guard-f16");
     golden *scored = golden_load(directory, "scored-f32");
     test_models(head);
+    test_architectures(head);
     test_requests(layer);
     test_cached(head);
     test_thresholds(head);
@@ -677,6 +778,8 @@ void test_sessions(const char *directory) {
     test_copy_kept(layer);
     test_keep_prompts(layer);
     test_open_goes_on(layer);
+    test_passes(layer);
+    test_strange_passes(layer);
     test_open_unjudged(layer);
     golden_free(head);
     golden_free(layer);

@@ -125,7 +125,7 @@ static void test_patched(const char *directory, const golden *scored) {
     static _Alignas(8) char bytes[SIZE];
     char error[256] = "";
     const golden_request *r = &scored->requests[0];
-    const steerhook_model model = {scored->d, scored->n_layer, 8, 2};
+    const steerhook_model model = {NULL, scored->d, scored->n_layer, 8, 2};
     steerhook_package *package =
         patched(directory, "scored-f32", "\"layer\": 1", "\"layer\": 0", bytes, SIZE);
     CHECK(package != NULL);

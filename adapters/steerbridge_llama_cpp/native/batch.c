@@ -23,9 +23,15 @@ static bool reserve_rows(sh_batch *batch, int32_t count) {
     void *first_member = batch->first_member;
     void *outputs = batch->outputs;
     void *is_output = batch->is_output;
+    void *pass = batch->pass;
+    void *pass_outputs = batch->pass_outputs;
     bool ok = grow(&first_member, count + 1, sizeof *batch->first_member);
     ok = grow(&outputs, count + 1, sizeof *batch->outputs) && ok;
     ok = grow(&is_output, count + 1, sizeof *batch->is_output) && ok;
+    ok = grow(&pass, count + 1, sizeof *batch->pass) && ok;
+    ok = grow(&pass_outputs, count + 1, sizeof *batch->pass_outputs) && ok;
+    batch->pass = pass;
+    batch->pass_outputs = pass_outputs;
     batch->first_member = first_member;
     batch->outputs = outputs;
     batch->is_output = is_output;
@@ -216,7 +222,7 @@ static void find_end(sh_request *request, int32_t row, bool output) {
 static void start(steerhook_session *s, const steerhook_batch *from) {
     s->batch.image = from->image;
     s->batch.n_rows = from->n_tokens;
-    s->batch.n_outputs = s->batch.n_members = 0;
+    s->batch.n_outputs = s->batch.n_members = s->batch.n_passes = 0;
     for (int32_t i = 0; i < s->model.n_seq_max; i++) {
         s->requests[i].batch_count = s->requests[i].count;
         s->requests[i].last_row = s->requests[i].end_row = -1;
@@ -268,6 +274,33 @@ steerhook_status steerhook_batch_begin(steerhook_session *s, const steerhook_bat
     }
     s->batch.idle = sh_batch_is_idle(s);
     s->batch.open = true;
+    return STEERHOOK_OK;
+}
+
+steerhook_status steerhook_pass(steerhook_session *s, const int32_t *rows, int32_t n_rows) {
+    steerhook_status status = sh_session_check(s);
+    if (status != STEERHOOK_OK) {
+        return status;
+    }
+    sh_batch *batch = &s->batch;
+    if (!batch->open || s->pending != NULL) {
+        return sh_session_fail(s, STEERHOOK_ORDER, "pass: expected an open batch");
+    }
+    if (rows == NULL || n_rows < 1 || n_rows > batch->n_rows) {
+        return sh_session_fail(s, STEERHOOK_ARGUMENT, "pass: expected 1 to %ld rows, found %ld",
+                               (long)batch->n_rows, (long)n_rows);
+    }
+    batch->n_passes++;
+    batch->n_pass = batch->n_pass_outputs = 0;
+    for (int32_t i = 0; i < n_rows; i++) {
+        if (rows[i] < 0 || rows[i] >= batch->n_rows) {
+            return sh_session_fail(s, STEERHOOK_ARGUMENT, "pass: no row %ld", (long)rows[i]);
+        }
+        batch->pass[batch->n_pass++] = rows[i];
+        if (batch->is_output[rows[i]]) {
+            batch->pass_outputs[batch->n_pass_outputs++] = rows[i];
+        }
+    }
     return STEERHOOK_OK;
 }
 

@@ -46,13 +46,21 @@ static sh_site_plan *site_of(steerhook_session *s, const struct ggml_tensor *nod
 
 /* ---- which rows ---- */
 
+/* The row of the batch that is number `index` of the graph at this site. */
 static int32_t batch_row(const steerhook_session *s, const sh_site_plan *site, int32_t index) {
-    return site->outputs_only ? s->batch.outputs[index] : index;
+    if (s->batch.n_passes > 0) {
+        return site->outputs_only ? s->batch.pass_outputs[index] : s->batch.pass[index];
+    }
+    int32_t row = site->next_row + index;
+    return site->outputs_only ? s->batch.outputs[row] : row;
 }
 
 /* Rows that micro-batch `chunk` has at this site: llama.cpp cuts a batch every n_ubatch tokens. */
 static int32_t rows_of_chunk(const steerhook_session *s, const sh_site_plan *site,
                              int32_t chunk) {
+    if (s->batch.n_passes > 0) {
+        return site->outputs_only ? s->batch.n_pass_outputs : s->batch.n_pass;
+    }
     int64_t from = (int64_t)chunk * s->model.n_ubatch;
     int64_t to = from + s->model.n_ubatch;
     to = to < s->batch.n_rows ? to : s->batch.n_rows;
@@ -228,7 +236,7 @@ static steerhook_status visit_rows(steerhook_session *s, const sh_site_plan *sit
     for (int32_t i = 0; i < s->pending_rows && status == STEERHOOK_OK;) {
         int32_t n = 0;
         while (n < SH_SPAN && i + n < s->pending_rows &&
-               wanted(s, site, batch_row(s, site, site->next_row + i + n))) {
+               wanted(s, site, batch_row(s, site, i + n))) {
             n++;
         }
         if (n == 0) {
@@ -238,7 +246,7 @@ static steerhook_status visit_rows(steerhook_session *s, const sh_site_plan *sit
         size_t offset = (size_t)i * row_bytes;
         s->ggml.tensor_get(node, s->rows, offset, (size_t)n * row_bytes);
         for (int32_t j = 0; j < n && status == STEERHOOK_OK; j++) {
-            int32_t row = batch_row(s, site, site->next_row + i + j);
+            int32_t row = batch_row(s, site, i + j);
             float *x = s->rows + (int64_t)j * s->package->n_embd;
             status = writing ? write_row(s, site, row, x) : read_row(s, site, row, x);
         }
@@ -265,7 +273,13 @@ static bool announce(steerhook_session *s, sh_site_plan *site, const struct ggml
                                       : "without an open batch");
         return true;
     }
-    while (bytes > 0 && rows_of_chunk(s, site, site->chunk) == 0 &&
+    if (s->batch.n_passes > 0 && site->chunk >= s->batch.n_passes) {
+        sh_session_fail(s, STEERHOOK_HOOK_LOST, "layer_input[%ld]: seen twice in a graph",
+                        (long)site->depth);
+        return true;
+    }
+    site->chunk = s->batch.n_passes > 0 ? s->batch.n_passes - 1 : site->chunk;
+    while (s->batch.n_passes == 0 && bytes > 0 && rows_of_chunk(s, site, site->chunk) == 0 &&
            (int64_t)site->chunk * s->model.n_ubatch < s->batch.n_rows) {
         site->chunk++; /* a micro-batch without outputs may leave the node out */
     }
@@ -277,7 +291,7 @@ static bool announce(steerhook_session *s, sh_site_plan *site, const struct ggml
         return true;
     }
     for (int32_t i = 0; i < rows; i++) {
-        int32_t row = batch_row(s, site, site->next_row + i);
+        int32_t row = batch_row(s, site, i);
         if (reads_row(s, site, row) || writes_row(s, site, row)) {
             s->pending = site;
             s->pending_node = node;

@@ -1,5 +1,7 @@
 /* The plan of a session: which sites have work, and what, in order of computation. */
 #include <math.h>
+#include <stdio.h>
+#include <string.h>
 
 #include "score.h"
 #include "session.h"
@@ -95,6 +97,68 @@ static void store_act(steerhook_session *s, const sh_act *act, int32_t depth) {
     site->acts[site->n_acts++] = *act;
 }
 
+/* ---- architectures whose nodes are not what their names say ---- */
+
+enum { NO_BLOCKS = 1, NO_HEAD = 2, WHOLE_LAST = 4 };
+
+/* As llama.cpp of llama-cpp-python 0.3.36 builds their graphs. Of another architecture or version, a
+ * node that is missing or has other rows fails its batch. */
+static const struct {
+    const char *name;
+    int differs;
+} architectures[] = {
+    /* no l_out */
+    {"deepseek4", NO_BLOCKS},
+    {"eagle3", NO_BLOCKS},
+    {"gemma4-assistant", NO_BLOCKS},
+    {"plamo2", NO_BLOCKS},
+    {"qwen4exp", NO_BLOCKS},
+    /* l_out is not what the next block reads: a norm or features of an image come between */
+    {"hrm_text", NO_BLOCKS},
+    {"nanbeige", NO_BLOCKS},
+    {"qwen3vl", NO_BLOCKS},
+    {"qwen3vlmoe", NO_BLOCKS},
+    /* no result_norm, or the output embedding reads a multiple of it */
+    {"minicpm3", NO_HEAD},
+    {"plamo3", NO_HEAD},
+    /* the last block holds all rows */
+    {"bailingmoe3", WHOLE_LAST},
+    {"cohere2moe", WHOLE_LAST},
+    {"gemma4", WHOLE_LAST},
+    {"gpt-oss", WHOLE_LAST},
+    {"hy_v3", WHOLE_LAST},
+    {"nemotron_h", WHOLE_LAST},
+    {"qwen35", WHOLE_LAST},
+    {"qwen35moe", WHOLE_LAST},
+    {"qwen3next", WHOLE_LAST},
+    {"step35", WHOLE_LAST},
+};
+
+static int differences(const steerhook_session *s) {
+    size_t count = sizeof architectures / sizeof *architectures;
+    for (size_t i = 0; s->model.architecture != NULL && i < count; i++) {
+        if (strcmp(s->model.architecture, architectures[i].name) == 0) {
+            return architectures[i].differs;
+        }
+    }
+    return 0;
+}
+
+/* Whether llama.cpp shows a site by the name of a node. */
+static bool is_shown(const steerhook_session *s, int32_t depth, const sh_error *error) {
+    char site[48];
+    bool head = depth > s->model.n_layer;
+    snprintf(site, sizeof site, head ? "site head_input" : "site layer_input[%ld]", (long)depth);
+    if (depth == 0) {
+        return sh_fail(error, site, "a site that llama.cpp shows by name", "the input of block 0");
+    }
+    return (differences(s) & (head ? NO_HEAD : NO_BLOCKS)) == 0 ||
+           sh_fail(error, site, "a site that llama.cpp shows by name", "architecture %s",
+                   s->model.architecture);
+}
+
+/* ---- numbering ---- */
+
 static bool number_sites(steerhook_session *s, const sh_error *error) {
     int32_t depths = s->model.n_layer + 2;
     s->site_at = need(s, (size_t)depths, sizeof *s->site_at, error);
@@ -103,11 +167,10 @@ static bool number_sites(steerhook_session *s, const sh_error *error) {
     }
     each_read(s, mark_read);
     each_act(s, mark_act);
-    if (s->site_at[0] != 0) {
-        return sh_fail(error, "site layer_input[0]", "a site that llama.cpp shows by name",
-                       "the input of block 0");
-    }
     for (int32_t depth = 0; depth < depths; depth++) {
+        if (s->site_at[depth] != 0 && !is_shown(s, depth, error)) {
+            return false;
+        }
         s->site_at[depth] = s->site_at[depth] != 0 ? s->n_sites++ : -1;
     }
     s->sites = need(s, (size_t)s->n_sites, sizeof *s->sites, error);
@@ -115,7 +178,8 @@ static bool number_sites(steerhook_session *s, const sh_error *error) {
         if (s->site_at[depth] >= 0) {
             sh_site_plan *site = &s->sites[s->site_at[depth]];
             site->depth = depth;
-            site->outputs_only = depth >= s->model.n_layer;
+            bool whole = (differences(s) & WHOLE_LAST) != 0;
+            site->outputs_only = depth >= s->model.n_layer + whole;
         }
     }
     return s->sites != NULL;

@@ -94,6 +94,7 @@ steerhook_session *steerhook_session_new(const steerhook_package *package,
         steerhook_session_free(s);
         return NULL;
     }
+    s->model.architecture = NULL;
     return s;
 }
 
@@ -115,6 +116,8 @@ void steerhook_session_free(steerhook_session *s) {
     }
     free(s->batch.first_member);
     free(s->batch.outputs);
+    free(s->batch.pass);
+    free(s->batch.pass_outputs);
     free(s->batch.is_output);
     free(s->batch.members);
     sh_arena_free(&s->arena);

@@ -94,13 +94,16 @@ typedef struct {
     int32_t row_capacity, member_capacity;
     int32_t *first_member; /* by row, and one after the last */
     int32_t *outputs;      /* rows that are outputs, in order */
+    int32_t n_passes;      /* graphs that were announced; 0: they come in order */
+    int32_t n_pass, n_pass_outputs;
+    int32_t *pass, *pass_outputs; /* rows of the announced graph, and its outputs */
     bool *is_output;
     sh_member *members;
 } sh_batch;
 
 struct steerhook_session {
     const steerhook_package *package;
-    steerhook_model model;
+    steerhook_model model; /* its architecture is the caller's, and not kept */
     steerhook_ggml ggml;
     steerhook_status status; /* not OK: failed */
     bool paused;

@@ -23,7 +23,8 @@
  *
  * ROWS. Rows of a sequence are counted, not identified by position. The count starts at
  * `n_cached`; the row that makes it `n_prompt` is the prompt end; later rows are generated ones.
- * llama.cpp must split batches in order (one sequence, or a unified KV cache).
+ * llama.cpp must split batches in order (one sequence, or a unified KV cache), unless the caller
+ * says which rows each graph computes (steerhook_pass).
  *
  * THREADS. A package is immutable and may be used by any number of sessions and threads; a
  * session belongs to one thread at a time. There is no global state.
@@ -99,7 +100,8 @@ STEERHOOK_API steerhook_package_info steerhook_package_describe(const steerhook_
 /* ---- sessions: one for each llama_context ---- */
 
 typedef struct {
-    int32_t n_embd, n_layer; /* of the model: must be the package's */
+    const char *architecture; /* general.architecture of the model; NULL: not known */
+    int32_t n_embd, n_layer;  /* of the model: must be the package's */
     int32_t n_ubatch;        /* llama_n_ubatch(ctx) */
     int32_t n_seq_max;       /* llama_n_seq_max(ctx) */
 } steerhook_model;
@@ -112,7 +114,8 @@ typedef struct {
     void (*tensor_set)(struct ggml_tensor *, const void *data, size_t offset, size_t size);
 } steerhook_ggml;
 
-/* NULL if the package does not fit the model, reads or writes layer_input[0], or memory ends. */
+/* NULL if the package does not fit the model, reads or writes a site that llama.cpp does not show
+ * (layer_input[0], and those of some architectures, see plan.c), or memory ends. */
 STEERHOOK_API steerhook_session *steerhook_session_new(const steerhook_package *package,
                                                        const steerhook_model *model,
                                                        const steerhook_ggml *ggml, char *error,
@@ -228,6 +231,11 @@ typedef struct {
 /* Before llama_decode, with the same batch. The arrays are not kept. */
 STEERHOOK_API steerhook_status steerhook_batch_begin(steerhook_session *session,
                                                      const steerhook_batch *batch);
+
+/* For a caller that sees the graphs: the rows of the batch that the next graph computes, in its
+ * order. Without it, llama.cpp must split the batch in order (see ROWS). */
+STEERHOOK_API steerhook_status steerhook_pass(steerhook_session *session, const int32_t *rows,
+                                              int32_t n_rows);
 
 /* After llama_decode returned 0: an error if a needed node was not seen with all its rows. */
 STEERHOOK_API steerhook_status steerhook_batch_end(steerhook_session *session);

@@ -31,8 +31,7 @@ static int32_t rope_type(const llama_model *model) {
 
 /* ---- a context ---- */
 
-static void check_context(const llama_context *context, const llama_model *model,
-                          const sb_facts *f) {
+static void check_kind(const llama_model *model, const sb_facts *f) {
     sb_check_model(model, f);
     if (is("llama_model_has_encoder", model) || is("llama_model_is_recurrent", model) ||
         is("llama_model_is_hybrid", model)) {
@@ -40,18 +39,11 @@ static void check_context(const llama_context *context, const llama_model *model
                  "recurrent state",
                  f->name);
     }
-    uint32_t n_seq = SB_CALL(of_context, "llama_n_seq_max", NULL)(context);
-    of_context per_sequence = (of_context)sb_either("llama_n_ctx_seq", NULL);
-    uint32_t n_ctx = SB_CALL(of_context, "llama_n_ctx", NULL)(context);
-    if (n_seq > 1 && per_sequence != NULL && per_sequence(context) != n_ctx) {
-        sb_fatal("KV cache: expected a unified one for %lu sequences, found one per sequence; set "
-                 "LLAMA_ARG_KV_UNIFIED=1 or kv_unified",
-                 (unsigned long)n_seq);
-    }
 }
 
 static steerhook_session *session_for(const llama_context *context, const sb_facts *f) {
     steerhook_model shape = {
+        .architecture = f->architecture,
         .n_embd = f->n_embd,
         .n_layer = f->n_layer,
         .n_ubatch = (int32_t)SB_CALL(of_context, "llama_n_ubatch", NULL)(context),
@@ -105,7 +97,7 @@ static void open_watch(sb_watch *watch) {
                  f.name, shape, (long)info.n_embd, (long)info.n_layer);
     }
     if (!watch->other) {
-        check_context(watch->context, model, &f);
+        check_kind(model, &f);
         typedef const void *(*memory_of)(const llama_context *);
         memory_of memory = (memory_of)sb_either("llama_get_memory", NULL);
         watch->memory = memory == NULL ? watch->context : memory(watch->context);

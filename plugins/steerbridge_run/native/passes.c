@@ -24,6 +24,10 @@ static void reserve(sb_last *last, int32_t rows) {
     last->first_member = grown(last->first_member, n, sizeof *last->first_member);
     last->output = grown(last->output, n, sizeof *last->output);
     last->used = grown(last->used, n, sizeof *last->used);
+    last->computed = grown(last->computed, n, sizeof *last->computed);
+    last->ids = grown(last->ids, n, sizeof *last->ids);
+    last->positions = grown(last->positions, n, sizeof *last->positions);
+    last->pass = grown(last->pass, n, sizeof *last->pass);
 }
 
 static void add_member(sb_last *last, int32_t index, int32_t seq) {
@@ -39,10 +43,10 @@ void sb_last_take(sb_last *last, const sb_rows *rows) {
     reserve(last, rows->n_tokens);
     last->number++;
     last->n_rows = rows->n_tokens;
-    last->n_outputs = last->next = 0;
+    last->n_outputs = last->n_computed = 0;
     last->image = rows->image;
     last->text = rows->token != NULL;
-    last->reordered = false;
+    last->strange = false;
     int32_t members = 0;
     for (int32_t row = 0; row < rows->n_tokens; row++) {
         bool output = rows->output == NULL ? row == rows->n_tokens - 1 : rows->output[row] != 0;
@@ -50,7 +54,7 @@ void sb_last_take(sb_last *last, const sb_rows *rows) {
         last->text = last->text && last->token[row] >= 0;
         last->pos[row] = rows->pos == NULL ? -1 : rows->pos[row];
         last->output[row] = output;
-        last->used[row] = false;
+        last->used[row] = last->computed[row] = false;
         last->n_outputs += output;
         last->first_member[row] = members;
         int32_t count = rows->n_seq_id == NULL ? 1 : rows->n_seq_id[row];
@@ -68,6 +72,10 @@ void sb_last_free(sb_last *last) {
     free(last->members);
     free(last->output);
     free(last->used);
+    free(last->computed);
+    free(last->ids);
+    free(last->positions);
+    free(last->pass);
     *last = (sb_last){0};
 }
 
@@ -118,42 +126,72 @@ typedef struct ggml_tensor *(*tensor_of)(const struct ggml_cgraph *, const char 
 typedef size_t (*size_of)(const struct ggml_tensor *);
 typedef void (*read_tensor)(const struct ggml_tensor *, void *, size_t, size_t);
 
-/* The ids of the tokens that go in: inputs are leaves, which the evaluation callback never sees. */
-static bool same_tokens(const sb_last *last, const struct ggml_tensor *tokens, int32_t count) {
-    enum { PART = 256 };
-    static read_tensor read;
-    read = read != NULL ? read : SB_CALL(read_tensor, "ggml_backend_tensor_get", NULL);
-    int32_t found[PART];
-    for (int32_t i = 0; i < count; i += PART) {
-        size_t n = (size_t)(count - i < PART ? count - i : PART);
-        read(tokens, found, (size_t)i * sizeof *found, n * sizeof *found);
-        if (memcmp(found, last->token + last->next + i, n * sizeof *found) != 0) {
+/* The next row of the batch with this id and position that no pass has computed: one of the sequence
+ * of the row before if there is one, as llama.cpp takes the rows of a sequence one after the other.
+ * -1 if there is none. */
+static int32_t find_row(const sb_last *last, int32_t before, int32_t id, int32_t position) {
+    int32_t found = -1;
+    for (int32_t row = 0; row < last->n_rows; row++) {
+        bool same = !last->computed[row] && last->token[row] == id &&
+                    (position < 0 || last->pos[row] == position);
+        if (same && before >= 0 && sb_last_has(last, row, last->members[last->first_member[before]])) {
+            return row;
+        }
+        found = same && found < 0 ? row : found;
+    }
+    return found;
+}
+
+/* Which rows a pass computes; false if some are none of the batch's. */
+static bool find_rows(sb_last *last, int32_t count, bool positions) {
+    for (int32_t i = 0; i < count; i++) {
+        int32_t next = last->n_computed + i, position = positions ? last->positions[i] : -1;
+        bool in_order = next < last->n_rows && !last->computed[next] &&
+                        last->token[next] == last->ids[i] &&
+                        (position < 0 || last->pos[next] == position);
+        int32_t before = i > 0 ? last->pass[i - 1] : -1;
+        int32_t row = in_order ? next : find_row(last, before, last->ids[i], position);
+        if (row < 0) {
             return false;
         }
+        last->pass[i] = row;
+        last->computed[row] = true;
     }
     return true;
 }
 
 bool sb_last_complete(const sb_last *last) {
-    return !last->reordered && (!last->text || last->next == last->n_rows);
+    return !last->strange && (!last->text || last->n_computed == last->n_rows);
 }
 
-void sb_last_check(sb_last *last, const struct ggml_cgraph *graph) {
+void sb_last_pass(sb_last *last, const struct ggml_cgraph *graph, steerhook_session *session) {
     static tensor_of find;
     static size_of size;
+    static read_tensor read;
     if (!last->text) {
         return; /* embeddings: an image's rows have no ids */
     }
     find = find != NULL ? find : SB_CALL(tensor_of, "ggml_graph_get_tensor", NULL);
     size = size != NULL ? size : SB_CALL(size_of, "ggml_nbytes", NULL);
+    read = read != NULL ? read : SB_CALL(read_tensor, "ggml_backend_tensor_get", NULL);
+    /* Inputs are leaves, which the evaluation callback never sees. */
     const struct ggml_tensor *tokens = find(graph, "inp_tokens");
+    const struct ggml_tensor *positions = find(graph, "inp_pos");
     if (tokens == NULL) {
         return; /* it moves rows of the cache; one that holds ours is missed at the end */
     }
-    int32_t count = (int32_t)(size(tokens) / sizeof(int32_t));
-    if (count > last->n_rows - last->next || !same_tokens(last, tokens, count)) {
-        last->reordered = true;
+    size_t bytes = size(tokens);
+    int32_t count = (int32_t)(bytes / sizeof *last->ids);
+    if (count < 1 || count > last->n_rows - last->n_computed) {
+        last->strange = true;
         return;
     }
-    last->next += count;
+    read(tokens, last->ids, 0, bytes);
+    bool placed = positions != NULL && size(positions) >= bytes;
+    if (placed) {
+        read(positions, last->positions, 0, bytes); /* of M-RoPE: the first of four */
+    }
+    last->strange |= !find_rows(last, count, placed) ||
+                     steerhook_pass(session, last->pass, count) != STEERHOOK_OK;
+    last->n_computed += count;
 }

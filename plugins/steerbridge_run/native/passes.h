@@ -5,6 +5,7 @@
 
 #include "llama_abi.h"
 #include "shadow.h"
+#include "steerhook.h"
 
 typedef struct {
     uint64_t number; /* of the batch in its context, from 1 on */
@@ -15,8 +16,10 @@ typedef struct {
     int8_t *output;
     bool *used; /* whether its logits were */
     bool image, text;
-    int32_t next; /* row of the next pass */
-    bool reordered;
+    int32_t n_computed; /* rows of the passes so far */
+    bool *computed;
+    bool strange; /* a pass computed other rows */
+    int32_t *ids, *positions, *pass; /* of one pass */
 } sb_last;
 
 void sb_last_take(sb_last *last, const sb_rows *rows);
@@ -31,8 +34,9 @@ int32_t sb_last_before(const sb_last *last, int32_t row, int32_t seq);
 /* The same rows as a batch of llama.cpp; the sequence lists are the caller's to free. */
 llama_batch sb_last_batch(const sb_last *last);
 
-/* A graph is about to be computed: its tokens must be the next ones of the batch. */
-void sb_last_check(sb_last *last, const struct ggml_cgraph *graph);
+/* A graph is about to be computed: its tokens, at their positions, must be some of the batch's. Tells
+ * the session which. */
+void sb_last_pass(sb_last *last, const struct ggml_cgraph *graph, steerhook_session *session);
 /* Whether all of them were. */
 bool sb_last_complete(const sb_last *last);
 

@@ -28,7 +28,7 @@ sb_graph sb_current(eval_callback *callback, void **data) {
 
 void sb_pass(const struct ggml_cgraph *graph) {
     if (current != NULL && current->session != NULL) {
-        sb_last_check(&current->last, graph);
+        sb_last_pass(&current->last, graph, current->session);
     }
 }
 
@@ -152,27 +152,25 @@ static bool evaluate_again(sb_watch *watch, int32_t seq, const int32_t *tokens, 
     if (!sb_remove(watch, seq, position)) {
         return false;
     }
-    for (int32_t i = 0; i < count; i++) {
+    sb_last kept = watch->last;
+    watch->last = (sb_last){0};
+    bool done = true;
+    for (int32_t i = 0; i < count && done; i++) {
         int8_t output = 0;
         int32_t one = 1, *list = &seq, token = tokens[i], at = position + i;
         llama_batch batch = {1, &token, NULL, &at, &one, &list, &output};
+        sb_rows row = {1, &token, &at, &one, &list, &output, false};
         steerhook_batch ours = {1, &one, &list, &output, false};
-        sb_last again = {.n_rows = 1, .text = true, .token = &token};
-        sb_last last = watch->last;
-        if (steerhook_batch_begin(watch->session, &ours) != STEERHOOK_OK) {
-            return false;
-        }
+        sb_last_take(&watch->last, &row);
+        done = steerhook_batch_begin(watch->session, &ours) == STEERHOOK_OK;
         current = watch;
-        watch->last = again;
-        int32_t result = sb_decode(watch, batch);
-        bool complete = sb_last_complete(&watch->last);
-        watch->last = last;
+        done = done && sb_decode(watch, batch) == 0 && sb_last_complete(&watch->last) &&
+               steerhook_batch_end(watch->session) == STEERHOOK_OK;
         current = NULL;
-        if (result != 0 || !complete || steerhook_batch_end(watch->session) != STEERHOOK_OK) {
-            return false;
-        }
     }
-    return true;
+    sb_last_free(&watch->last);
+    watch->last = kept;
+    return done;
 }
 
 /* Opens a request behind `count` rows of the last one, none of which may be left steered in its
@@ -261,6 +259,15 @@ static bool survey(sb_watch *watch) {
     return true;
 }
 
+/* Whether more than one sequence has rows in the batch being begun. */
+static bool of_several(const sb_watch *watch) {
+    int32_t count = 0;
+    for (int32_t i = 0; i < watch->n_seq_max; i++) {
+        count += watch->sequences[i].rows > 0;
+    }
+    return count > 1;
+}
+
 /* Where a program leaves positions to llama.cpp, they go on from the cache. */
 static void number_rows(sb_watch *watch) {
     sb_last *last = &watch->last;
@@ -291,6 +298,10 @@ static bool before(sb_watch *watch, const sb_rows *rows, bool drafts) {
         return false;
     }
     number_rows(watch);
+    if (rows->image && of_several(watch)) {
+        fail(watch, "a batch of image rows of several sequences: their order is not known");
+        return false;
+    }
     for (int32_t seq = 0; seq < watch->n_seq_max; seq++) {
         if (watch->sequences[seq].rows > 0 && !enter(watch, seq, drafts)) {
             return false;
@@ -374,7 +385,7 @@ int32_t sb_after(sb_watch *watch, int32_t result) {
         return result;
     }
     if (!sb_last_complete(&watch->last)) {
-        fail(watch, "a pass computed other tokens than the next ones of the batch");
+        fail(watch, "a pass computed other rows than those of the batch");
         return SB_ERROR;
     }
     watch->read_whole = false;
@@ -383,7 +394,7 @@ int32_t sb_after(sb_watch *watch, int32_t result) {
             note_rows(watch, seq);
         }
     }
-    return result;
+    return watch->failed ? SB_ERROR : result;
 }
 
 /* ---- its logits are used ---- */
@@ -414,6 +425,8 @@ static bool judge_again(sb_watch *watch, int32_t seq) {
     sb_rows rows = {copy.n_rows,  copy.token,  copy.pos, batch.n_seq_id,
                     batch.seq_id, copy.output, copy.image};
     steerhook_request_cut(watch->session, seq, q->first, -1);
+    sb_cells_cut(&q->cells, q->first, q->cells.count);
+    sb_answer_cut(&q->answer, q->first, q->first);
     bool done = sb_remove(watch, seq, copy.pos[0]) && before(watch, &rows, false) &&
                 sb_after(watch, sb_decode(watch, batch)) == 0;
     if (!done && !watch->failed) {
@@ -533,7 +546,7 @@ static void cut(sb_watch *watch, int32_t seq, int32_t from, int32_t to) {
     bool tail = last == q->cells.count;
     sb_cells_cut(&q->cells, first, last);
     if (watch->failed) {
-        q->lost &= q->cells.count > 0;
+        q->lost &= from > 0 || to >= 0;
         return;
     }
     steerhook_request_cut(watch->session, seq, first, tail ? -1 : last);
