@@ -23,8 +23,10 @@ import programs
 pytest.importorskip("elftools", reason="needs the extra `run`")
 pytest.importorskip("llama_cpp", reason="needs the extra `llama-cpp`")
 from guarded import NEW, Guarded
-from helpers import chat_message
+from helpers import CLI, MEAN, chat_message, reading
 from steerbridge.data import Example
+from steerbridge.package import load
+from test_run import package
 
 pytestmark = [pytest.mark.apps, pytest.mark.llama_cpp]
 
@@ -239,19 +241,27 @@ def test_speculation(guarded_means, smollm2_path, kind):
 
 
 @needs_programs
-def test_chunks_of_the_cache_that_move(guarded_means):
-    """`--cache-reuse` moves two chunks up: a mean is over their rows, not over those between."""
-    random.seed(3)
-    words = [[random.randrange(1000, 9000) for _ in range(64)] for _ in range(5)]
-    first, dropped, second, other, third = words
-    with served(guarded_means, "-np", "1", "--cache-reuse", "16") as server:
-        server.complete([*first, *dropped, *second, *other, *third], n_predict=1)
-        moved = server.complete([*first, *second, *third], n_predict=1)
-        assert moved["timings"]["cache_n"] > 150
-        server.complete(dropped, n_predict=1)
-        server.post("/slots/0?action=erase")
-        fresh = server.complete([*first, *second, *third], n_predict=1)
-        assert fresh["timings"]["cache_n"] == 0
-        scores = [event["probes"][0]["score"] for event in server.events(count=4)]
-        assert scores[1] == pytest.approx(scores[3], rel=0.1)
-        assert abs(scores[0] - scores[3]) > 2 * abs(scores[1] - scores[3])
+def test_chunks_of_the_cache_that_move(tmp_path, smollm2_path):
+    """`--cache-reuse` moves two chunks up: a mean is over their rows, not over those between.
+
+    The probe is linear, so the sums of longer and longer prompts give the share of each chunk.
+    """
+    guard = package(smollm2_path, 1e9, tmp_path, [reading("layer_input[22]", MEAN)])
+    bias = load(guard).spec.probes[0].bias
+    log, size, draw = tmp_path / "log.jsonl", 64, random.Random(3)
+    chunks = [[draw.randrange(1000, 9000) for _ in range(size)] for _ in range(5)]
+    options = ["-m", smollm2_path, "-t", 2, "-c", 1024, "-np", 1, "--no-webui"]
+    options += ["--cache-reuse", 16]
+    before = [*CLI, "run", "--package", str(guard), "--log", str(log), "--"]
+    with programs.llama_server(options, tmp_path / "server.txt", before) as url:
+        server = Server(url, log)
+        for count in range(1, 6):
+            server.complete([token for chunk in chunks[:count] for token in chunk], n_predict=1)
+        moved = server.complete([*chunks[0], *chunks[2], *chunks[4]], n_predict=1)
+        assert moved["timings"]["cache_n"] > 2.5 * size
+        *longer, told = [event["probes"][0]["score"] - bias for event in server.events(count=6)]
+    sums = [score * size * count for count, score in enumerate(longer, 1)]
+    shares = [after - before for before, after in zip([0, *sums], sums, strict=False)]
+    expected = (shares[0] + shares[2] + shares[4]) / (3 * size)
+    others = (shares[0] + shares[1] + shares[2]) / (3 * size)
+    assert told == pytest.approx(expected, abs=abs(expected - others) / 5)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 from helpers import LOW_RANK, MEAN, head, reading
@@ -222,3 +226,21 @@ def test_llama_cache_and_saved_states(llama, make_package):
     with pytest.raises(UnsupportedFeature, match="set_cache"):
         steer(llama, make_package(True, act=VECTOR))
     llama.set_cache(None)
+
+
+def test_threads_take_turns(smollm2_path, make_package):
+    """llama.cpp's context is used by one thread at a time; each gets its own answer."""
+    llama = new_llama(smollm2_path)
+    with steer(llama, make_package(True)):
+        texts = [TEXT, "My name is", "The sky is"]
+        want = {text: llama(text, max_tokens=6, temperature=0)["choices"] for text in texts}
+        jobs = texts * 4
+        with ThreadPoolExecutor(4) as pool:
+            got = list(pool.map(lambda t: llama(t, max_tokens=6, temperature=0)["choices"], jobs))
+        assert got == [want[text] for text in jobs]
+
+
+@pytest.mark.parametrize("copies", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_copies_would_lose_the_package(llama, make_package, copies):
+    with steer(llama, make_package(True)), pytest.raises(UnsupportedFeature, match="pickling"):
+        copies(llama)
