@@ -29,7 +29,7 @@ from common import ROOT, arguments, finish, generation_times, open_smollm2, say
 from steerbridge import Example, corpus_examples
 from steerbridge_hf import steer
 
-NEW, BATCH = 48, 8
+NEW, BATCH, NEW_IN_BATCH = 48, 8, 16
 PARTS = ("hf", "tgi", "llama_cpp", "llama_server")
 
 
@@ -99,15 +99,15 @@ def hf(model: Any, package: Any, prompts: Sequence[Example]) -> dict[str, Any]:
             quiet.append(prompt)
     together = quiet[:BATCH]
     batches = {
-        "": [[p] for p in quiet],
-        f"batch_{len(together)}_": [together] * (len(quiet) // 2),
+        "": (NEW, [[p] for p in quiet]),
+        f"batch_{len(together)}_": (NEW_IN_BATCH, [together] * (len(quiet) // 2)),
     }
     samples = {}
-    for name, each in batches.items():
+    for name, (new, each) in batches.items():
         rounds = []
         for i, batch in enumerate(each):
             runs = {side: partial(run, opened, batch) for side, opened in sides.items()}
-            rounds.append(generation_times(i, runs, NEW))
+            rounds.append(generation_times(i, runs, new))
         first, later = zip(*rounds, strict=True)
         samples[f"{name}ttft_ratio"] = ratios.of_rounds(first)
         samples[f"{name}decode_ratio"] = ratios.of_rounds(later)
