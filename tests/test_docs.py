@@ -134,10 +134,18 @@ def launcher(folder):
     (server / "server.py").write_text(TGI_SERVER)
     program = folder / "text-generation-launcher"
     code = """\
-        import sys, types
+        import json, os, socket, sys, types
         sys.path.insert(0, {folder!r})
         stand_in = types.ModuleType("steerbridge_tgi.attach")
-        stand_in.attach = lambda service, package: print("made with guard.gguf", package)
+
+        def attach(service, package):  # tells `run`, as the plugin's reporter does
+            with socket.socket(socket.AF_UNIX) as events:
+                events.connect(os.environ["STEERBRIDGE_EVENTS"])
+                line = {{"event": "active", "pid": os.getpid(), "model": "model"}}
+                events.sendall(json.dumps(line).encode() + b"\\n")
+            print("made with guard.gguf", package)
+
+        stand_in.attach = attach
         sys.modules["steerbridge_tgi.attach"] = stand_in
         from text_generation_server import server
         server.TextGenerationService("model", "cache", urls=[])

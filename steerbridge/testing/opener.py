@@ -10,6 +10,7 @@ from typing import Any, Literal
 from steerbridge.data import Example
 from steerbridge.package import SteeringPackage
 from steerbridge.runtime import LoadedModel
+from steerbridge.testing import vision
 from steerbridge.testing.driver import Ability, Files, How, Reply
 from steerbridge.testing.model import CONTEXT
 
@@ -19,7 +20,7 @@ class _Model:
         self._model, self._package = model, package
 
     def ask(self, prompts: Sequence[str], new: int, how: How) -> list[Reply]:  # noqa: ARG002
-        examples = [Example(prompt, False) for prompt in prompts]
+        examples = [Example(vision.text(prompt), False) for prompt in prompts]
         answers = self._model.generate(examples, self._package, max_new_tokens=new)
         return [Reply(answer.tokens, answer.outcome) for answer in answers]
 
