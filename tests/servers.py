@@ -57,6 +57,7 @@ def running(
             stdout=sink,
             stderr=subprocess.STDOUT,
             env={**os.environ, **(environment or {})},
+            start_new_session=True,
         )
         try:
             while not _answers(url + ready):
@@ -66,7 +67,14 @@ def running(
             yield Running(url, process.pid)
         finally:
             process.send_signal(signal.SIGTERM)
-            process.wait(60)
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                # Its signal handler takes a lock that the interrupted thread may hold.
+                if not any("llama-server" in str(word) for word in command):
+                    raise
 
 
 def _answers(url: str) -> bool:
