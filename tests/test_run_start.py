@@ -117,6 +117,17 @@ def test_processes_that_open_no_model_are_left_alone(guard):
     assert events == []
 
 
+def test_a_fork_of_a_guarded_process_is_guarded(smollm2_path, guard):
+    """It holds the model that its parent opened, also between fork and exec."""
+    ask = (
+        f"import os, time\nfile = open({str(smollm2_path)!r}, 'rb')\n"
+        "if os.fork() == 0:\n    time.sleep(0.5)\n    os._exit(0)\nos.wait()\nprint(1)"
+    )
+    done, events = steered(guard, [sys.executable, "-c", ask], check=False)
+    assert json_lines(done.stdout) == [1]
+    assert events == []
+
+
 @pytest.mark.parametrize("name", ["a folder", "a:folder"])
 def test_a_path_that_the_linker_splits_is_linked_from_elsewhere(
     tmp_path, smollm2_path, guard, name, monkeypatch

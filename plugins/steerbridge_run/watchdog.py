@@ -22,7 +22,7 @@ from typing import Final
 
 from elftools.common.exceptions import ELFError
 
-from steerbridge_run import programs
+from steerbridge_run import preload, programs
 
 _PROC: Final = Path("/proc")
 _GGUF: Final = b"GGUF"
@@ -94,7 +94,8 @@ class Watchdog:
             return ""
         kinds = {path: self._kind(path) for path in paths}
         models = sorted(path for path, kind in kinds.items() if kind == "model")
-        if models and not self.answered(pid):
+        # A fork has its parent's preload, and has answered nothing under its own number.
+        if models and not self.answered(pid) and "guard" not in kinds.values():
             return (
                 f"process {pid} ({_name(pid)}) opened {models[0]} without the guard: it was "
                 "started with another environment, is linked statically, or has elevated privileges"
@@ -108,7 +109,7 @@ class Watchdog:
         return ""
 
     def _kind(self, path: str) -> str:
-        """`model`, `hidden` (a llama.cpp that cannot be hooked), or empty."""
+        """`model`, `guard` (the preload), `hidden` (llama.cpp that cannot be hooked), or empty."""
         try:
             found = os.stat(path)
         except OSError:
@@ -127,6 +128,8 @@ def _kind_of(path: Path) -> str:
             start = file.read(4)
         if start == _GGUF:
             return "model"
+        if path.name == preload.library().name and path.samefile(preload.library()):
+            return "guard"
         return "hidden" if start == programs.ELF and programs.hides_llama(path) else ""
     except (OSError, ValueError, ELFError):
         return ""
