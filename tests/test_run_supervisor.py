@@ -69,6 +69,21 @@ def test_the_log_may_be_a_socket_and_may_fail(tmp_path, capsys):
     assert "the log is given up" in capsys.readouterr().err
 
 
+def test_events_of_a_program_that_ended_at_once_are_read(tmp_path):
+    for turn in range(50):
+        metrics = supervisor.Metrics()
+        listener = supervisor.Supervisor(tmp_path / str(turn), None, metrics)
+        for _ in range(5):
+            with socket.socket(socket.AF_UNIX) as sender:
+                sender.connect(str(tmp_path / str(turn)))
+                sender.sendall(b'{"event": "refused", "pid": 1}\n')
+        listener.close()
+        counted = metrics.registry.get_sample_value(
+            "steerbridge_stopped_total", {"event": "refused"}
+        )
+        assert counted == 5
+
+
 EVENT = """
 #include "events.h"
 int main(void) {

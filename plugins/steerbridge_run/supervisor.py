@@ -96,17 +96,18 @@ class Supervisor:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.bind(str(address))
         self._socket.listen()
-        threading.Thread(target=self._accept, daemon=True).start()
+        self._listener = threading.Thread(target=self._accept, daemon=True)
+        self._listener.start()
 
     def _accept(self) -> None:
         while True:
             try:
                 connection, _ = self._socket.accept()
-            except OSError:  # closed
+            except OSError:  # shut down
                 return
             reader = threading.Thread(target=self._read, args=(connection,), daemon=True)
-            reader.start()
             self._readers.append(reader)
+            reader.start()
 
     def _read(self, connection: socket.socket) -> None:
         with connection, connection.makefile("r", encoding="utf-8", errors="replace") as lines:
@@ -157,8 +158,10 @@ class Supervisor:
 
     def close(self, seconds: float = 2.0) -> None:
         """Read the events sent before the program ended."""
+        self._socket.shutdown(socket.SHUT_RDWR)  # accept() still returns what has connected
+        self._listener.join(seconds)
         self._socket.close()
-        for reader in list(self._readers):
+        for reader in self._readers:
             reader.join(seconds)
         with self._lock:
             self._log = None  # a process that outlives the program may still send
