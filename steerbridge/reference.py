@@ -9,9 +9,10 @@ Shapes: N requests, T tokens of one request, D hidden size, K readings, R rank.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -219,24 +220,33 @@ def _sigmoid(y: Float64) -> Float64:
     return np.asarray(0.5 * (1 + np.tanh(0.5 * y)))
 
 
+_COMPARE: Final[Mapping[str, Callable[[Any, float], Any]]] = {
+    ">": operator.gt,
+    ">=": operator.ge,
+    "<": operator.lt,
+    "<=": operator.le,
+}
+
+
 def fires(probe: Probe, scores: ArrayLike) -> NDArray[np.bool_]:
     """Whether each score fires; a non-finite score always does (fail closed)."""
     values = np.asarray(scores, np.float64)
-    compare = {
-        ">": np.greater,
-        ">=": np.greater_equal,
-        "<": np.less,
-        "<=": np.less_equal,
-    }[probe.comparator]
-    result: NDArray[np.bool_] = ~np.isfinite(values) | compare(values, probe.threshold)
+    crosses = _COMPARE[probe.comparator](values, probe.threshold)
+    result: NDArray[np.bool_] = ~np.isfinite(values) | crosses
     return result
+
+
+def fires_at(probe: Probe, score: float) -> bool:
+    """The same for one score, without arrays."""
+    crosses: bool = _COMPARE[probe.comparator](score, probe.threshold)
+    return crosses or not math.isfinite(score)
 
 
 def verdict(probe: Probe, value: float) -> Verdict:
     """Compare one score with the probe's threshold; a score that is not finite is unjudged."""
     if not math.isfinite(value):
         return unjudged(probe, NOT_FINITE)
-    fired = bool(fires(probe, value))
+    fired = fires_at(probe, value)
     return Verdict(probe.id, float(value), probe.threshold, probe.comparator, fired)
 
 

@@ -191,19 +191,40 @@ def test_several_answers_of_one_prompt(guarded_means):
 
 
 @needs_programs
-def test_saved_slots(guarded_text, tmp_path):
-    """A prompt in a slot restored from a file is probed again, with the same verdict."""
+def test_saved_slots(guarded_means, tmp_path):
+    """A prompt in a slot restored from a file is probed again, with the same verdict; also by a
+    server that was started later."""
     options = ("-np", "1", "--slot-save-path", str(tmp_path))
-    with served(guarded_text, *options) as server:
+    with served(guarded_means, *options) as server:
         for i in (0, 1):
-            first = server.complete(guarded_text.rendered[i])["tokens"]
-            server.post("/slots/0?action=save", filename="slot.bin")
-            server.complete(guarded_text.rendered[3 - i])
-            server.post("/slots/0?action=restore", filename="slot.bin")
-            again = server.complete(guarded_text.rendered[i])["tokens"]
-            assert tuple(first) == guarded_text.steered[i].tokens
+            first = server.complete(guarded_means.rendered[i])["tokens"]
+            server.post("/slots/0?action=save", filename=f"{i}.bin")
+            server.complete(guarded_means.rendered[3 - i])
+            server.post("/slots/0?action=restore", filename=f"{i}.bin")
+            again = server.complete(guarded_means.rendered[i])["tokens"]
+            assert tuple(first) == guarded_means.steered[i].tokens
             assert again == first
         assert server.fired(6) == [True, False, True, False, True, False]
+    with served(guarded_means, *options) as server:
+        for i in (0, 1):
+            server.post("/slots/0?action=restore", filename=f"{i}.bin")
+            again = server.complete(guarded_means.rendered[i])
+            assert again["timings"]["cache_n"] > 5
+            assert tuple(again["tokens"]) == guarded_means.steered[i].tokens
+        assert server.fired(2) == [True, False]
+
+
+@needs_programs
+def test_the_store_of_prompts(guarded_means):
+    """Prompts that left a slot come back from memory with what means need of their rows."""
+    with served(guarded_means, "-np", "1", "--cache-ram", "512") as server:
+        for i in (0, 1, 2, 3, 0, 1, 2, 3):
+            answer = server.complete(guarded_means.rendered[i])
+            assert tuple(answer["tokens"]) == guarded_means.steered[i].tokens
+        assert answer["timings"]["cache_n"] > 5
+        wanted = [prompt.harmful for prompt in guarded_means.prompts[:4]]
+        assert server.fired(8) == [*wanted, *wanted]
+        assert not any("unjudged" in event["probes"][0] for event in server.events())
 
 
 @needs_programs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -45,20 +46,20 @@ def test_the_environment_names_what_the_preload_needs(tmp_path, smollm2_path):
     from steerbridge.package import load
 
     end = load(package(smollm2_path, 1, tmp_path))
-    mean = load(package(smollm2_path, 2, tmp_path, [reading("layer_input[22]", MEAN)]))
     before = {"LD_PRELOAD": "/other.so", "HOME": "/h"}
-    made = preload.environment(end, tmp_path / "p", tmp_path / "e", [smollm2_path], before)
+    file = tmp_path / "p"
+    file.write_bytes(b"a package")
+    made = preload.environment(end, file, tmp_path / "e", [smollm2_path], before)
+    assert made["STEERBRIDGE_PACKAGE_SHA256"] == hashlib.sha256(b"a package").hexdigest()
     assert made["LD_PRELOAD"] == f"{preload.library()}:/other.so"
     assert made["STEERBRIDGE_UNSTEERED"] == "llama:576:30"
     assert made["STEERBRIDGE_VOCABULARY"] == "49152"
     assert made["STEERBRIDGE_TOKENIZER"] == end.spec.base_model.tokenizer_sha256
     assert made["STEERBRIDGE_TEMPLATE"] == end.spec.base_model.chat_template_sha256
     assert made["HOME"] == "/h"
-    assert "LLAMA_ARG_CACHE_RAM" not in made
     assert made["STEERBRIDGE_IGNORE"] == ""
     ignore = ["vocab_size", "chat_template_sha256"]
-    made = preload.environment(mean, tmp_path / "p", tmp_path / "e", [], before, ignore=ignore)
-    assert made["LLAMA_ARG_CACHE_RAM"] == "0"
+    made = preload.environment(end, file, tmp_path / "e", [], before, ignore=ignore)
     assert made["STEERBRIDGE_VOCABULARY"] == made["STEERBRIDGE_TEMPLATE"] == ""
     assert made["STEERBRIDGE_TOKENIZER"]
     assert made["STEERBRIDGE_IGNORE"] == "vocab_size,chat_template_sha256"

@@ -2,65 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import sys
-import textwrap
-
 import pytest
 
 pytest.importorskip("elftools", reason="needs the extra `run`")
 pytest.importorskip("llama_cpp")
-from test_run import package, steered
+from c_api import ALWAYS, NEVER, Runs, scores
 
 SCRIPT = """
-import ctypes, json, sys
-import llama_cpp as c
-import numpy as np
-kind, path, text = sys.argv[1:4]
-quiet = c.llama_log_callback(lambda *_: None)
-c.llama_log_set(quiet, ctypes.c_void_p())
-model = c.llama_model_load_from_file(path.encode(), c.llama_model_default_params())
-vocab = c.llama_model_get_vocab(model)
-width = c.llama_vocab_n_tokens(vocab)
-params = c.llama_context_default_params()
-params.n_ctx, params.n_batch, params.n_threads = 512, 512, 2
-params.n_seq_max, params.kv_unified = 4, True
-params.embeddings = kind == "embeddings"
-context = c.llama_init_from_model(model, params)
-memory = c.llama_get_memory(context)
-sampler = c.llama_sampler_chain_init(c.llama_sampler_chain_default_params())
-c.llama_sampler_chain_add(sampler, c.llama_sampler_init_greedy())
-ids = (c.llama_token * 256)()
-text = text.encode()
-prompt = list(ids[:c.llama_tokenize(vocab, text, len(text), ids, 256, True, True)])
-
-def decode(tokens, start, outputs=None, seq=0):
-    batch = c.llama_batch_init(len(tokens), 0, 1)
-    batch.n_tokens = len(tokens)
-    for i, token in enumerate(tokens):
-        batch.token[i], batch.pos[i] = token, start + i
-        batch.n_seq_id[i], batch.seq_id[i][0] = 1, seq
-        batch.logits[i] = i == len(tokens) - 1 if outputs is None else i in outputs
-    assert c.llama_decode(context, batch) == 0
-    c.llama_batch_free(batch)
-
-def greedy(index=-1):
-    return c.llama_sampler_sample(sampler, context, index)
-
-def argmax(index=-1):
-    return int(np.ctypeslib.as_array(c.llama_get_logits_ith(context, index), (width,)).argmax())
-
-def whole():
-    return int(np.ctypeslib.as_array(c.llama_get_logits(context), (width,)).argmax())
-
-def loop(choose, start, count=6):
-    tokens = []
-    while len(tokens) < count:
-        tokens.append(int(choose()))
-        decode(tokens[-1:], start + len(tokens) - 1)
-    return tokens
-
-told = []
 if kind in ("greedy", "argmax", "whole"):
     decode(prompt, 0)
     told = loop({"greedy": greedy, "argmax": argmax, "whole": whole}[kind], len(prompt))
@@ -103,35 +51,12 @@ elif kind == "appended":  # text behind an answer, and behind a token that ends 
     at = len(prompt) + 4 + len(more)
     decode([c.llama_vocab_eos(vocab), *more], at)
     told += loop(greedy, at + 1 + len(more), 2)
-print(json.dumps(told))
 """
-TEXT = "The three colours of the flag are red, white and"
-NEVER, ALWAYS = 1e9, -1e9
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, smollm2_path):
-    """What the script prints, and the verdicts told."""
-    folder = tmp_path_factory.mktemp("requests")
-    path = folder / "app.py"
-    path.write_text(textwrap.dedent(SCRIPT))
-    known = {}
-
-    def run(kind, limit=NEVER, text=TEXT):
-        if (kind, limit, text) not in known:
-            guard = package(smollm2_path, limit, folder)
-            command = [sys.executable, str(path), kind, str(smollm2_path), text]
-            done, events = steered(guard, command, log=folder / f"{len(known)}.jsonl", check=False)
-            assert done.returncode == 0, done.stderr[-2000:]
-            answer = json.loads(done.stdout.splitlines()[-1])
-            known[kind, limit, text] = answer, [e for e in events if e["event"] != "active"]
-        return known[kind, limit, text]
-
-    return run
-
-
-def scores(events):
-    return [event["probes"][0]["score"] for event in events if event["event"] == "verdict"]
+    return Runs(tmp_path_factory.mktemp("requests"), smollm2_path, SCRIPT)
 
 
 @pytest.mark.parametrize("kind", ["split", "one by one"])

@@ -124,7 +124,8 @@ class Session(Attachment):
     @property
     def outcomes(self) -> tuple[Outcome, ...]:
         """Of this thread's last batch: one for each prompt."""
-        return self._here.outcomes
+        last = self._here.last
+        return () if last is None else last.outcomes()
 
     @property
     def current(self) -> Outcome | None:
@@ -271,9 +272,9 @@ class Session(Attachment):
         )
 
     def _finish(self, requests: Requests) -> None:
-        self._here.outcomes = requests.outcomes()
+        self._here.last = requests
         if self._on_outcome is not None:
-            self._on_outcome(self._here.outcomes)
+            self._on_outcome(requests.outcomes())
 
     # -------------------------------------------------------- one forward pass
 
@@ -350,7 +351,7 @@ class _Here(threading.local):
         self.bare: passes.Bare | None = None
         self.step: Step | None = None
         self.ledger = Ledger(())
-        self.outcomes: tuple[Outcome, ...] = ()
+        self.last: Requests | None = None  # whose outcomes are read when asked for
 
     @contextmanager
     def opened(self) -> Iterator[None]:

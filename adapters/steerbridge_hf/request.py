@@ -19,7 +19,7 @@ from steerbridge.errors import RowMappingLost, UnsupportedFeature
 from steerbridge.package import SteeringPackage
 from steerbridge.plan import Plan, Stop
 from steerbridge.runtime import Outcome
-from steerbridge.spec import ImageMean, Position, PromptEnd, Reading
+from steerbridge.spec import ImageMean, Position, PromptEnd, PromptMean, Reading
 from steerbridge_hf.sites import RUNTIME
 from steerbridge_torch import Judged, Weights, decide, kernels, outcome
 
@@ -67,7 +67,7 @@ class Mean(NamedTuple):
 
     width: int  # Q without what is behind the prompt
     padding: Tensor | None  # [B, width, 1] what is not averaged; None if nothing
-    counts: Tensor  # [B, 1] rows of the whole mean
+    counts: Tensor | int  # [B, 1] rows of the whole mean; one number if they are equal
 
 
 @dataclass(slots=True)
@@ -311,6 +311,8 @@ class Requests:
             here = columns[None] == (self.ends + position.offset)[:, None]  # [B, Q]
             rows, places = here.nonzero(as_tuple=True)
             return Rows(rows.to(device), places.to(device))
+        if isinstance(position, PromptMean) and not self.padded and columns is step.columns:
+            return Mean(min(step.stop, self.prompt) - step.start, None, self.prompt)
         mask = self._images() if isinstance(position, ImageMean) else self.mask
         part = mask[:, columns[columns < self.prompt]]
         padding = None if bool(part.all()) else ~part[..., None].to(device)

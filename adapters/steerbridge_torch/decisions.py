@@ -17,7 +17,6 @@ from steerbridge.plan import rule_probes
 from steerbridge.reference import Verdict
 from steerbridge.runtime import Outcome
 from steerbridge.spec import ConstantStrength, Probe, SteeringSpec
-from steerbridge_torch import kernels
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,16 +64,18 @@ def decide(
         requests: B.
     """
     chosen = spec.rules[rule]
-    needed = rule_probes(spec, rule)
-    fired = {spec.probes[i].id: kernels.fires(spec.probes[i], judged[i].scores) for i in needed}
+    needed = {spec.probes[i].id: i for i in rule_probes(spec, rule)}
     held = torch.ones(requests, dtype=torch.bool)
     if chosen.condition is not None:
-        stacked = torch.stack([fired[id] for id in chosen.condition.probes])
-        held = stacked.any(dim=0) if chosen.condition.type == "any" else stacked.all(dim=0)
+        fired = [
+            [reference.fires_at(spec.probes[i], score) for score in judged[i].scores.tolist()]
+            for i in map(needed.__getitem__, chosen.condition.probes)
+        ]
+        combine = any if chosen.condition.type == "any" else all
+        held = torch.tensor([combine(row) for row in zip(*fired, strict=True)])
     if isinstance(chosen.strength, ConstantStrength):
         return held, torch.full((requests,), chosen.strength.value, dtype=torch.float32)
-    name = chosen.strength.probe
-    value = judged[next(i for i in needed if spec.probes[i].id == name)].scores
+    value = judged[needed[chosen.strength.probe]].scores
     finite = torch.where(torch.isfinite(value), value, torch.ones_like(value))
     return held, (chosen.strength.scale * finite).float()
 

@@ -90,13 +90,18 @@ def judge(
     """
     device = x_BI.device
     x_BI = _with_means(probe, weights, x_BI, missing_B)
-    finite = torch.isfinite(x_BI).all(dim=1)
+    finite = _finite(x_BI)
     if probe.input_mean is not None:
         x_BI = x_BI - weights(probe.input_mean, device)
     if probe.input_scale is not None:
         x_BI = x_BI / weights(probe.input_scale, device)
     y_BO = _logits(probe, weights, x_BI)
-    return _squashed(probe, y_BO), finite & torch.isfinite(y_BO).all(dim=1)
+    return _squashed(probe, y_BO), finite & _finite(y_BO)
+
+
+def _finite(x_BI: Tensor) -> Tensor:
+    """Rows [B] without a value that is not finite: such a value less itself is not a number."""
+    return (x_BI - x_BI).sum(dim=1) == 0
 
 
 def _with_means(probe: Any, weights: Weights, x_BI: Tensor, missing_B: Tensor | None) -> Tensor:
@@ -155,14 +160,6 @@ def _mlp(probe: MlpProbe, weights: Weights, x: Tensor) -> Tensor:
             x = _ACTIVATIONS[probe.activation](x)
         x = functional.linear(x, weights(layer.weight, x.device), weights(layer.bias, x.device))
     return x
-
-
-def fires(probe: Any, scores_B: Tensor) -> Tensor:
-    """Which scores fire, non-finite ones included ([B] bool)."""
-    # The threshold is a float64 of the spec; comparing in float64 keeps >= exact.
-    values = scores_B.double()
-    compare = {">": torch.gt, ">=": torch.ge, "<": torch.lt, "<=": torch.le}[probe.comparator]
-    return ~torch.isfinite(values) | compare(values, probe.threshold)
 
 
 @_exact

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 import sys
 import tempfile
@@ -16,7 +17,7 @@ from gguf import LlamaFileType
 from steerbridge import gguf_model
 from steerbridge.errors import UnsupportedFeature
 from steerbridge.package import SteeringPackage
-from steerbridge.spec import BaseModelInfo, HeadMatrix, PromptEnd
+from steerbridge.spec import BaseModelInfo
 from steerbridge_run.programs import RUNTIME
 
 # By system: the variable that names libraries to preload, and our library.
@@ -128,6 +129,7 @@ def environment(
     made = {
         variable: ":".join(preloads),
         "STEERBRIDGE_PACKAGE": str(file),
+        "STEERBRIDGE_PACKAGE_SHA256": _digest(file),
         "STEERBRIDGE_EVENTS": str(events),
         "STEERBRIDGE_NONCE": nonce,
         "STEERBRIDGE_UNSTEERED": ";".join(map(_shape, unsteered)),
@@ -135,10 +137,6 @@ def environment(
         "STEERBRIDGE_IGNORE": ",".join(ignore),
         "STEERBRIDGE_FILE_TYPES": ";".join(_file_types(package)),
     }
-    # Read by llama-server: a state restored from its prompt cache holds rows that no mean has read,
-    # or that were steered at a layer.
-    if _needs_whole_cache(package):
-        made["LLAMA_ARG_CACHE_RAM"] = "0"
     for entry in entry_points(group="steerbridge.environments"):
         made |= entry.load()(file, before)
     return {**before, **made}
@@ -160,6 +158,11 @@ def _identity(base: BaseModelInfo, ignore: Sequence[str]) -> dict[str, str]:
     return {name: "" if value is None else str(value) for name, value in known.items()}
 
 
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def _shape(path: Path) -> str:
     facts = gguf_model.read_facts(path)
     return f"{facts.model_type}:{facts.hidden_size}:{facts.num_layers}"
@@ -173,10 +176,3 @@ def _file_types(package: SteeringPackage) -> Iterator[str]:
         name = gguf_model.storage_name(kind)
         if name in wanted:
             yield f"{kind.value}:{name}"
-
-
-def _needs_whole_cache(package: SteeringPackage) -> bool:
-    readings = [r.position for p in package.spec.probes for r in p.readings]
-    return any(not isinstance(p, PromptEnd) for p in readings) or any(
-        not isinstance(x, HeadMatrix) for x in package.spec.interventions
-    )

@@ -258,6 +258,15 @@ class TinyModel:
         writer.add_rope_dimension_count(WIDTH // HEADS)
         writer.add_rope_freq_base(THETA)
         writer.add_vocab_size(VOCAB)
+        self.fill_vocabulary(writer)
+        for name, weight in self.weights.items():
+            layer, _, part = name.rpartition(".")
+            heads = {"q": HEADS, "k": KV_HEADS}.get(part)
+            array = weight if heads is None else _interleaved(weight, heads)
+            writer.add_tensor(_GGUF[part].format(layer), np.ascontiguousarray(array))
+
+    def fill_vocabulary(self, writer: GGUFWriter) -> None:
+        """Add the tokenizer and the chat template to a GGUF file of any model."""
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre("gpt-2")
         writer.add_token_list(self.tokens)
@@ -268,11 +277,6 @@ class TinyModel:
         writer.add_add_bos_token(False)
         if self.template is not None:
             writer.add_chat_template(self.template)
-        for name, weight in self.weights.items():
-            layer, _, part = name.rpartition(".")
-            heads = {"q": HEADS, "k": KV_HEADS}.get(part)
-            array = weight if heads is None else _interleaved(weight, heads)
-            writer.add_tensor(_GGUF[part].format(layer), np.ascontiguousarray(array))
 
     def _tokenizer(self) -> dict[str, Any]:
         special = [

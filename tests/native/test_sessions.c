@@ -1,5 +1,6 @@
 /* What the rows of requests and batches may do, and every way in which a session fails. */
 #include <math.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "harness.h"
@@ -682,6 +683,67 @@ static void test_copy_kept(const golden *g) {
     steerhook_session_free(t.session);
 }
 
+/* A request leaves as bytes and comes back to another sequence of another session, with its verdicts
+ * and rows; rows that are left out must be there already. */
+static void test_saved(const golden *g) {
+    const golden_request *r = &g->requests[0];
+    toy t, other;
+    toy_row rows[128];
+    toy_new(&t, g, 8, 2);
+    toy_new(&other, g, 8, 2);
+    int32_t n = quiet_rows(r, rows);
+    CHECK_STATUS(steerhook_keep_rows(t.session, true), STEERHOOK_OK);
+    CHECK_STATUS(steerhook_keep_rows(other.session, true), STEERHOOK_OK);
+    CHECK_STATUS(steerhook_request_begin(t.session, 0, 0, n), STEERHOOK_OK);
+    CHECK_STATUS(toy_decode(&t, rows, n, false), STEERHOOK_OK);
+    size_t size = steerhook_saved_size(t.session, 0, true);
+    unsigned char *bytes = malloc(size), *broken = malloc(size);
+    CHECK(bytes != NULL && broken != NULL);
+    CHECK_STATUS(steerhook_save(t.session, 0, true, bytes, size - 1), STEERHOOK_ARGUMENT);
+    CHECK_STATUS(steerhook_save(t.session, 5, true, bytes, size), STEERHOOK_SEQUENCE);
+    CHECK_STATUS(steerhook_save(t.session, 0, true, bytes, size), STEERHOOK_OK);
+    CHECK_STATUS(steerhook_load(other.session, 1, bytes, size), STEERHOOK_OK);
+    CHECK(steerhook_kept_rows(other.session, 1) == n);
+    CHECK(steerhook_request_stage(other.session, 1) == STEERHOOK_ANSWERING);
+    CHECK(steerhook_first_steered(other.session, 1) == steerhook_first_steered(t.session, 0));
+    toy_check_verdicts(&other, r, 1);
+    /* Some rows earlier, and on with the same prompt: the means are of all its rows. */
+    CHECK_STATUS(steerhook_request_cut(other.session, 1, n - 2, -1), STEERHOOK_OK);
+    CHECK_STATUS(steerhook_request_begin(other.session, 1, n - 2, n), STEERHOOK_OK);
+    for (int32_t i = 0; i < n; i++) {
+        rows[i].seq = 1;
+    }
+    CHECK_STATUS(toy_decode(&other, rows + n - 2, 2, false), STEERHOOK_OK);
+    toy_check_verdicts(&other, r, 1);
+    size_t part = steerhook_saved_size(t.session, 0, false);
+    CHECK(part < size);
+    CHECK_STATUS(steerhook_save(t.session, 0, false, bytes, part), STEERHOOK_OK);
+    CHECK_STATUS(steerhook_load(other.session, 1, bytes, part), STEERHOOK_OK);
+    CHECK(steerhook_kept_rows(other.session, 1) == n);
+    toy_check_verdicts(&other, r, 1);
+    CHECK_STATUS(steerhook_load(other.session, 0, bytes, part), STEERHOOK_OK);
+    CHECK(steerhook_kept_rows(other.session, 0) == 0);
+    /* Bytes of another writer: refused, or taken for what a session could have written. */
+    CHECK_STATUS(steerhook_save(t.session, 0, true, bytes, size), STEERHOOK_OK);
+    for (size_t i = 0; i < size; i += i < 512 ? 1 : 97) {
+        memcpy(broken, bytes, size);
+        broken[i] ^= (unsigned char)(1u << (i % 8));
+        steerhook_status status = steerhook_load(other.session, 0, broken, size);
+        CHECK(status == STEERHOOK_OK || status == STEERHOOK_ARGUMENT);
+        if (status != STEERHOOK_OK) {
+            CHECK(steerhook_request_stage(other.session, 0) == STEERHOOK_NONE);
+            CHECK(steerhook_kept_rows(other.session, 0) == 0);
+        }
+    }
+    for (size_t cut = 0; cut < size; cut += cut < 512 ? 1 : 997) {
+        CHECK_STATUS(steerhook_load(other.session, 0, bytes, cut), STEERHOOK_ARGUMENT);
+    }
+    free(bytes);
+    free(broken);
+    steerhook_session_free(t.session);
+    steerhook_session_free(other.session);
+}
+
 /* Rows of prompts alone are kept: an answer is not read, and the next prompt begins before it. */
 static void test_keep_prompts(const golden *g) {
     const golden_request *r = &g->requests[0];
@@ -776,6 +838,7 @@ void test_sessions(const char *directory) {
     test_readings(head);
     test_open(layer);
     test_copy_kept(layer);
+    test_saved(layer);
     test_keep_prompts(layer);
     test_open_goes_on(layer);
     test_passes(layer);

@@ -40,8 +40,7 @@ float *sh_kept(const steerhook_session *s, const sh_request *request, int32_t sl
     return request->kept + (position * s->n_kept_readings + s->kept_of[slot]) * s->package->n_embd;
 }
 
-/* Room for so many kept rows; false without memory. */
-static bool room_for(const steerhook_session *s, sh_request *request, int64_t need) {
+bool sh_kept_room(const steerhook_session *s, sh_request *request, int64_t need) {
     if (!s->keeps || need <= request->kept_capacity) {
         return true;
     }
@@ -61,7 +60,7 @@ static bool room_for(const steerhook_session *s, sh_request *request, int64_t ne
 }
 
 bool sh_keep_room(const steerhook_session *s, sh_request *request) {
-    return room_for(s, request, kept_end(s, request));
+    return sh_kept_room(s, request, kept_end(s, request));
 }
 
 void sh_keep_batch(const steerhook_session *s, sh_request *request) {
@@ -99,7 +98,7 @@ bool sh_kept_copy(const steerhook_session *s, const sh_request *from, sh_request
     if (!s->keeps || from->n_kept == 0) {
         return true;
     }
-    if (!room_for(s, to, from->n_kept)) {
+    if (!sh_kept_room(s, to, from->n_kept)) {
         return false;
     }
     size_t row = (size_t)s->n_kept_readings * (size_t)s->package->n_embd;

@@ -36,7 +36,7 @@ static void *fresh(void *old, size_t count, size_t size) {
     return memory;
 }
 
-static bool reset(const steerhook_session *s, sh_request *request) {
+bool sh_request_reset(const steerhook_session *s, sh_request *request) {
     size_t slots = (size_t)s->n_slots;
     size_t width = (size_t)s->package->n_embd;
     request->values = fresh(request->values, slots * width, sizeof *request->values);
@@ -48,8 +48,7 @@ static bool reset(const steerhook_session *s, sh_request *request) {
            request->rules != NULL;
 }
 
-/* OK if `seq` exists, nothing has failed and no batch is open. */
-static steerhook_status may_change(steerhook_session *s, int32_t seq) {
+steerhook_status sh_may_change(steerhook_session *s, int32_t seq) {
     steerhook_status status = sh_session_check(s);
     if (status != STEERHOOK_OK) {
         return status;
@@ -181,13 +180,13 @@ static steerhook_status begin(steerhook_session *s, sh_request *request, int32_t
 
 steerhook_status steerhook_request_begin(steerhook_session *s, int32_t seq, int32_t n_cached,
                                          int32_t n_prompt) {
-    steerhook_status status = may_change(s, seq);
+    steerhook_status status = sh_may_change(s, seq);
     if (status != STEERHOOK_OK) {
         return status;
     }
     sh_request *request = &s->requests[seq];
     request->open = request->acting = false; /* also if refused: the old request is over */
-    if (!reset(s, request)) {
+    if (!sh_request_reset(s, request)) {
         return sh_session_refuse(s, STEERHOOK_MEMORY, "request: no memory");
     }
     return begin(s, request, n_cached, n_prompt);
@@ -204,7 +203,7 @@ steerhook_status sh_request_reopen(steerhook_session *s, sh_request *request, in
         memcpy(before, request->rules, bytes);
     }
     request->open = request->acting = false;
-    if ((had && before == NULL) || !reset(s, request)) {
+    if ((had && before == NULL) || !sh_request_reset(s, request)) {
         free(before);
         return sh_session_refuse(s, STEERHOOK_MEMORY, "request: no memory");
     }
@@ -231,7 +230,7 @@ steerhook_status sh_request_reopen(steerhook_session *s, sh_request *request, in
 
 steerhook_status steerhook_request_open(steerhook_session *s, int32_t seq, int32_t n_cached,
                                         steerhook_keep keep) {
-    steerhook_status status = may_change(s, seq);
+    steerhook_status status = sh_may_change(s, seq);
     if (status != STEERHOOK_OK) {
         return status;
     }
@@ -243,7 +242,7 @@ steerhook_status steerhook_request_open(steerhook_session *s, int32_t seq, int32
 }
 
 steerhook_status steerhook_request_distrust(steerhook_session *s, int32_t seq) {
-    steerhook_status status = may_change(s, seq);
+    steerhook_status status = sh_may_change(s, seq);
     if (status != STEERHOOK_OK) {
         return status;
     }
@@ -282,14 +281,17 @@ steerhook_stage steerhook_request_stage(const steerhook_session *s, int32_t seq)
     return request->count < request->n_prompt ? STEERHOOK_PROMPTING : STEERHOOK_ANSWERING;
 }
 
+void sh_forget_rows(const steerhook_session *s, sh_request *request) {
+    request->open = request->acting = false;
+    request->n_kept = 0;
+    bool steers_layers = steerhook_package_describe(s->package).steers_layers;
+    request->first_steered = steers_layers ? 0 : SH_NO_ROW;
+}
+
 steerhook_status steerhook_rows_restored(steerhook_session *s, int32_t seq) {
-    steerhook_status status = may_change(s, seq);
+    steerhook_status status = sh_may_change(s, seq);
     if (status == STEERHOOK_OK) {
-        sh_request *request = &s->requests[seq];
-        request->open = request->acting = false;
-        request->n_kept = 0;
-        bool steers_layers = steerhook_package_describe(s->package).steers_layers;
-        request->first_steered = steers_layers ? 0 : SH_NO_ROW;
+        sh_forget_rows(s, &s->requests[seq]);
     }
     return status;
 }
@@ -303,8 +305,8 @@ static void add_steered_rows(sh_request *request, int32_t first_steered) {
 }
 
 steerhook_status steerhook_request_copy(steerhook_session *s, int32_t from, int32_t to) {
-    steerhook_status status = may_change(s, from);
-    status = status == STEERHOOK_OK ? may_change(s, to) : status;
+    steerhook_status status = sh_may_change(s, from);
+    status = status == STEERHOOK_OK ? sh_may_change(s, to) : status;
     if (status != STEERHOOK_OK || from == to) {
         return status;
     }
@@ -319,7 +321,7 @@ steerhook_status steerhook_request_copy(steerhook_session *s, int32_t from, int3
         return sh_session_refuse(s, STEERHOOK_NO_REQUEST, "copy: no open request on sequence %ld",
                                  (long)from);
     }
-    if (!reset(s, target)) {
+    if (!sh_request_reset(s, target)) {
         return sh_session_refuse(s, STEERHOOK_MEMORY, "request: no memory");
     }
     sh_request copy = *source;
@@ -377,7 +379,7 @@ static void cut(const steerhook_session *s, sh_request *request, int64_t from, i
 
 steerhook_status steerhook_request_cut(steerhook_session *s, int32_t seq, int32_t from,
                                        int32_t to) {
-    steerhook_status status = may_change(s, seq < 0 ? 0 : seq);
+    steerhook_status status = sh_may_change(s, seq < 0 ? 0 : seq);
     if (status != STEERHOOK_OK) {
         return status;
     }
@@ -388,7 +390,7 @@ steerhook_status steerhook_request_cut(steerhook_session *s, int32_t seq, int32_
 }
 
 steerhook_status steerhook_request_end(steerhook_session *s, int32_t seq) {
-    steerhook_status status = may_change(s, seq);
+    steerhook_status status = sh_may_change(s, seq);
     if (status == STEERHOOK_OK) {
         s->requests[seq].open = s->requests[seq].acting = false;
     }

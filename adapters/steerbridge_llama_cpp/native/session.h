@@ -167,6 +167,9 @@ float *sh_kept(const steerhook_session *session, const sh_request *request, int3
 /* Room for the rows that the open batch adds; false without memory. */
 bool sh_keep_room(const steerhook_session *session, sh_request *request);
 
+/* Room for so many kept rows in all; false without memory. */
+bool sh_kept_room(const steerhook_session *session, sh_request *request, int64_t rows);
+
 /* Update the kept rows: after a cut, after a copy of the cache, and when a request begins with
  * cached rows. */
 void sh_kept_cut(const steerhook_session *session, sh_request *request, int64_t from, int64_t to);
@@ -211,6 +214,15 @@ steerhook_status sh_decide_rules(steerhook_session *session, sh_request *request
 
 /* The plan of the package's sites; see plan.c. */
 bool sh_plan(steerhook_session *session, const sh_error *error);
+
+/* Ends a request: of the rows in its cache nothing is known. */
+void sh_forget_rows(const steerhook_session *session, sh_request *request);
+
+/* Clears what belongs to one request, and makes room for it; false without memory. */
+bool sh_request_reset(const steerhook_session *session, sh_request *request);
+
+/* OK if a sequence exists, nothing has failed and no batch is open. */
+steerhook_status sh_may_change(steerhook_session *session, int32_t seq);
 
 /* OK, or the error of a null or failed session. */
 steerhook_status sh_session_check(const steerhook_session *session);

@@ -199,6 +199,19 @@ STEERHOOK_API int32_t steerhook_request_rows(const steerhook_session *session, i
  * has ended, and if the package steers layers the rows count as steered. */
 STEERHOOK_API steerhook_status steerhook_rows_restored(steerhook_session *session, int32_t seq);
 
+/* What is known of the rows of a sequence, and its request, as bytes that travel with a saved state
+ * of the cache: how many (0 without the sequence), and the bytes. Without `rows`, those that are kept
+ * beside the cache are left out: for states that replace a part of the cache only. */
+STEERHOOK_API size_t steerhook_saved_size(const steerhook_session *session, int32_t seq, bool rows);
+STEERHOOK_API steerhook_status steerhook_save(steerhook_session *session, int32_t seq, bool rows,
+                                              void *bytes, size_t size);
+
+/* The cache of a sequence was replaced by the state with which the bytes were saved, by a session of
+ * the same package and build. Where rows were left out, those that the sequence has must be the
+ * same. On a refusal nothing is known of its rows (see steerhook_rows_restored). */
+STEERHOOK_API steerhook_status steerhook_load(steerhook_session *session, int32_t seq,
+                                              const void *bytes, size_t size);
+
 /* Copies the request of `from` to `to` (beams, n > 1), as llama_memory_seq_cp does with the
  * cache. Ends an older request of `to`. */
 STEERHOOK_API steerhook_status steerhook_request_copy(steerhook_session *session, int32_t from,

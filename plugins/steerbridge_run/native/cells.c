@@ -1,9 +1,39 @@
+#define _GNU_SOURCE
 #include "cells.h"
 
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
+#include <unistd.h>
 
 #include "events.h"
+
+/* The finaliser of splitmix64 (Steele, Lea, Flood 2014). */
+static uint64_t mixed(uint64_t x) {
+    x = (x ^ (x >> 30)) * UINT64_C(0xbf58476d1ce4e5b9);
+    x = (x ^ (x >> 27)) * UINT64_C(0x94d049bb133111eb);
+    return x ^ (x >> 31);
+}
+
+static uint64_t behind(uint64_t before, uint64_t row) {
+    uint64_t history = mixed(before + mixed(row));
+    return history == 0 ? 1 : history;
+}
+
+/* A number that no other row has, here or in an earlier process. */
+static uint64_t fresh(void) {
+    static _Atomic uint64_t next;
+    uint64_t unset = 0;
+    if (atomic_load(&next) == 0) {
+        struct timespec now;
+        clock_gettime(CLOCK_REALTIME, &now);
+        uint64_t start = mixed((uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec) ^
+                         ((uint64_t)getpid() << 40);
+        atomic_compare_exchange_strong(&next, &unset, start);
+    }
+    return atomic_fetch_add(&next, 1);
+}
 
 int32_t sb_cells_before(const sb_cells *cells, int32_t position) {
     int32_t low = 0, high = cells->count;
@@ -18,20 +48,41 @@ int32_t sb_cells_before(const sb_cells *cells, int32_t position) {
     return high;
 }
 
-bool sb_cells_add(sb_cells *cells, int32_t position) {
+uint64_t sb_cells_history(const sb_cells *cells, int32_t count) {
+    return count == 0 ? 0 : cells->histories[count - 1];
+}
+
+static void *grown(void *items, int32_t capacity, size_t size) {
+    void *larger = realloc(items, (size_t)capacity * size);
+    if (larger == NULL) {
+        sb_fatal("no memory");
+    }
+    return larger;
+}
+
+/* A row with a history of its own. */
+static bool add(sb_cells *cells, int32_t position, uint64_t history) {
     if (cells->count > 0 && position <= cells->positions[cells->count - 1]) {
         return false;
     }
     if (cells->count == cells->capacity) {
         cells->capacity = cells->capacity == 0 ? 512 : 2 * cells->capacity;
-        void *larger = realloc(cells->positions, (size_t)cells->capacity * sizeof *cells->positions);
-        if (larger == NULL) {
-            sb_fatal("no memory");
-        }
-        cells->positions = larger;
+        cells->positions = grown(cells->positions, cells->capacity, sizeof *cells->positions);
+        cells->histories = grown(cells->histories, cells->capacity, sizeof *cells->histories);
     }
-    cells->positions[cells->count++] = position;
+    cells->positions[cells->count] = position;
+    cells->histories[cells->count++] = history;
     return true;
+}
+
+bool sb_cells_add(sb_cells *cells, int32_t position) {
+    return add(cells, position, behind(sb_cells_history(cells, cells->count), fresh()));
+}
+
+void sb_cells_renew(sb_cells *cells, int32_t first) {
+    for (int32_t i = first; i < cells->count; i++) {
+        cells->histories[i] = behind(sb_cells_history(cells, i), cells->histories[i]);
+    }
 }
 
 bool sb_cells_shift(sb_cells *cells, int32_t from, int32_t to, int32_t delta) {
@@ -39,6 +90,9 @@ bool sb_cells_shift(sb_cells *cells, int32_t from, int32_t to, int32_t delta) {
     int32_t last = sb_cells_before(cells, to);
     for (int32_t i = first; i < last; i++) {
         cells->positions[i] += delta;
+    }
+    if (delta != 0) {
+        sb_cells_renew(cells, first);
     }
     bool ordered = first >= last || first == 0 || cells->positions[first - 1] < cells->positions[first];
     return ordered && (first >= last || last == cells->count ||
@@ -49,7 +103,10 @@ void sb_cells_cut(sb_cells *cells, int32_t first, int32_t last) {
     if (first < last) {
         memmove(cells->positions + first, cells->positions + last,
                 (size_t)(cells->count - last) * sizeof *cells->positions);
+        memmove(cells->histories + first, cells->histories + last,
+                (size_t)(cells->count - last) * sizeof *cells->histories);
         cells->count -= last - first;
+        sb_cells_renew(cells, first);
     }
 }
 
@@ -62,14 +119,29 @@ void sb_cells_fill(sb_cells *cells, int32_t count) {
 
 bool sb_cells_copy(const sb_cells *from, sb_cells *to, int32_t first, int32_t last) {
     bool ordered = true;
+    int32_t start = sb_cells_before(from, first < 0 ? 0 : first);
     int32_t end = sb_cells_before(from, last);
-    for (int32_t i = sb_cells_before(from, first < 0 ? 0 : first); i < end; i++) {
-        ordered &= sb_cells_add(to, from->positions[i]);
+    bool same = to->count == 0 && start == 0;
+    for (int32_t i = start; i < end; i++) {
+        uint64_t history = from->histories[i];
+        history = same ? history : behind(sb_cells_history(to, to->count), history);
+        ordered &= add(to, from->positions[i], history);
+    }
+    return ordered;
+}
+
+bool sb_cells_take(sb_cells *cells, const int32_t *positions, const uint64_t *histories,
+                   int32_t count) {
+    bool ordered = true;
+    cells->count = 0;
+    for (int32_t i = 0; i < count; i++) {
+        ordered &= add(cells, positions[i], histories[i]);
     }
     return ordered;
 }
 
 void sb_cells_free(sb_cells *cells) {
     free(cells->positions);
+    free(cells->histories);
     *cells = (sb_cells){0};
 }

@@ -12,6 +12,7 @@
 #include "llama_abi.h"
 #include "real.h"
 #include "shadow.h"
+#include "states.h"
 #include "watch.h"
 
 #define EXPORT __attribute__((visibility("default")))
@@ -163,10 +164,10 @@ EXPORT bool OURS(llama_batch_ext_set_pos)(llama_batch_ext *batch, int32_t index,
     return real(batch, index, pos) && sb_shadow_pos(batch, index, pos[0]);
 }
 
-/* ---- the KV cache: one set of functions, three names of it over the years ---- */
-
 /* Some versions implement one name by another: only the outermost call is reported. */
 static _Thread_local int nested;
+
+/* ---- the KV cache: one set of functions, three names of it over the years ---- */
 
 #define CACHE(clear_name, prefix, memory_type, CLEAR_ARGUMENTS, CLEAR_VALUES)                \
     EXPORT void OURS(clear_name) CLEAR_ARGUMENTS {                                                 \
@@ -226,42 +227,86 @@ CACHE(llama_kv_cache_clear, llama_kv_cache, llama_context, (llama_context * memo
 
 /* ---- saved states ---- */
 
-EXPORT size_t OURS(llama_state_set_data)(llama_context *context, const uint8_t *data, size_t size) {
-    REAL(llama_state_set_data)
-    size_t read = real(context, data, size);
-    sb_restored(context, -1);
-    return read;
+static sb_part part(int32_t seq, uint32_t flags) {
+    return (sb_part){seq, (flags & LLAMA_STATE_SEQ_PARTIAL) != 0};
+}
+
+/* Sizes, and functions that write a state to memory or read one: ours goes behind it. */
+#define STATE(size_name, get_name, set_name, PARAMETERS, ARGUMENTS, PART)                          \
+    EXPORT size_t OURS(size_name)(llama_context * context PARAMETERS) {                            \
+        REAL(size_name)                                                                            \
+        nested++;                                                                                  \
+        size_t size = real(context ARGUMENTS);                                                     \
+        return --nested == 0 && size > 0 ? size + sb_state_size(context, PART) : size;    \
+    }                                                                                              \
+    EXPORT size_t OURS(get_name)(llama_context * context, uint8_t *data, size_t size PARAMETERS) { \
+        REAL(get_name)                                                                             \
+        nested++;                                                                                  \
+        size_t used = real(context, data, size ARGUMENTS);                                         \
+        return --nested == 0 ? sb_state_append(context, PART, data, used, size) : used;   \
+    }                                                                                              \
+    EXPORT size_t OURS(set_name)(llama_context * context, const uint8_t *data,                     \
+                                 size_t size PARAMETERS) {                                         \
+        REAL(set_name)                                                                             \
+        size_t ours = nested == 0 ? sb_state_ours(data, size) : 0;                                 \
+        nested++;                                                                                  \
+        size_t read = real(context, data, size - ours ARGUMENTS);                                  \
+        if (--nested == 0) {                                                                       \
+            sb_state_restored(context, PART, data, size, read == 0 ? 0 : ours);           \
+        }                                                                                          \
+        return read == 0 ? 0 : read + ours;                                                        \
+    }
+
+#define NOTHING
+#define SEQ , int32_t seq
+#define SEQ_VALUE , seq
+#define SEQ_FLAGS , int32_t seq, uint32_t flags
+#define SEQ_FLAGS_VALUE , seq, flags
+
+STATE(llama_state_get_size, llama_state_get_data, llama_state_set_data, NOTHING, NOTHING,
+      part(-1, 0))
+STATE(llama_state_seq_get_size, llama_state_seq_get_data, llama_state_seq_set_data, SEQ, SEQ_VALUE,
+      part(seq, 0))
+STATE(llama_state_seq_get_size_ext, llama_state_seq_get_data_ext, llama_state_seq_set_data_ext,
+      SEQ_FLAGS, SEQ_FLAGS_VALUE, part(seq, flags))
+
+EXPORT bool OURS(llama_state_save_file)(llama_context *context, const char *path,
+                                        const int32_t *tokens, size_t count) {
+    REAL(llama_state_save_file)
+    bool saved = real(context, path, tokens, count);
+    if (saved) {
+        sb_state_beside(context, part(-1, 0), path);
+    }
+    return saved;
 }
 
 EXPORT bool OURS(llama_state_load_file)(llama_context *context, const char *path, int32_t *tokens,
-                                  size_t capacity, size_t *count) {
+                                        size_t capacity, size_t *count) {
     REAL(llama_state_load_file)
     bool loaded = real(context, path, tokens, capacity, count);
-    sb_restored(context, -1);
+    if (tokens != NULL) { /* else it only counts them */
+        sb_state_loaded(context, part(-1, 0), loaded ? path : NULL);
+    }
     return loaded;
 }
 
-EXPORT size_t OURS(llama_state_seq_set_data)(llama_context *context, const uint8_t *data, size_t size,
-                                       int32_t seq) {
-    REAL(llama_state_seq_set_data)
-    size_t read = real(context, data, size, seq);
-    sb_restored(context, seq);
-    return read;
-}
-
-EXPORT size_t OURS(llama_state_seq_set_data_ext)(llama_context *context, const uint8_t *data,
-                                           size_t size, int32_t seq, uint32_t flags) {
-    REAL(llama_state_seq_set_data_ext)
-    size_t read = real(context, data, size, seq, flags);
-    sb_restored(context, seq);
-    return read;
+EXPORT size_t OURS(llama_state_seq_save_file)(llama_context *context, const char *path, int32_t seq,
+                                              const int32_t *tokens, size_t count) {
+    REAL(llama_state_seq_save_file)
+    size_t saved = real(context, path, seq, tokens, count);
+    if (saved > 0) {
+        sb_state_beside(context, part(seq, 0), path);
+    }
+    return saved;
 }
 
 EXPORT size_t OURS(llama_state_seq_load_file)(llama_context *context, const char *path, int32_t seq,
-                                        int32_t *tokens, size_t capacity, size_t *count) {
+                                              int32_t *tokens, size_t capacity, size_t *count) {
     REAL(llama_state_seq_load_file)
     size_t read = real(context, path, seq, tokens, capacity, count);
-    sb_restored(context, seq);
+    if (tokens != NULL) {
+        sb_state_loaded(context, part(seq, 0), read > 0 ? path : NULL);
+    }
     return read;
 }
 
@@ -352,8 +397,11 @@ EXPORT int OURS(ggml_backend_sched_graph_compute_async)(ggml_backend_sched *sche
     X(llama_batch_ext_set_output_embd) X(llama_batch_ext_set_output_logits)                  \
     X(llama_batch_ext_set_pos) CACHE_FUNCTIONS(X, llama_memory)                              \
     CACHE_FUNCTIONS(X, llama_kv_self) CACHE_FUNCTIONS(X, llama_kv_cache)                     \
-    X(llama_state_set_data) X(llama_state_load_file) X(llama_state_seq_set_data)             \
-    X(llama_state_seq_set_data_ext) X(llama_state_seq_load_file)                             \
+    X(llama_state_get_size) X(llama_state_get_data) X(llama_state_set_data)                  \
+    X(llama_state_seq_get_size) X(llama_state_seq_get_data) X(llama_state_seq_set_data)      \
+    X(llama_state_seq_get_size_ext) X(llama_state_seq_get_data_ext)                          \
+    X(llama_state_seq_set_data_ext) X(llama_state_save_file) X(llama_state_load_file)        \
+    X(llama_state_seq_save_file) X(llama_state_seq_load_file)                                \
     X(llama_get_logits) X(llama_get_logits_ith) X(llama_get_sampled_probs_ith)               \
     X(llama_get_sampled_logits_ith) X(llama_get_sampled_candidates_ith)                      \
     X(llama_get_sampled_token_ith) X(llama_sampler_sample) X(llama_sampler_apply)            \

@@ -136,6 +136,9 @@ static bool begin(sb_watch *watch, int32_t seq) {
     const sb_answer *answer = &watch->sequences[seq].answer;
     /* It may answer from the logits of a prompt's earlier row, which were not steered. */
     bool distrust = sb_answer_chosen(answer, n_cached - 1, watch->last.token[row]);
+    /* A single row behind rows of unknown history may belong to an answer. */
+    distrust |= watch->sequences[seq].unknown && watch->sequences[seq].rows == 1;
+    watch->sequences[seq].unknown = false;
     if (!open_request(watch, seq, n_cached, STEERHOOK_KEEP_NONE)) {
         return false;
     }
@@ -155,6 +158,8 @@ static bool evaluate_again(sb_watch *watch, int32_t seq, const int32_t *tokens, 
     sb_last kept = watch->last;
     watch->last = (sb_last){0};
     bool done = true;
+    sb_cells *cells = &watch->sequences[seq].cells;
+    sb_cells_renew(cells, sb_cells_before(cells, position));
     for (int32_t i = 0; i < count && done; i++) {
         int8_t output = 0;
         int32_t one = 1, *list = &seq, token = tokens[i], at = position + i;
@@ -549,28 +554,32 @@ static void cut(sb_watch *watch, int32_t seq, int32_t from, int32_t to) {
         q->lost &= from > 0 || to >= 0;
         return;
     }
+    if (first >= last) {
+        return; /* nothing was there: what is known of the answer stays */
+    }
     steerhook_request_cut(watch->session, seq, first, tail ? -1 : last);
     if (tail) {
         sb_answer_cut(&q->answer, first, q->first);
-    } else if (first < last) {
+    } else {
         sb_answer_move(&q->answer, first, last);
     }
     q->used &= steerhook_request_stage(watch->session, seq) == STEERHOOK_ANSWERING;
 }
 
-/* What the cache of a sequence holds is not known any more. */
-static void forget(sb_watch *watch, int32_t seq) {
+void sb_forget(sb_watch *watch, int32_t seq) {
+    sb_sequence *q = &watch->sequences[seq];
     steerhook_rows_restored(watch->session, seq);
-    watch->sequences[seq].used = false;
-    sb_answer_forget(&watch->sequences[seq].answer);
-    sb_cells_fill(&watch->sequences[seq].cells, sb_next_position(watch, seq));
+    q->used = false;
+    sb_answer_forget(&q->answer);
+    sb_cells_fill(&q->cells, sb_next_position(watch, seq));
+    q->unknown = q->cells.count > 0;
 }
 
 void sb_moved(const void *memory, int32_t seq, int32_t from, int32_t to, int32_t delta) {
     sb_watch *watch = sb_watch_known(memory);
     for (int32_t i = 0; watch != NULL && i < watch->n_seq_max; i++) {
         if ((seq < 0 || seq == i) && !sb_cells_shift(&watch->sequences[i].cells, from, to, delta)) {
-            forget(watch, i);
+            sb_forget(watch, i);
         }
     }
 }
@@ -613,7 +622,7 @@ void sb_copied(const void *memory, int32_t from, int32_t to, int32_t p0, int32_t
     }
     if (!whole || !ordered) { /* of its middle, or behind rows of its own */
         steerhook_request_copy(watch->session, from, to); /* which rows were steered */
-        forget(watch, to);
+        sb_forget(watch, to);
         return;
     }
     if (steerhook_request_copy(watch->session, from, to) != STEERHOOK_OK) {
@@ -632,15 +641,6 @@ void sb_copied(const void *memory, int32_t from, int32_t to, int32_t p0, int32_t
         steerhook_request_cut(watch->session, to, cells.count, -1);
         sb_answer_cut(&q->answer, cells.count, q->first);
         q->used &= steerhook_request_stage(watch->session, to) == STEERHOOK_ANSWERING;
-    }
-}
-
-void sb_restored(llama_context *context, int32_t seq) {
-    sb_watch *watch = sb_watch_of(context);
-    for (int32_t i = 0; i < watch->n_seq_max; i++) {
-        if (seq < 0 || seq == i) {
-            forget(watch, i);
-        }
     }
 }
 

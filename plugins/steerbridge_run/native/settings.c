@@ -40,6 +40,11 @@ steerhook_package *sb_package(void) {
     return loaded;
 }
 
+const char *sb_package_sha256(void) {
+    const char *digest = getenv("STEERBRIDGE_PACKAGE_SHA256");
+    return digest == NULL ? "" : digest;
+}
+
 /* The name under which a package keeps thresholds for a `general.file_type`, from items such as
  * "3:Q4_1". */
 bool sb_calibrate(steerhook_session *session, const char *file_type) {

@@ -9,6 +9,9 @@
 /* The package, loaded once; ends the process without one. */
 steerhook_package *sb_package(void);
 
+/* The SHA-256 of its file, as hexadecimal digits; "" if it was not said. */
+const char *sb_package_sha256(void);
+
 /* Whether a model may go unsteered: a shape "architecture:width:blocks" that --also named. */
 bool sb_may_go_unsteered(const char *shape);
 

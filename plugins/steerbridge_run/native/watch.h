@@ -34,9 +34,9 @@ typedef struct {
                       * output row; -1: none */
     int32_t draft;   /* the row from which the next one must have been chosen, if rows that no logits
                       * were seen for are drafts; -1: all are known */
+    bool unknown;    /* its cache holds rows of unknown history, and no request since */
     int32_t blind;   /* single rows of which nobody was seen to use the logits */
     sb_cells cells;
-    int32_t answer_pos; /* position of the answer's first row */
     sb_answer answer;   /* from its prompt's last row on */
 } sb_sequence;
 
@@ -104,7 +104,7 @@ void sb_cut(const void *memory, int32_t seq, int32_t from, int32_t to);
 void sb_copied(const void *memory, int32_t from, int32_t to, int32_t p0, int32_t p1);
 void sb_moved(const void *memory, int32_t seq, int32_t from, int32_t to, int32_t delta);
 void sb_kept(const void *memory, int32_t seq);
-void sb_restored(llama_context *context, int32_t seq); /* seq < 0: every sequence */
+void sb_forget(sb_watch *watch, int32_t seq); /* it holds rows of unknown history */
 void sb_broken(const void *memory, const char *what);
 
 #endif
