@@ -30,7 +30,7 @@ from common import ROOT, arguments, finish, generation_times, open_smollm2, say
 from steerbridge import Example, corpus_examples
 from steerbridge_hf import steer
 
-NEW, BATCH, NEW_IN_BATCH = 48, 8, 16
+NEW, BATCH, NEW_IN_BATCH = 48, 8, 8
 PARTS = ("hf", "tgi", "llama_cpp", "llama_server")
 
 
@@ -102,7 +102,7 @@ def hf(model: Any, package: Any, prompts: Sequence[Example]) -> dict[str, Any]:
     together = quiet[:BATCH]
     batches = {
         "": (NEW, [[p] for p in quiet]),
-        f"batch_{len(together)}_": (NEW_IN_BATCH, [together] * (len(quiet) // 2)),
+        f"batch_{len(together)}_": (NEW_IN_BATCH, [together] * len(quiet)),
     }
     samples = {}
     for name, (new, each) in batches.items():

@@ -118,8 +118,8 @@ static bool plausible(const steerhook_session *s, const header *h) {
     bool flags = flag(h->with_rows) && flag(h->open) && flag(h->acting) && flag(h->open_ended) &&
                  flag(h->by_batches) && flag(h->distrusted) && flag(h->unseen);
     bool counts = h->n_kept >= 0 && h->first_steered >= SH_NO_ROW && h->n_cached >= 0 &&
-                  h->n_prompt >= h->n_cached && h->count >= h->n_cached &&
-                  h->count < SH_ENDLESS && (h->n_kept_readings > 0 || h->n_kept == 0) &&
+                  h->n_prompt >= 0 && h->count >= 0 && h->count < SH_ENDLESS &&
+                  (h->n_kept_readings > 0 || h->n_kept == 0) &&
                   (h->open_ended == 0) == (h->n_prompt < SH_ENDLESS);
     return fits && flags && counts;
 }

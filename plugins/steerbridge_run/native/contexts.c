@@ -105,6 +105,9 @@ static void open_watch(sb_watch *watch) {
         watch->mrope = rope_type(model) == LLAMA_ROPE_MROPE || rope_type(model) == LLAMA_ROPE_IMROPE;
         watch->session = session_for(watch->context, &f);
         watch->n_seq_max = (int32_t)SB_CALL(of_context, "llama_n_seq_max", NULL)(watch->context);
+        of_context room = (of_context)sb_either("llama_n_ctx_seq", NULL);
+        watch->last.streams =
+            room != NULL && room(watch->context) < SB_CALL(of_context, "llama_n_ctx", NULL)(watch->context);
         watch->sequences = calloc((size_t)watch->n_seq_max, sizeof *watch->sequences);
         if (watch->sequences == NULL) {
             sb_fatal("no memory");

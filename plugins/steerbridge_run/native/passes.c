@@ -28,6 +28,7 @@ static void reserve(sb_last *last, int32_t rows) {
     last->ids = grown(last->ids, n, sizeof *last->ids);
     last->positions = grown(last->positions, n, sizeof *last->positions);
     last->pass = grown(last->pass, n, sizeof *last->pass);
+    last->sets = grown(last->sets, n, sizeof *last->sets);
 }
 
 static void add_member(sb_last *last, int32_t index, int32_t seq) {
@@ -76,6 +77,7 @@ void sb_last_free(sb_last *last) {
     free(last->ids);
     free(last->positions);
     free(last->pass);
+    free(last->sets);
     *last = (sb_last){0};
 }
 
@@ -126,38 +128,98 @@ typedef struct ggml_tensor *(*tensor_of)(const struct ggml_cgraph *, const char 
 typedef size_t (*size_of)(const struct ggml_tensor *);
 typedef void (*read_tensor)(const struct ggml_tensor *, void *, size_t, size_t);
 
-/* The next row of the batch with this id and position that no pass has computed: one of the sequence
- * of the row before if there is one, as llama.cpp takes the rows of a sequence one after the other.
- * -1 if there is none. */
-static int32_t find_row(const sb_last *last, int32_t before, int32_t id, int32_t position) {
-    int32_t found = -1;
-    for (int32_t row = 0; row < last->n_rows; row++) {
-        bool same = !last->computed[row] && last->token[row] == id &&
-                    (position < 0 || last->pos[row] == position);
-        if (same && before >= 0 && sb_last_has(last, row, last->members[last->first_member[before]])) {
-            return row;
-        }
-        found = same && found < 0 ? row : found;
-    }
-    return found;
+static int32_t set_size(const sb_last *last, int32_t row) {
+    return last->first_member[row + 1] - last->first_member[row];
 }
 
-/* Which rows a pass computes; false if some are none of the batch's. */
-static bool find_rows(sb_last *last, int32_t count, bool positions) {
-    for (int32_t i = 0; i < count; i++) {
-        int32_t next = last->n_computed + i, position = positions ? last->positions[i] : -1;
-        bool in_order = next < last->n_rows && !last->computed[next] &&
-                        last->token[next] == last->ids[i] &&
-                        (position < 0 || last->pos[next] == position);
-        int32_t before = i > 0 ? last->pass[i - 1] : -1;
-        int32_t row = in_order ? next : find_row(last, before, last->ids[i], position);
-        if (row < 0) {
-            return false;
-        }
-        last->pass[i] = row;
-        last->computed[row] = true;
+/* Whether two rows are of the same sequences. */
+static bool same_set(const sb_last *last, int32_t a, int32_t b) {
+    bool same = set_size(last, a) == set_size(last, b);
+    for (int32_t m = last->first_member[a]; same && m < last->first_member[a + 1]; m++) {
+        same = sb_last_has(last, b, last->members[m]);
     }
-    return true;
+    return same;
+}
+
+static bool overlap(const sb_last *last, int32_t a, int32_t b) {
+    for (int32_t m = last->first_member[a]; m < last->first_member[a + 1]; m++) {
+        if (sb_last_has(last, b, last->members[m])) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* The rules by which llama.cpp takes the next rows of a batch for a graph (llama-batch.cpp: split_simple,
+ * and split_equal with and without `sequential`). Each fills last->pass, or there are no such rows. */
+typedef enum { SIMPLE, SEQUENTIAL, EQUAL } split;
+
+static bool simple(sb_last *last, int32_t count) {
+    int32_t n = 0;
+    for (int32_t row = 0; row < last->n_rows && n < count; row++) {
+        if (!last->computed[row]) {
+            last->pass[n++] = row;
+        }
+    }
+    return n == count;
+}
+
+/* As many rows of each of the sequences, one sequence after the other. Of the sequences that come
+ * first in the batch; sequential: whose numbers go up by one. */
+static bool equal(sb_last *last, int32_t count, bool sequential) {
+    int32_t n_sets = 0, previous = -1;
+    int32_t *sets = last->sets; /* a row of each */
+    for (int32_t row = 0; row < last->n_rows; row++) {
+        bool add = !last->computed[row] && set_size(last, row) > 0;
+        for (int32_t i = 0; add && i < n_sets; i++) {
+            add = !overlap(last, sets[i], row);
+        }
+        int32_t seq = add ? last->members[last->first_member[row]] : -1;
+        if (add && (!sequential || n_sets == 0 || seq == previous + 1)) {
+            sets[n_sets++] = row;
+            previous = seq;
+        }
+    }
+    int32_t each = n_sets == 0 || count % n_sets != 0 ? 0 : count / n_sets, n = 0;
+    for (int32_t i = 0; i < n_sets; i++) {
+        int32_t taken = 0;
+        for (int32_t row = 0; row < last->n_rows && taken < each; row++) {
+            if (!last->computed[row] && same_set(last, sets[i], row)) {
+                last->pass[n++] = row;
+                taken++;
+            }
+        }
+    }
+    return each > 0 && n == count;
+}
+
+/* Whether these are the rows of the graph, by its ids and positions. */
+static bool fits(const sb_last *last, int32_t count, bool positions) {
+    bool same = true;
+    for (int32_t i = 0; i < count && same; i++) {
+        int32_t row = last->pass[i];
+        same = last->token[row] == last->ids[i] &&
+               (!positions || last->pos[row] == last->positions[i]);
+    }
+    return same;
+}
+
+/* Which rows a pass computes; false if they are none of the batch's. */
+static bool find_rows(sb_last *last, int32_t count, bool positions) {
+    static const split in_one[] = {SIMPLE, SEQUENTIAL, EQUAL};
+    static const split in_several[] = {SEQUENTIAL, SIMPLE, EQUAL};
+    const split *rules = last->streams ? in_several : in_one;
+    for (size_t i = 0; i < sizeof in_one / sizeof *in_one; i++) {
+        bool made = rules[i] == SIMPLE ? simple(last, count)
+                                       : equal(last, count, rules[i] == SEQUENTIAL);
+        if (made && fits(last, count, positions)) {
+            for (int32_t k = 0; k < count; k++) {
+                last->computed[last->pass[k]] = true;
+            }
+            return true;
+        }
+    }
+    return false;
 }
 
 bool sb_last_complete(const sb_last *last) {

@@ -19,7 +19,8 @@ typedef struct {
     int32_t n_computed; /* rows of the passes so far */
     bool *computed;
     bool strange; /* a pass computed other rows */
-    int32_t *ids, *positions, *pass; /* of one pass */
+    int32_t *ids, *positions, *pass, *sets; /* of one pass */
+    bool streams; /* each sequence has a cache of its own, as far as llama.cpp tells */
 } sb_last;
 
 void sb_last_take(sb_last *last, const sb_rows *rows);

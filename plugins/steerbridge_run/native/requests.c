@@ -156,7 +156,7 @@ static bool evaluate_again(sb_watch *watch, int32_t seq, const int32_t *tokens, 
         return false;
     }
     sb_last kept = watch->last;
-    watch->last = (sb_last){0};
+    watch->last = (sb_last){.streams = kept.streams};
     bool done = true;
     sb_cells *cells = &watch->sequences[seq].cells;
     sb_cells_renew(cells, sb_cells_before(cells, position));
@@ -425,7 +425,7 @@ static bool judge_again(sb_watch *watch, int32_t seq) {
             return false;
         }
     }
-    watch->last = (sb_last){.number = copy.number};
+    watch->last = (sb_last){.number = copy.number, .streams = copy.streams};
     llama_batch batch = sb_last_batch(&copy);
     sb_rows rows = {copy.n_rows,  copy.token,  copy.pos, batch.n_seq_id,
                     batch.seq_id, copy.output, copy.image};

@@ -226,20 +226,24 @@ static bool take_cells(sb_cells *cells, const read_record *r) {
     return ordered;
 }
 
+static void take_choices(sb_answer *answer, const read_record *r) {
+    sb_choice *choices = aligned(r->choices, r->is.n_choices, sizeof *choices);
+    for (int32_t i = 0; i < r->is.n_choices; i++) {
+        sb_answer_choose(answer, choices[i].row, choices[i].token);
+    }
+    free(choices);
+}
+
 static void take_answer(sb_answer *answer, const read_record *r) {
     int32_t *tokens = aligned(r->tokens, r->is.n_tokens, sizeof *tokens);
-    sb_choice *choices = aligned(r->choices, r->is.n_choices, sizeof *choices);
     sb_answer_forget(answer);
     sb_answer_begin(answer, r->is.first);
     for (int32_t i = 0; i < r->is.n_tokens; i++) {
         sb_answer_add(answer, r->is.first + i, tokens[i], false);
     }
-    for (int32_t i = 0; i < r->is.n_choices; i++) {
-        sb_answer_choose(answer, choices[i].row, choices[i].token);
-    }
+    take_choices(answer, r);
     answer->ended = r->is.ended;
     free(tokens);
-    free(choices);
 }
 
 /* The cache of a sequence is what a record says. False: what it holds is not known. */
@@ -255,6 +259,7 @@ static bool restore(sb_watch *watch, int32_t seq, const read_record *r) {
         if (r->is.n_rows < cells->count) { /* the same answer, some tokens earlier */
             sb_cut(watch->context, seq, cells->positions[r->is.n_rows], -1);
         }
+        take_choices(&q->answer, r); /* it went on, and they were not needed any more */
         return true;
     }
     if ((r->is.partial && !own) ||
