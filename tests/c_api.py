@@ -79,9 +79,7 @@ class Runs:
         self._path.write_text(START + textwrap.dedent(script) + "print(json.dumps(told))\n")
         self._known: dict[Any, tuple[Any, list[Any]]] = {}
 
-    def __call__(
-        self, kind: str, limit: float = NEVER, text: str = TEXT
-    ) -> tuple[Any, list[Any]]:
+    def __call__(self, kind: str, limit: float = NEVER, text: str = TEXT) -> tuple[Any, list[Any]]:
         key = kind, limit, text
         if key not in self._known:
             guard = package(self._model, limit, self.folder, **self._options)

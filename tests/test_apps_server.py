@@ -19,6 +19,7 @@ import pytest
 import requests
 
 import programs
+import sliding_model
 
 pytest.importorskip("elftools", reason="needs the extra `run`")
 pytest.importorskip("llama_cpp", reason="needs the extra `llama-cpp`")
@@ -259,6 +260,28 @@ def test_speculation(guarded_means, smollm2_path, kind):
         told = server.events(count=4)
         main = [e for e in told if e["context"] == told[0]["context"]]
         assert [bool(e["fired"]) for e in main] == [p.harmful for p in guarded_means.prompts[:4]]
+
+
+@needs_programs
+def test_checkpoints_of_a_sliding_window(tmp_path):
+    """Rows that have slid out come back from a checkpoint; what a mean needs of them was kept."""
+    model = sliding_model.save(tmp_path / "sliding.gguf")
+    guard = package(model, 1e9, tmp_path, [reading("layer_input[4]", MEAN)])
+    draw, log = random.Random(5), tmp_path / "log.jsonl"
+    long, other = ([draw.randrange(97, 123) for _ in range(size)] for size in (400, 30))
+    options = ["-m", model, "-t", 2, "-c", 1024, "-np", 1, "-b", 32, "-ub", 32, "--no-webui"]
+    options += ["-fa", "off", "-ctk", "f32", "-ctv", "f32"]
+    before = [*CLI, "run", "--package", str(guard), "--log", str(log), "--"]
+    with programs.llama_server(options, tmp_path / "server.txt", before) as url:
+        server = Server(url, log)
+        for prompt in (long[:60], long):
+            server.complete(prompt, n_predict=4)
+        back = server.complete([*long[:58], *other], n_predict=4)
+        assert back["timings"]["cache_n"] > 50
+        fresh = server.complete([*long[:58], *other], n_predict=4, cache_prompt=False)
+        assert back["tokens"] == fresh["tokens"]
+        told = [event["probes"][0]["score"] for event in server.events(count=4)]
+    assert told[2] == pytest.approx(told[3], rel=1e-3)
 
 
 @needs_programs

@@ -452,7 +452,7 @@ def test_outcomes_are_those_of_the_asking_thread(tiny_llama):
         thread = threading.Thread(target=other)
         thread.start()
         thread.join()
-        assert session.outcomes is mine
+        assert session.outcomes == mine
     assert told["before"] == ()
     assert told["after"][0].fired == fired[1] != fired[0]
 

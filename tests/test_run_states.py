@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 
 pytest.importorskip("elftools", reason="needs the extra `run`")
 pytest.importorskip("llama_cpp")
+import sliding_model
 from c_api import ALWAYS, NEVER, Runs, scores
 from helpers import MEAN, add_vector, reading
-from steerbridge.gguf_file import write
-from steerbridge.testing.model import TinyModel
 
 SCRIPT = """
 import pathlib
@@ -166,8 +164,7 @@ def layer(tmp_path_factory, smollm2_path):
 def sliding(tmp_path_factory):
     """A model whose blocks but one see sixteen rows, and a guard that reads a mean."""
     folder = tmp_path_factory.mktemp("sliding")
-    path = folder / "sliding.gguf"
-    write(path, "gemma3", _sliding)
+    path = sliding_model.save(folder / "sliding.gguf")
     return Runs(folder, path, SCRIPT, readings=[reading("layer_input[4]", MEAN)])
 
 
@@ -245,39 +242,3 @@ def test_a_model_with_a_sliding_window_goes_back_to_a_checkpoint(sliding, limit)
 
 def test_a_partial_state_of_other_rows_is_unjudged(sliding):
     assert UNKNOWN in unjudged(sliding("of other rows, partial")[1])[-1]
-
-
-def _sliding(writer):
-    width, inner, layers, size, window = 64, 96, 6, 16, 16
-    tiny = TinyModel()
-    rng = np.random.default_rng(5)
-
-    def add(name, *shape, scale=0.2):
-        weight = rng.normal(scale=scale, size=shape) if len(shape) > 1 else np.ones(shape)
-        writer.add_tensor(name, weight.astype(np.float32))
-
-    writer.add_context_length(512)
-    writer.add_embedding_length(width)
-    writer.add_block_count(layers)
-    writer.add_feed_forward_length(inner)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_key_length(size)
-    writer.add_value_length(size)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_sliding_window(window)
-    tiny.fill_vocabulary(writer)
-    add("token_embd.weight", len(tiny.tokens), width)
-    add("output_norm.weight", width)
-    for i in range(layers):
-        for name in ("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm"):
-            add(f"blk.{i}.{name}.weight", width)
-        for name in ("attn_q_norm", "attn_k_norm"):
-            add(f"blk.{i}.{name}.weight", size)
-        add(f"blk.{i}.attn_q.weight", 4 * size, width)
-        add(f"blk.{i}.attn_k.weight", 2 * size, width)
-        add(f"blk.{i}.attn_v.weight", 2 * size, width)
-        add(f"blk.{i}.attn_output.weight", width, 4 * size)
-        add(f"blk.{i}.ffn_gate.weight", inner, width)
-        add(f"blk.{i}.ffn_up.weight", inner, width)
-        add(f"blk.{i}.ffn_down.weight", width, inner)

@@ -423,7 +423,7 @@ void *sb_original(const char *name) {
     return NULL;
 }
 
-static bool special(const void *handle) {
+SB_EARLY static bool special(const void *handle) {
 #ifdef __APPLE__
     (void)handle; /* whichever library it means, none of them has ours */
     return false;
@@ -433,7 +433,7 @@ static bool special(const void *handle) {
 }
 
 /* Ours where the program's own lookup finds one of these functions. */
-EXPORT void *OURS(dlsym)(void *handle, const char *name) {
+SB_EARLY EXPORT void *OURS(dlsym)(void *handle, const char *name) {
     /* Special handles depend on who asks: the call must leave this frame before it arrives. */
     if (special(handle) || (strncmp(name, "llama_", 6) != 0 && strncmp(name, "ggml_", 5) != 0)) {
         return sb_real_dlsym(handle, name);

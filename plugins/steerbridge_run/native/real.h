@@ -15,6 +15,9 @@ void *sb_need(const char *name, const void *ours);
 /* The program's own function behind one of ours; its absence ends the process. In preload.c. */
 void *sb_original(const char *name);
 
+/* A sanitizer, in builds that have one, looks its own functions up before it is ready to watch. */
+#define SB_EARLY __attribute__((no_sanitize("address"), no_sanitize("undefined")))
+
 /* The result of the program's own dlsym. */
 void *sb_real_dlsym(void *handle, const char *name);
 

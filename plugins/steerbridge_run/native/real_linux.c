@@ -10,7 +10,7 @@
 typedef void *(*dlsym_function)(void *, const char *);
 
 /* glibc's dlsym, by a way that is not interposed; its version differs by machine and age. */
-static dlsym_function real_dlsym(void) {
+SB_EARLY static dlsym_function real_dlsym(void) {
     static dlsym_function function;
     static const char *const versions[] = {"GLIBC_2.34", "GLIBC_2.17", "GLIBC_2.2.5"};
     for (size_t i = 0; function == NULL && i < sizeof versions / sizeof *versions; i++) {
@@ -23,7 +23,7 @@ static dlsym_function real_dlsym(void) {
     return function;
 }
 
-void *sb_real_dlsym(void *handle, const char *name) {
+SB_EARLY void *sb_real_dlsym(void *handle, const char *name) {
     return real_dlsym()(handle, name);
 }
 

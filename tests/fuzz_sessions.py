@@ -1,7 +1,8 @@
 """Random use of llama.cpp under `steerbridge run`, compared with the oracle of the kit.
 
-`program.py` says what it meant, the preload tells its verdicts, and the numpy oracle computes the
-scores from the tokens alone. The preload is built with sanitizers.
+`native/sessions.py` says what it meant, the preload tells its verdicts, and the oracle computes the
+scores from the tokens alone. Used by `make fuzz`, which builds the preload with sanitizers, and by
+a test.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import os
 import random
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,10 +27,10 @@ from steerbridge.tensors import Tensor
 from steerbridge.testing.cases import head, linear, reading, rule
 from steerbridge.testing.model import TinyModel
 
-HERE: Final = Path(__file__).resolve().parent
-ROOT: Final = HERE.parents[1]
-PRELOAD: Final = ROOT / "plugins" / "steerbridge_run" / "native"
-STUB: Final = HERE.parent / "native" / "stub_llama.c"
+TESTS: Final = Path(__file__).resolve().parent
+PRELOAD: Final = TESTS.parent / "plugins" / "steerbridge_run" / "native"
+STUB: Final = TESTS / "native" / "stub_llama.c"
+PROGRAM: Final = TESTS / "native" / "sessions.py"
 TOLERANCE: Final = 2e-3  # of scores: real ones are computed in float32, in other orders
 _READINGS: Final = (
     [reading("layer_input[2]")],
@@ -62,11 +62,10 @@ def real(folder: Path) -> Backend:
 
 def stub(folder: Path) -> Backend:
     """The stand-in, whose states are hashes."""
-    library = folder / "libllama.so"
-    flags = ["-shared", "-fPIC", "-O1", "-g"]
-    subprocess.run(["cc", *flags, str(STUB), "-o", str(library), "-lm"], check=True)
+    path = folder / "libllama.so"
+    subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-g", STUB, "-o", path, "-lm"], check=True)
     facts = ModelFacts("llama", hidden_size=8, num_layers=4, vocab_size=300, name="stub")
-    return Backend("stub", library, facts, hashed)
+    return Backend("stub", path, facts, hashed)
 
 
 _M1: Final = np.uint64(0xBF58476D1CE4E5B9)
@@ -98,13 +97,12 @@ def guard(backend: Backend, seed: int) -> SteeringPackage:
     """A package with one linear probe that fires on about half of the prompts."""
     draw = random.Random(seed)
     readings = _READINGS[seed % len(_READINGS)]
-    form = draw.choice(["dense", "low_rank"])
     raw = {
         "spec_version": "1.0",
         "name": "fuzz",
         "base_model": backend.facts.info().model_dump(mode="json", exclude_none=True),
         "probes": [linear("identity", readings=readings)],
-        "interventions": [head(form)],
+        "interventions": [head(draw.choice(["dense", "low_rank"]))],
         "rules": [rule(["p"], ["h"])],
     }
     spec = parse(raw)
@@ -115,8 +113,9 @@ def guard(backend: Backend, seed: int) -> SteeringPackage:
         values = rng.normal(scale=0.5, size=sizes).astype(np.float32)
         tensors[name] = Tensor.of(values)
     package = SteeringPackage(spec, tensors)
-    scores = [score(backend, package, [draw.randrange(97, 105) for _ in range(20)])[0]
-              for _ in range(40)]
+    scores = [
+        score(backend, package, [draw.randrange(97, 105) for _ in range(20)])[0] for _ in range(40)
+    ]
     probe = package.spec.probes[0].replace(threshold=float(np.median(scores)))
     return package.replace(probes=(probe,))
 
@@ -131,28 +130,25 @@ def score(backend: Backend, package: SteeringPackage, ids: list[int]) -> tuple[f
     return verdict.score, verdict.fired
 
 
-def library(folder: Path, flags: Sequence[str]) -> Path:
+def library(folder: Path, *flags: str) -> Path:
     """The preload, built with these flags of the C compiler."""
-    build = folder / "preload"
     options = [f"-DCMAKE_C_FLAGS={' '.join(flags)}", "-DCMAKE_BUILD_TYPE=Debug"]
-    subprocess.run(
-        ["cmake", "-S", PRELOAD, "-B", build, *options], check=True, stdout=subprocess.DEVNULL
-    )
-    subprocess.run(
-        ["cmake", "--build", build, "--parallel", "2"], check=True, stdout=subprocess.DEVNULL
-    )
-    return build / "libsteerpreload.so"
+    for command in (
+        ["cmake", "-S", PRELOAD, "-B", folder, *options],
+        ["cmake", "--build", folder, "--parallel", "2"],
+    ):
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return folder / "libsteerpreload.so"
 
 
 def environment(preload: Path, package: Path, events: Path, first: Sequence[str]) -> dict[str, str]:
-    """What `steerbridge run` would set, with another build of the preload."""
+    """What `steerbridge run` would set, with another build of the preload behind `first`."""
     return {
         **os.environ,
         "LD_PRELOAD": ":".join([*first, str(preload)]),
         "STEERBRIDGE_PACKAGE": str(package),
-        "STEERBRIDGE_PACKAGE_SHA256": "0" * 64,
         "STEERBRIDGE_EVENTS": str(events),
-        "ASAN_OPTIONS": "detect_leaks=0",
+        "ASAN_OPTIONS": "detect_leaks=0",  # of Python
         "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
         "PYTHONMALLOC": "malloc",
     }
@@ -166,7 +162,8 @@ def run(
     file = package.save(folder / f"{backend.kind}-{seed}.gguf")
     meant, events = folder / f"{seed}.meant", folder / f"{seed}.events"
     events.touch()
-    command = [HERE / "program.py", backend.kind, backend.path, seed, steps, meant]
+    meant.touch()
+    command = [PROGRAM, backend.kind, backend.path, seed, steps, meant]
     done = subprocess.run(
         [sys.executable, *map(str, command)],
         env=environment(preload, file, events, first),
@@ -224,22 +221,3 @@ def compare(
         if len(findings) > 5:
             break
     return findings
-
-
-def main() -> int:
-    steps, seeds = int(sys.argv[2]), range(int(sys.argv[3]), int(sys.argv[4]))
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        backend = {"real": real, "stub": stub}[sys.argv[1]](folder)
-        preload = library(folder, ["-g"])
-        total = 0
-        for seed in seeds:
-            ran, findings = run(backend, seed, steps, preload, folder)
-            total += ran
-            print(seed, ran, *findings[:3], sep="\n  ")
-        print(total)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,11 +1,11 @@
 """A program that uses llama.cpp at random, under `steerbridge run`.
 
-It writes what it meant: for each prompt whose logits it used, the tokens in the cache up to its end,
-and the earlier prompts of the conversation whose verdicts must stay. `fuzz.py` compares that with
-what the guard told. One library is the real libllama with the kit's tiny model; the other is the
-stand-in of `tests/native/stub_llama.c`.
+It writes what it meant: for each prompt whose logits it used, the tokens in the cache up to its
+end, and the earlier prompts of the conversation whose verdicts must stay. `fuzz_sessions.py`
+compares that with what the guard told. One library is the real libllama with the kit's tiny model;
+the other is the stand-in `stub_llama.c`.
 
-    python program.py real MODEL | stub LIBRARY  SEED STEPS OUTPUT
+    python sessions.py real MODEL | stub LIBRARY  SEED STEPS OUTPUT
 """
 
 from __future__ import annotations
@@ -83,9 +83,7 @@ class Library:
             # A prototype of its own: llama_cpp has set others.
             return ctypes.CFUNCTYPE(result, *arguments)((name, library))
 
-        self._stub_context = (
-            None if self._c else bind("stub_context", pointer, i32, i32, i32, i32)
-        )
+        self._stub_context = None if self._c else bind("stub_context", pointer, i32, i32, i32, i32)
         self.free = bind("llama_free", None, pointer)
         self.memory = bind("llama_get_memory", pointer, pointer)
         self.decode = bind("llama_decode", i32, pointer, Batch)
@@ -133,7 +131,7 @@ class Sequence:
     rows: list[int] = field(default_factory=list)
     prompt: int = 0  # rows up to its prompt's end; 0: no request
     used: bool = False  # the prompt's logits were
-    own: list[int] = field(default_factory=list)  # the sequence of the prompt; shared with its copies
+    own: list[int] = field(default_factory=list)  # whose prompt it is; shared with copies
     judged: dict[str, Any] = field(default_factory=dict)  # the prompt as it was judged
     held: list[dict[str, Any]] = field(default_factory=list)  # prompts whose rules stay
     pending: int | None = None  # chosen, not decoded yet
@@ -417,9 +415,7 @@ class Program:
             copy = Sequence(rows=list(s.rows), moved=s.moved, shared=True)
             self.c["sequences"][target] = copy
             return
-        self.c["sequences"][target] = replace(
-            s, rows=list(s.rows), held=list(s.held), last=None
-        )
+        self.c["sequences"][target] = replace(s, rows=list(s.rows), held=list(s.held), last=None)
 
     def save(self) -> None:
         sequence = self.pick()
