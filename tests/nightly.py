@@ -38,6 +38,7 @@ PARTS: Final = {
     "minimal": Part(("make", "test-minimal"), 20),
     "demo": Part(("make", "demo"), 120, clone=True),
     "conformance": Part(("make", "conformance"), 60),
+    "soak": Part(("make", "soak"), 60),
     "fuzz": Part(("make", "fuzz"), 120),
     "models": Part(("make", "conformance-models"), 30),
 }

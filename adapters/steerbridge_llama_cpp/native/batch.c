@@ -168,7 +168,7 @@ static steerhook_status check_output(steerhook_session *s, int32_t row) {
     for (int32_t m = batch->first_member[row]; m < batch->n_members; m++) {
         const sh_member *member = &batch->members[m];
         sh_request *request = &s->requests[member->seq];
-        request->unseen = true;
+        request->cache.unseen = true;
         for (int32_t i = 0; !request->by_batches && member->position < request->n_prompt && i < s->n_sites; i++) {
             const sh_site_plan *site = &s->sites[i];
             for (int32_t j = 0; site->outputs_only && j < site->n_reads; j++) {

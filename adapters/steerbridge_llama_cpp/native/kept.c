@@ -19,7 +19,7 @@ steerhook_status steerhook_keep_rows(steerhook_session *s, bool answers) {
 }
 
 int32_t steerhook_kept_rows(const steerhook_session *s, int32_t seq) {
-    return seq < 0 || seq >= s->model.n_seq_max ? 0 : s->requests[seq].n_kept;
+    return seq < 0 || seq >= s->model.n_seq_max ? 0 : s->requests[seq].cache.n_kept;
 }
 
 bool sh_keeps(const steerhook_session *s, const sh_read *read, bool prompt) {
@@ -37,24 +37,24 @@ static int64_t kept_end(const steerhook_session *s, const sh_request *request) {
 
 float *sh_kept(const steerhook_session *s, const sh_request *request, int32_t slot,
                int64_t position) {
-    return request->kept + (position * s->n_kept_readings + s->kept_of[slot]) * s->package->n_embd;
+    return request->cache.kept + (position * s->n_kept_readings + s->kept_of[slot]) * s->package->n_embd;
 }
 
 bool sh_kept_room(const steerhook_session *s, sh_request *request, int64_t need) {
-    if (!s->keeps || need <= request->kept_capacity) {
+    if (!s->keeps || need <= request->cache.kept_capacity) {
         return true;
     }
     int64_t capacity = need < 256 ? 256 : need + need / 2;
-    size_t row = (size_t)s->n_kept_readings * (size_t)s->package->n_embd * sizeof *request->kept;
+    size_t row = (size_t)s->n_kept_readings * (size_t)s->package->n_embd * sizeof *request->cache.kept;
     if (capacity > SH_ENDLESS || (size_t)capacity > SIZE_MAX / row) {
         return false;
     }
-    void *kept = realloc(request->kept, (size_t)capacity * row);
-    request->kept = kept == NULL ? request->kept : kept;
-    void *image = realloc(request->kept_image, (size_t)capacity * sizeof *request->kept_image);
-    request->kept_image = image == NULL ? request->kept_image : image;
+    void *kept = realloc(request->cache.kept, (size_t)capacity * row);
+    request->cache.kept = kept == NULL ? request->cache.kept : kept;
+    void *image = realloc(request->cache.kept_image, (size_t)capacity * sizeof *request->cache.kept_image);
+    request->cache.kept_image = image == NULL ? request->cache.kept_image : image;
     if (kept != NULL && image != NULL) {
-        request->kept_capacity = (int32_t)capacity;
+        request->cache.kept_capacity = (int32_t)capacity;
     }
     return kept != NULL && image != NULL;
 }
@@ -66,51 +66,51 @@ bool sh_keep_room(const steerhook_session *s, sh_request *request) {
 void sh_keep_batch(const steerhook_session *s, sh_request *request) {
     int64_t from = request->count;
     int64_t to = kept_end(s, request);
-    if (!s->keeps || request->n_kept < from || to <= from) {
+    if (!s->keeps || request->cache.n_kept < from || to <= from) {
         return; /* rows before these are not known, or these are an answer's */
     }
     for (int64_t row = from; row < to; row++) {
-        request->kept_image[row] = s->batch.image;
+        request->cache.kept_image[row] = s->batch.image;
     }
-    request->n_kept = (int32_t)to;
+    request->cache.n_kept = (int32_t)to;
 }
 
 void sh_kept_cut(const steerhook_session *s, sh_request *request, int64_t from, int64_t to) {
     int64_t first = from, last = to;
-    if (!s->keeps || first >= request->n_kept) {
+    if (!s->keeps || first >= request->cache.n_kept) {
         return;
     }
-    if (to < 0 || last >= request->n_kept) {
-        request->n_kept = (int32_t)first;
+    if (to < 0 || last >= request->cache.n_kept) {
+        request->cache.n_kept = (int32_t)first;
     } else if (last > first) {
         size_t row = (size_t)s->n_kept_readings * (size_t)s->package->n_embd;
-        size_t moved = (size_t)(request->n_kept - last);
-        memmove(request->kept + (size_t)first * row, request->kept + (size_t)last * row,
-                moved * row * sizeof *request->kept);
-        memmove(request->kept_image + first, request->kept_image + last,
-                moved * sizeof *request->kept_image);
-        request->n_kept -= (int32_t)(last - first);
+        size_t moved = (size_t)(request->cache.n_kept - last);
+        memmove(request->cache.kept + (size_t)first * row, request->cache.kept + (size_t)last * row,
+                moved * row * sizeof *request->cache.kept);
+        memmove(request->cache.kept_image + first, request->cache.kept_image + last,
+                moved * sizeof *request->cache.kept_image);
+        request->cache.n_kept -= (int32_t)(last - first);
     }
 }
 
 bool sh_kept_copy(const steerhook_session *s, const sh_request *from, sh_request *to) {
-    to->n_kept = 0;
-    if (!s->keeps || from->n_kept == 0) {
+    to->cache.n_kept = 0;
+    if (!s->keeps || from->cache.n_kept == 0) {
         return true;
     }
-    if (!sh_kept_room(s, to, from->n_kept)) {
+    if (!sh_kept_room(s, to, from->cache.n_kept)) {
         return false;
     }
     size_t row = (size_t)s->n_kept_readings * (size_t)s->package->n_embd;
-    memcpy(to->kept, from->kept, (size_t)from->n_kept * row * sizeof *to->kept);
-    memcpy(to->kept_image, from->kept_image, (size_t)from->n_kept * sizeof *to->kept_image);
-    to->n_kept = from->n_kept;
+    memcpy(to->cache.kept, from->cache.kept, (size_t)from->cache.n_kept * row * sizeof *to->cache.kept);
+    memcpy(to->cache.kept_image, from->cache.kept_image, (size_t)from->cache.n_kept * sizeof *to->cache.kept_image);
+    to->cache.n_kept = from->cache.n_kept;
     return true;
 }
 
 bool sh_kept_has(const steerhook_session *s, const sh_request *request, int32_t slot,
                  int64_t position) {
-    return s->keeps && s->kept_of[slot] >= 0 && position >= 0 && position < request->n_kept;
+    return s->keeps && s->kept_of[slot] >= 0 && position >= 0 && position < request->cache.n_kept;
 }
 
 /* The value of a reading at one row, as if the row had just been seen. */
@@ -150,8 +150,8 @@ void sh_kept_sums(const steerhook_session *s, sh_request *request) {
             continue;
         }
         double *sum = request->values + (int64_t)slot * d;
-        for (int32_t row = 0; row < request->n_kept; row++) {
-            if (s->image_only[slot] && !request->kept_image[row]) {
+        for (int32_t row = 0; row < request->cache.n_kept; row++) {
+            if (s->image_only[slot] && !request->cache.kept_image[row]) {
                 continue;
             }
             const float *x = sh_kept(s, request, slot, row);

@@ -250,7 +250,7 @@ bool sh_plan(steerhook_session *s, const sh_error *error) {
     s->first_slot = need(s, probes, sizeof *s->first_slot, error);
     s->requests = need(s, (size_t)s->model.n_seq_max, sizeof *s->requests, error);
     for (int32_t i = 0; s->requests != NULL && i < s->model.n_seq_max; i++) {
-        s->requests[i].first_steered = SH_NO_ROW;
+        s->requests[i].cache.first_steered = SH_NO_ROW;
     }
     return s->thresholds != NULL && s->first_slot != NULL && s->requests != NULL &&
            check_acts(s, error) && number_sites(s, error) && fill_sites(s, error) && check_constants(s, error) &&

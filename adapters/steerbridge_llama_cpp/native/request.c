@@ -83,7 +83,7 @@ static place place_of(const steerhook_session *s, const sh_request *request, int
         return EVALUATED;
     }
     int64_t needed = all ? request->n_cached : row + 1;
-    return s->keeps && s->kept_of[slot] >= 0 && request->n_kept >= needed ? KEPT : LOST;
+    return s->keeps && s->kept_of[slot] >= 0 && request->cache.n_kept >= needed ? KEPT : LOST;
 }
 
 /* Whether no reading needs a row that is cached. One that needs a row before the prompt makes its
@@ -118,7 +118,7 @@ static sh_unjudged unjudged(const steerhook_session *s, const sh_request *reques
         bool earlier = reading->position != SH_PROMPT_END || reading->offset < 0;
         bool outputs_only = s->sites[s->site_at[reading->depth]].outputs_only;
         if (found == LOST || request->distrusted ||
-            (request->by_batches && request->unseen && earlier && outputs_only)) {
+            (request->by_batches && request->cache.unseen && earlier && outputs_only)) {
             return SH_UNKNOWN;
         }
     }
@@ -148,7 +148,7 @@ static void start(steerhook_session *s, sh_request *request, int32_t n_cached, i
     request->n_prompt = n_prompt;
     request->count = request->batch_count = n_cached;
     request->last_row = request->end_row = -1;
-    request->n_kept = request->n_kept < n_cached ? request->n_kept : n_cached;
+    request->cache.n_kept = request->cache.n_kept < n_cached ? request->cache.n_kept : n_cached;
     sh_kept_sums(s, request);
 }
 
@@ -165,13 +165,13 @@ static steerhook_status begin(steerhook_session *s, sh_request *request, int32_t
     if (status != STEERHOOK_OK) {
         return status;
     }
-    if (request->first_steered != SH_NO_ROW && n_cached > request->first_steered) {
+    if (request->cache.first_steered != SH_NO_ROW && n_cached > request->cache.first_steered) {
         return sh_session_refuse(s, STEERHOOK_STEERED,
                                  "prompt: expected %ld cached rows at most, found %ld; later ones "
                                  "were steered for another prompt",
-                                 (long)request->first_steered, (long)n_cached);
+                                 (long)request->cache.first_steered, (long)n_cached);
     }
-    request->first_steered = SH_NO_ROW;
+    request->cache.first_steered = SH_NO_ROW;
     start(s, request, n_cached, n_prompt);
     status = sh_kept_ends(s, request);
     status = status == STEERHOOK_OK ? sh_decide_rules(s, request) : status;
@@ -217,13 +217,13 @@ steerhook_status sh_request_reopen(steerhook_session *s, sh_request *request, in
     free(before);
     request->by_batches = true;
     if (n_cached == 0) {
-        request->unseen = false;
+        request->cache.unseen = false;
     }
     start(s, request, n_cached, SH_ENDLESS);
-    if (request->first_steered != SH_NO_ROW && n_cached > request->first_steered) {
+    if (request->cache.first_steered != SH_NO_ROW && n_cached > request->cache.first_steered) {
         request->distrusted = true; /* its rows attend to some that were steered */
     } else {
-        request->first_steered = SH_NO_ROW;
+        request->cache.first_steered = SH_NO_ROW;
     }
     return sh_decide_rules(s, request);
 }
@@ -283,9 +283,9 @@ steerhook_stage steerhook_request_stage(const steerhook_session *s, int32_t seq)
 
 void sh_forget_rows(const steerhook_session *s, sh_request *request) {
     request->open = request->acting = false;
-    request->n_kept = 0;
+    request->cache.n_kept = 0;
     bool steers_layers = steerhook_package_describe(s->package).steers_layers;
-    request->first_steered = steers_layers ? 0 : SH_NO_ROW;
+    request->cache.first_steered = steers_layers ? 0 : SH_NO_ROW;
 }
 
 steerhook_status steerhook_rows_restored(steerhook_session *s, int32_t seq) {
@@ -298,9 +298,9 @@ steerhook_status steerhook_rows_restored(steerhook_session *s, int32_t seq) {
 
 /* The cache of a sequence got rows of another one, steered from `first_steered` on. */
 static void add_steered_rows(sh_request *request, int32_t first_steered) {
-    bool before = request->first_steered == SH_NO_ROW || first_steered < request->first_steered;
+    bool before = request->cache.first_steered == SH_NO_ROW || first_steered < request->cache.first_steered;
     if (first_steered != SH_NO_ROW && before) {
-        request->first_steered = first_steered;
+        request->cache.first_steered = first_steered;
     }
 }
 
@@ -313,7 +313,7 @@ steerhook_status steerhook_request_copy(steerhook_session *s, int32_t from, int3
     const sh_request *source = &s->requests[from];
     sh_request *target = &s->requests[to];
     target->open = target->acting = false;
-    add_steered_rows(target, source->first_steered); /* it may hold steered rows of its own */
+    add_steered_rows(target, source->cache.first_steered); /* it may hold steered rows of its own */
     if (!sh_kept_copy(s, source, target)) {
         return sh_session_refuse(s, STEERHOOK_MEMORY, "copy: no memory");
     }
@@ -325,15 +325,13 @@ steerhook_status steerhook_request_copy(steerhook_session *s, int32_t from, int3
         return sh_session_refuse(s, STEERHOOK_MEMORY, "request: no memory");
     }
     sh_request copy = *source;
-    copy.first_steered = target->first_steered;
+    copy.cache = target->cache;
+    copy.cache.unseen = source->cache.unseen;
     size_t slots = (size_t)s->n_slots;
     copy.values = target->values;
     copy.progress = target->progress;
     copy.probes = target->probes;
     copy.rules = target->rules;
-    copy.kept = target->kept;
-    copy.kept_image = target->kept_image;
-    copy.kept_capacity = target->kept_capacity;
     memcpy(copy.values, source->values,
            slots * (size_t)s->package->n_embd * sizeof *copy.values);
     memcpy(copy.progress, source->progress, slots * sizeof *copy.progress);
@@ -357,8 +355,8 @@ static int32_t moved(int32_t row, int64_t from, int64_t to) {
 
 static void cut(const steerhook_session *s, sh_request *request, int64_t from, int64_t to) {
     sh_kept_cut(s, request, from, to);
-    request->unseen = request->unseen && (from > 0 || to >= 0);
-    request->first_steered = moved(request->first_steered, from, to);
+    request->cache.unseen = request->cache.unseen && (from > 0 || to >= 0);
+    request->cache.first_steered = moved(request->cache.first_steered, from, to);
     bool tail = to < 0 || to >= request->count;
     if (!request->open || from >= request->count || (!tail && to <= from)) {
         return;
@@ -395,85 +393,4 @@ steerhook_status steerhook_request_end(steerhook_session *s, int32_t seq) {
         s->requests[seq].open = s->requests[seq].acting = false;
     }
     return status;
-}
-
-/* ---- decisions ---- */
-
-/* Whether all that the rule reads is known, and then whether its condition holds. */
-static bool condition(const sh_rule *rule, const sh_decision *probes, bool *holds) {
-    *holds = !rule->conditional || rule->all;
-    if (rule->strength_probe >= 0 && !probes[rule->strength_probe].known) {
-        return false;
-    }
-    for (int32_t i = 0; i < rule->n_probes; i++) {
-        const sh_decision *decision = &probes[rule->probes[i]];
-        if (!decision->known) {
-            return false;
-        }
-        *holds = rule->all ? *holds && decision->fired : *holds || decision->fired;
-    }
-    return true;
-}
-
-static double strength_of(const sh_rule *rule, const sh_decision *probes) {
-    if (rule->strength_probe < 0) {
-        return rule->strength;
-    }
-    double score = probes[rule->strength_probe].score;
-    return rule->strength * (isfinite(score) ? score : 1.0);
-}
-
-static steerhook_status check_strength(steerhook_session *s, const sh_rule *rule,
-                                       double strength) {
-    for (int32_t i = 0; i < rule->n_interventions; i++) {
-        const sh_intervention *x = &s->package->interventions[rule->interventions[i]];
-        if (!isfinite((float)(strength * x->factor))) {
-            return sh_session_fail(s, STEERHOOK_STRENGTH,
-                                   "rule %s: expected a strength that fits a float, found %g",
-                                   rule->id, strength);
-        }
-    }
-    return STEERHOOK_OK;
-}
-
-/* Whether the rule rewrites rows that stay in the cache. An intervention at all positions has no
- * condition: every request of the session would see its rows the same. */
-static bool leaves_rows(const steerhook_session *s, const sh_rule *rule) {
-    for (int32_t i = 0; i < rule->n_interventions; i++) {
-        const sh_intervention *x = &s->package->interventions[rule->interventions[i]];
-        if (x->type != SH_HEAD_MATRIX && !x->all_positions) {
-            return true;
-        }
-    }
-    return false;
-}
-
-/* A rule writes rows from the prompt's end on. */
-static void note_steered(sh_request *request) {
-    int32_t first = request->n_prompt - 1;
-    if (request->first_steered == SH_NO_ROW || first < request->first_steered) {
-        request->first_steered = first;
-    }
-}
-
-steerhook_status sh_decide_rules(steerhook_session *s, sh_request *request) {
-    for (int32_t r = 0; r < s->package->n_rules; r++) {
-        const sh_rule *rule = &s->package->rules[r];
-        sh_rule_state *state = &request->rules[r];
-        bool holds = false;
-        if (!state->decided && condition(rule, request->probes, &holds)) {
-            state->decided = true;
-            state->fired = holds;
-            state->strength = holds ? strength_of(rule, request->probes) : 0.0;
-            steerhook_status status = check_strength(s, rule, state->strength);
-            if (status != STEERHOOK_OK) {
-                return status;
-            }
-            request->acting |= holds;
-        }
-        if (state->fired && !request->open_ended && leaves_rows(s, rule)) {
-            note_steered(request);
-        }
-    }
-    return STEERHOOK_OK;
 }

@@ -41,15 +41,15 @@ static header header_of(const steerhook_session *s, const sh_request *request, b
         .n_probes = s->package->n_probes,
         .n_rules = s->package->n_rules,
         .n_kept_readings = s->keeps ? s->n_kept_readings : 0,
-        .n_kept = s->keeps ? request->n_kept : 0,
+        .n_kept = s->keeps ? request->cache.n_kept : 0,
         .with_rows = rows,
-        .first_steered = request->first_steered,
+        .first_steered = request->cache.first_steered,
         .open = request->open,
         .acting = request->acting,
         .open_ended = request->open_ended,
         .by_batches = request->by_batches,
         .distrusted = request->distrusted,
-        .unseen = request->unseen,
+        .unseen = request->cache.unseen,
         .n_cached = request->n_cached,
         .n_prompt = request->n_prompt,
         .count = request->count,
@@ -67,9 +67,9 @@ static void over_request(walk *w, const steerhook_session *s, sh_request *reques
         over(w, request->rules, (size_t)s->package->n_rules, sizeof *request->rules);
     }
     if (rows && s->keeps) {
-        size_t n = (size_t)request->n_kept;
-        over(w, request->kept, n * (size_t)s->n_kept_readings * d, sizeof *request->kept);
-        over(w, request->kept_image, n, sizeof *request->kept_image);
+        size_t n = (size_t)request->cache.n_kept;
+        over(w, request->cache.kept, n * (size_t)s->n_kept_readings * d, sizeof *request->cache.kept);
+        over(w, request->cache.kept_image, n, sizeof *request->cache.kept_image);
     }
 }
 
@@ -190,18 +190,18 @@ steerhook_status steerhook_load(steerhook_session *s, int32_t seq, const void *b
         (rows && !sh_kept_room(s, request, h.n_kept))) {
         return sh_session_refuse(s, STEERHOOK_MEMORY, "load: no memory");
     }
-    int32_t live = request->first_steered; /* of rows that stay */
+    int32_t live = request->cache.first_steered; /* of rows that stay */
     bool stays = !rows && live != SH_NO_ROW && live < h.count;
     bool sooner = stays && (h.first_steered == SH_NO_ROW || live < h.first_steered);
-    request->first_steered = sooner ? live : h.first_steered;
-    request->n_kept = rows || h.n_kept < request->n_kept ? h.n_kept : request->n_kept;
-    request->unseen = h.unseen != 0 || (!rows && request->unseen);
+    request->cache.first_steered = sooner ? live : h.first_steered;
+    request->cache.n_kept = rows || h.n_kept < request->cache.n_kept ? h.n_kept : request->cache.n_kept;
+    request->cache.unseen = h.unseen != 0 || (!rows && request->cache.unseen);
     request->open = h.open != 0;
     walk w = {.mode = READ, .in = bytes, .at = sizeof h};
     over_request(&w, s, request, rows);
     bool images = true;
     for (int32_t i = 0; rows && i < h.n_kept; i++) {
-        images &= is_bool(&request->kept_image[i]);
+        images &= is_bool(&request->cache.kept_image[i]);
     }
     if (!images || (request->open && !sane(s, request))) {
         return refuse(s, request);

@@ -103,8 +103,8 @@ static void free_request(sh_request *request) {
     free(request->progress);
     free(request->probes);
     free(request->rules);
-    free(request->kept);
-    free(request->kept_image);
+    free(request->cache.kept);
+    free(request->cache.kept_image);
 }
 
 void steerhook_session_free(steerhook_session *s) {
@@ -133,8 +133,8 @@ steerhook_status steerhook_session_clear(steerhook_session *s) {
     for (int32_t i = 0; i < s->model.n_seq_max; i++) {
         sh_request *request = &s->requests[i];
         request->open = request->acting = false;
-        request->first_steered = SH_NO_ROW;
-        request->n_kept = 0;
+        request->cache.first_steered = SH_NO_ROW;
+        request->cache.n_kept = 0;
         if (request->probes != NULL) {
             memset(request->probes, 0, (size_t)s->package->n_probes * sizeof *request->probes);
             memset(request->rules, 0, (size_t)s->package->n_rules * sizeof *request->rules);
@@ -266,7 +266,7 @@ int32_t steerhook_rules(const steerhook_session *s, int32_t seq, steerhook_rule_
 }
 
 int32_t steerhook_first_steered(const steerhook_session *s, int32_t seq) {
-    return s == NULL || !has_sequence(s, seq) ? SH_NO_ROW : s->requests[seq].first_steered;
+    return s == NULL || !has_sequence(s, seq) ? SH_NO_ROW : s->requests[seq].cache.first_steered;
 }
 
 int64_t steerhook_readings(const steerhook_session *s, int32_t seq, const char *probe,

@@ -51,14 +51,28 @@ typedef struct {
     bool complete;
 } sh_progress;
 
+/* What is known of the rows of a sequence in the cache: it outlives their request. */
 typedef struct {
+    /* First row that was steered at a layer; SH_NO_ROW: none was. In zeroed memory it would mean
+     * that every row was. */
+    int32_t first_steered;
+    bool unseen; /* some row did not reach the last block: no output row */
+    /* Rows as the readings saw them, [n_kept][n_kept_readings][n_embd], and which of them are an
+     * image's. */
+    float *kept;
+    bool *kept_image;
+    int32_t n_kept, kept_capacity;
+} sh_cache;
+
+/* A prompt and its answer. */
+typedef struct {
+    sh_cache cache;
     bool open;
     bool acting; /* a fired rule may rewrite rows of this sequence */
     bool open_ended;     /* n_prompt is not known yet: SH_ENDLESS */
     bool ends_in_batch;  /* n_prompt became known in the open batch */
     bool by_batches;     /* begun by steerhook_request_open */
     bool distrusted;     /* no probe can judge it */
-    bool unseen;         /* some row of its prompt did not reach the last block: no output row */
     int32_t end_row;     /* in the batch being begun: the row to judge; -1: none */
     bool quiet;          /* ... some row of it is no output */
     bool ends_with_output; /* ... its latest row is one */
@@ -66,15 +80,7 @@ typedef struct {
     int64_t count;        /* rows so far, cached ones included */
     int64_t batch_count;  /* the same after the open batch */
     int32_t last_row;     /* its latest row in the batch being begun; -1: none */
-    /* First row in the cache that was steered at a layer; SH_NO_ROW: none was. Belongs to the
-     * cache, so it outlives the request. In zeroed memory it would mean that every row was. */
-    int32_t first_steered;
     double *values;       /* readings, n_embd each; sums while a mean is running */
-    /* Rows in the cache as the readings saw them, [n_kept][n_kept_readings][n_embd], and which of
-     * them are an image's. They belong to the cache too. */
-    float *kept;
-    bool *kept_image;
-    int32_t n_kept, kept_capacity;
     sh_progress *progress;
     sh_decision *probes;
     sh_rule_state *rules;
