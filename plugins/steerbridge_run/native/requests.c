@@ -234,6 +234,8 @@ static bool go_on(sb_watch *watch, int32_t seq, bool drafts) {
         if (known && !sb_answer_goes_on(&q->answer, number, last->token[row])) {
             known = false;
             q->draft = previous;
+            /* Drafts are verified by the logits of the row before. */
+            outputs = outputs && (previous < 0 || last->output[previous]);
         }
         outputs = outputs && (known || last->output[row]);
         /* The last one may be chosen yet; what stands before it was not answered. */
