@@ -63,7 +63,8 @@ def real(folder: Path) -> Backend:
 def stub(folder: Path) -> Backend:
     """The stand-in, whose states are hashes."""
     path = folder / "libllama.so"
-    subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-g", STUB, "-o", path, "-lm"], check=True)
+    flags = ["-shared", "-fPIC", "-O1", "-g", f"-I{PRELOAD}"]
+    subprocess.run(["cc", *flags, STUB, "-o", path, "-lm"], check=True)
     facts = ModelFacts("llama", hidden_size=8, num_layers=4, vocab_size=300, name="stub")
     return Backend("stub", path, facts, hashed)
 

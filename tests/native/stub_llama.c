@@ -13,6 +13,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "llama_abi.h"
+
 enum { WIDTH = 8, LAYERS = 4, VOCAB = 300, EOG = 256, MAX_ROWS = 4096, MAX_SEQ = 8 };
 
 #define EXPORT __attribute__((visibility("default")))
@@ -37,8 +39,6 @@ struct ggml_cgraph {
     struct ggml_tensor tokens, positions;
 };
 
-typedef bool (*eval_callback)(struct ggml_tensor *, bool ask, void *data);
-
 struct ggml_backend_sched {
     eval_callback callback;
     void *data;
@@ -58,28 +58,6 @@ struct llama_context {
     float logits[MAX_ROWS][VOCAB];
     float states[LAYERS + 2][MAX_ROWS][WIDTH]; /* of one pass */
 };
-
-typedef struct {
-    int32_t n_tokens;
-    int32_t *token;
-    float *embd;
-    int32_t *pos;
-    int32_t *n_seq_id;
-    int32_t **seq_id;
-    int8_t *logits;
-} llama_batch;
-
-typedef struct {
-    int32_t id;
-    float logit, p;
-} token_data;
-
-typedef struct {
-    token_data *data;
-    size_t size;
-    int64_t selected;
-    bool sorted;
-} token_data_array;
 
 static struct llama_model the_model;
 
@@ -309,7 +287,7 @@ EXPORT float *llama_get_logits_ith(struct llama_context *c, int32_t index) {
     return c->logits[row_of(c, index)];
 }
 EXPORT float *llama_get_logits(struct llama_context *c) { return c->logits[0]; }
-EXPORT void llama_sampler_apply(void *sampler, token_data_array *tokens) {
+EXPORT void llama_sampler_apply(void *sampler, llama_token_data_array *tokens) {
     (void)sampler;
     tokens->selected = 0; /* the fuzzer offers one token */
 }
