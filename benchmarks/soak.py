@@ -1,124 +1,388 @@
 """`make soak`: thousands of requests to an unmodified llama-server under `steerbridge run`.
 
-Four clients, each with a slot of its own: prompts that share prefixes or repeat, answers of random
-length, streams closed by the client. Every verdict is compared with that of the same prompt alone
-on an idle server; resident memory is read after each fifth of the run.
+Four clients, each with a slot of its own, and two more at a second server beside it. Prompts of one
+token and of several batches, with prefixes that are shared or diverge, further turns, n-gram
+drafts, answers of random length, clients that leave, slots that are saved and restored. Every
+verdict is compared with an oracle that computes it from the tokens alone: numpy for the tiny model,
+transformers for SmolLM2. Resident memory is read after each tenth of the run.
 """
 
 from __future__ import annotations
 
+import http.client
+import json
 import random
 import sys
 import time
-from collections.abc import Sequence
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-import guards
-from common import arguments, finish, resident, say, share
-from llama_server import Server, judged_alone, running
-from steerbridge import Example, corpus_examples, smollm2
-from steerbridge_llama_cpp import open_model
+import torch
 
-SLOTS, FIFTHS = 4, 5
+import guards
+from common import CACHE, ROOT, arguments, finish, open_smollm2, resident, say, smollm2_f32
+from llama_server import Server
+from steerbridge import SteeringPackage, corpus_examples, reference
+from steerbridge.testing.cases import standard
+from steerbridge.testing.model import EOS, TinyModel
+
+sys.path.insert(0, str(ROOT / "tests"))
+import programs
+
+SLOTS, TENTHS, BATCH = 4, 10, 64
+LENGTHS = (1, 2, 7, 20, 40, BATCH - 1, BATCH, BATCH + 1, 100, 150)
+LONGEST = 400  # tokens of a prompt, earlier turns included
+TOLERANCE = 0.005  # of scores, which are probabilities: floats in other orders of summation
+
+States = dict[int, Any]
+
+
+@dataclass(frozen=True)
+class Ground:
+    """A model, a guard for it, and what the guard must read of tokens."""
+
+    name: str
+    model: Path
+    package: SteeringPackage
+    states: Callable[[list[int]], States]
+    letters: Sequence[int]  # tokens of prompts
+    turn: Sequence[int]  # tokens that end a turn and begin another
+
+
+def tiny() -> Ground:
+    """The model of the conformance kit; the guard reads the end and a mean, and steers a block."""
+    model = TinyModel()
+    package = standard(model)["both"].package
+    path = model.save_gguf(CACHE / "soak" / "tiny.gguf")
+    letters = list(range(97, 123))
+    return Ground("tiny", path, package, lambda ids: model.forward(ids)[0], letters, [EOS])
+
+
+def smollm2(package: SteeringPackage) -> Ground:
+    """SmolLM2 in F32, with the guard that was asked for."""
+    model: Any = open_smollm2()
+    tokenizer = model.tokenizer
+
+    def states(ids: list[int]) -> States:
+        with torch.inference_mode():
+            hidden = model.model(torch.tensor([ids]), output_hidden_states=True).hidden_states
+        return {depth: rows[0].numpy() for depth, rows in enumerate(hidden)}
+
+    words = tokenizer.encode(" ".join(e.text or "" for e in corpus_examples("test")[:60]))
+    turn = tokenizer.encode("<|im_end|>\n<|im_start|>user\n")
+    return Ground("smollm2", smollm2_f32(), package, states, sorted(set(words)), turn)
+
+
+# -------------------------------------------------------- what clients ask
+
+
+@dataclass
+class Asked:
+    """A request that was sent, and what came back."""
+
+    tokens: list[int]
+    answer: list[int] = field(default_factory=list)
+    left: bool = False  # the client went away: the server may have answered more
+    verdict: Any = None
+
+    @property
+    def spoken(self) -> list[int]:
+        return [*self.tokens, *self.answer]
+
+
+@dataclass
+class Client:
+    """One slot of one server."""
+
+    ground: Ground
+    server: Server
+    slot: int
+    draw: random.Random
+    asked: list[Asked] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+
+    def work(self, count: int) -> None:
+        for _ in range(count):
+            kind = self.draw.random()
+            try:
+                if kind < 0.05:
+                    self.leave_at_once(self.prompt())
+                elif kind < 0.15:
+                    self.leave(self.prompt())
+                else:
+                    self.complete(self.prompt())
+                if self.asked[-1].left:
+                    self.wait()
+                if self.draw.random() < 0.04:
+                    action = self.draw.choice(["save", "restore"])
+                    self.slots(action)
+            except (OSError, http.client.HTTPException) as error:
+                self.failed.append(f"{self.asked[-1].tokens}: {error}")
+
+    def prompt(self) -> list[int]:
+        """New, or behind a part of the last one, or its next turn."""
+        new = self.draw.choices(self.ground.letters, k=self.draw.choice(LENGTHS))
+        kind, last = self.draw.random(), self.asked[-1].spoken if self.asked else []
+        if kind < 0.4 or len(last) > LONGEST:
+            return new
+        if kind < 0.7:
+            return [*last[: self.draw.randint(0, len(last))], *new]
+        return [*last, *self.ground.turn, *new]
+
+    def complete(self, tokens: list[int]) -> None:
+        self.asked.append(Asked(tokens))
+        answer = self.server.complete(
+            tokens, self.draw.randint(1, 12), id_slot=self.slot, return_tokens=True
+        )
+        self.asked[-1].answer = answer["tokens"]
+
+    def leave(self, tokens: list[int]) -> None:
+        """Take some tokens of a stream and close it."""
+        self.asked.append(Asked(tokens, left=True))
+        options = {"stream": True, "id_slot": self.slot, "return_tokens": True}
+        with self.server.open(tokens, 200, **options) as stream:
+            for _ in range(self.draw.randint(1, 4)):
+                kind, _, body = stream.readline().partition(b": ")
+                if kind == b"data":
+                    self.asked[-1].answer += json.loads(body)["tokens"]
+
+    def leave_at_once(self, tokens: list[int]) -> None:
+        """Send a request and close the connection."""
+        self.asked.append(Asked(tokens, left=True))
+        host = urllib.parse.urlsplit(self.server.url).netloc
+        connection = http.client.HTTPConnection(host, timeout=60)
+        body = {"prompt": tokens, "n_predict": 20, "stream": True, "id_slot": self.slot}
+        connection.request(
+            "POST", "/completion", json.dumps(body), {"Content-Type": "application/json"}
+        )
+        time.sleep(self.draw.random() * 0.05)
+        connection.close()
+
+    def wait(self) -> None:
+        """Until the slot is idle. llama-server loads another prompt's rows from its store into a
+        busy slot that a request names (`get_available_slot`), and the answer goes on behind them.
+        """
+        busy = True
+        while busy:
+            time.sleep(0.02)
+            with urllib.request.urlopen(f"{self.server.url}/slots", timeout=60) as answer:
+                busy = json.load(answer)[self.slot]["is_processing"]
+
+    def slots(self, action: str) -> None:
+        url = f"{self.server.url}/slots/{self.slot}?action={action}"
+        body = json.dumps({"filename": f"{self.ground.name}-{self.slot}.bin"}).encode()
+        request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+        try:
+            urllib.request.urlopen(request, timeout=60).close()
+        except urllib.error.HTTPError as error:  # nothing to save, or nothing saved yet
+            error.close()
+
+
+@contextmanager
+def serving(ground: Ground, name: str) -> Iterator[Server]:
+    folder = CACHE / "soak" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / "events.jsonl"
+    log.unlink(missing_ok=True)
+    guard = ground.package.save(folder / "guard.gguf")
+    run = [sys.executable, "-m", "steerbridge.cli", "run"]
+    before = [*run, "--package", str(guard), "--log", str(log), "--"]
+    # A thread each, and no spinning: there are two servers.
+    options = [
+        "-m",
+        ground.model,
+        "-t",
+        1,
+        "--poll",
+        0,
+        "-c",
+        8192,
+        "-np",
+        SLOTS,
+        "-b",
+        BATCH,
+        "-ub",
+        32,
+    ]
+    options += ["-fa", "off", "-ctk", "f32", "-ctv", "f32", "--cache-ram", 8, "--no-webui"]
+    options += ["--slot-save-path", folder, "--spec-type", "ngram-simple"]
+    with programs.llama_server(options, folder / "output.txt", before) as url:
+        yield Server(url, log, folder / "output.txt")
+
+
+# -------------------------------------------------------- what was told
+
+
+@dataclass
+class Oracle:
+    """What must be told of the requests of one slot, computed from their tokens.
+
+    A prompt that goes on in the middle of an answer that was steered is more of that request: what
+    fired stays fired, and the prompt may not be judged anew, since rows behind were steered.
+    """
+
+    ground: Ground
+    asked: Sequence[Asked]
+
+    def __post_init__(self) -> None:
+        self.scores = [scores(self.ground, asked.tokens) for asked in self.asked]
+        self.inherits: list[bool] = []
+        for index in range(len(self.asked)):
+            self.inherits.append(any(self.goes_on(index, i) for i in range(index)))
+
+    def fires(self, index: int) -> bool:
+        pairs = zip(self.ground.package.spec.probes, self.scores[index], strict=True)
+        return self.inherits[index] or any(s > p.threshold - TOLERANCE for p, s in pairs)
+
+    def goes_on(self, index: int, earlier: int) -> bool:
+        """Whether the prompt may continue an answer of an earlier one that fired."""
+        tokens, before = self.asked[index].tokens, self.asked[earlier]
+        length = len(before.tokens)
+        if tokens[:length] != before.tokens or not self.fires(earlier):
+            return False
+        first = tokens[length : length + 1]
+        answers = first == before.answer[:1] if before.answer else before.left
+        return bool(first) and answers and EOS not in tokens[length:-1]
+
+    def right(self, index: int, event: Any) -> bool:
+        """Whether a verdict may be that of a request."""
+        if self.inherits[index] and event["fired"]:
+            return True
+        for probe, score in zip(event["probes"], self.scores[index], strict=True):
+            found, threshold = probe["score"], probe["threshold"]
+            if found is None or abs(found - score) > TOLERANCE:
+                return False
+            if probe["fired"] != (score > threshold) and abs(score - threshold) > TOLERANCE:
+                return False
+        return bool(event["fired"]) == any(probe["fired"] for probe in event["probes"])
+
+    def close(self, index: int) -> bool:
+        pairs = zip(self.ground.package.spec.probes, self.scores[index], strict=True)
+        return any(abs(score - probe.threshold) <= TOLERANCE for probe, score in pairs)
+
+
+def pair(oracle: Oracle, events: Sequence[Any]) -> int:
+    """Give the verdicts of a slot, in order, to its requests, so that the fewest are wrong.
+
+    A request whose client left may have none. Returns how many verdicts belong to no request.
+    """
+    asked = oracle.asked
+    # The cost of the first requests with the first `j` events, and which of them has one.
+    costs: list[dict[int, tuple[int, bool]]] = [{0: (0, False)}]
+    for index, request in enumerate(asked):
+        row: dict[int, tuple[int, bool]] = {}
+        for j, (cost, _) in costs[-1].items():
+            without = cost + (not request.left)
+            if j not in row or without < row[j][0]:
+                row[j] = (without, False)
+            if j < len(events):
+                row[j + 1] = (cost + (not oracle.right(index, events[j])), True)
+        lowest = min(cost for cost, _ in row.values())
+        costs.append({j: entry for j, entry in row.items() if entry[0] <= lowest + 20})
+    last = min(costs[-1], key=lambda j: costs[-1][j][0] + len(events) - j)
+    extra = len(events) - last
+    for index in reversed(range(len(asked))):
+        if costs[index + 1][last][1]:
+            last -= 1
+            asked[index].verdict = events[last]
+    return extra
+
+
+def scores(ground: Ground, tokens: list[int]) -> list[float]:
+    """The oracle's, one for each probe."""
+    states, spec = ground.states(tokens), ground.package.spec
+    return [
+        reference.judge(probe, ground.package.tensors, lambda site: states[spec.depth(site)]).score
+        for probe in spec.probes
+    ]
+
+
+def count(ground: Ground, client: Client, events: Sequence[Any]) -> Counter[str]:
+    """The verdicts of a slot against those that its requests must have."""
+    oracle = Oracle(ground, client.asked)
+    counts = Counter(wrong=pair(oracle, events))
+    for index, asked in enumerate(client.asked):
+        event = asked.verdict
+        if event is None:
+            counts["missing"] += bool(asked.answer)
+            continue
+        counts["told"] += 1
+        counts["fired"] += bool(event["fired"])
+        counts["inherited"] += oracle.inherits[index]
+        counts["close"] += oracle.close(index)
+        if not oracle.right(index, event):
+            counts["wrong"] += 1
+            say(f"{ground.name}: {asked.tokens}: expected {oracle.scores[index]}, found {event}")
+    return counts
+
+
+def soak(ground: Ground, requests: int, seed: int) -> dict[str, Any]:
+    """The figures of one model."""
+    start = time.monotonic()
+    with serving(ground, ground.name) as main, serving(ground, f"{ground.name}-beside") as beside:
+        clients = [Client(ground, main, i, random.Random(seed + i)) for i in range(SLOTS)]
+        others = [Client(ground, beside, i, random.Random(seed + 9 + i)) for i in range(2)]
+        share = requests // (SLOTS + len(others)) // TENTHS + 1
+        memory = []
+        for tenth in range(TENTHS):
+            with ThreadPoolExecutor(len(clients) + len(others)) as pool:
+                list(pool.map(lambda client: client.work(share), [*clients, *others]))
+            time.sleep(1)  # cancelled requests end
+            [active] = [e for e in main.events() if e["event"] == "active"]
+            memory.append(resident(active["pid"]))
+            say(f"{ground.name}: {tenth + 1} tenths, {memory[-1] >> 20} MiB")
+        told = {id(server): server.events() for server in (main, beside)}
+    counts: Counter[str] = Counter()
+    for client in (*clients, *others):
+        events = [e for e in told[id(client.server)] if e["event"] == "verdict"]
+        counts += count(ground, client, [e for e in events if e["sequence"] == client.slot])
+    troubles = [e for events in told.values() for e in events if e["event"] in TROUBLES]
+    failed = [text for client in (*clients, *others) for text in client.failed]
+    for text in [*failed, *map(str, troubles)][:5]:
+        say(f"{ground.name}: {text}")
+    half = TENTHS // 2
+    return {
+        "requests": sum(len(client.asked) for client in (*clients, *others)),
+        "wrong_verdicts": counts["wrong"],
+        "verdicts_missing": counts["missing"],
+        "failed_by_another": len(failed) + len(troubles),
+        "fired": round(counts["fired"] / counts["told"], 4),
+        "inherited": counts["inherited"],
+        "at_the_threshold": round(counts["close"] / counts["told"], 4),
+        "memory_mib": [m >> 20 for m in memory],
+        "memory_growth": round(mean(memory[half:]) / mean(memory[:half]) - 1, 4),
+        "seconds": round(time.monotonic() - start),
+    }
+
+
+TROUBLES = ("refused", "failed", "stopped")
 
 
 def main() -> None:
     parser = arguments(__doc__)
     guards.add_option(parser)
-    parser.add_argument("--requests", type=int, default=2000)
+    parser.add_argument("--tiny", type=int, default=10_000, help="Requests to the tiny model.")
+    parser.add_argument("--smollm2", type=int, default=1_000, help="Requests to SmolLM2.")
+    parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
-    guard = guards.chosen(options)
-    prompts = rendered()
-    with running("soak", guard.package, "-np", SLOTS) as server:
-        alone = judged_alone(server, prompts, id_slot=0)
-        before = len(server.verdicts(0))
-        memory = [memory_of(server)]
-        jobs = [plan(slot, len(prompts), options.requests // SLOTS) for slot in range(SLOTS)]
-        done = 0
-        for fifth in range(FIFTHS):
-            parts = [part(job, fifth) for job in jobs]
-            with ThreadPoolExecutor(SLOTS) as pool:
-                list(pool.map(partial(work, server, prompts), range(SLOTS), parts))
-            done += sum(map(len, parts))
-            say(f"{done} requests, {memory_of(server) >> 20} MiB resident")
-            memory.append(memory_of(server))
-        told = server.verdicts(before + done)[before:]
-        troubles = [e for e in server.events() if e["event"] in ("refused", "failed", "stopped")]
-    wrong = 0
-    for slot, job in enumerate(jobs):
-        got = [bool(e["fired"]) for e in told if e["sequence"] == slot]
-        want = [alone[prompt] for prompt, *_ in job]
-        wrong += sum(a != b for a, b in zip(got, want, strict=False)) + abs(len(got) - len(want))
-    finish(
-        {
-            "guard": str(guard),
-            "requests": done,
-            "wrong_verdicts": wrong,
-            "fired": share(bool(e["fired"]) for e in told),
-            "refused_or_failed": len(troubles),
-            "memory_mib": [m >> 20 for m in memory],
-            "memory_growth": round(memory[-1] / memory[1] - 1, 4),
-        }
-    )
-
-
-def rendered() -> list[list[int]]:
-    """Chats as tokens: test prompts of every kind, alone and as the second turn of another."""
-    examples = [e for e in corpus_examples("test") if e.kind in ("pair", "general")][:60]
-    model = open_model(smollm2(), n_ctx=1024)
-    alone = [model.render(e) for e in examples]
-    first = examples[1]
-    start = model.render(Example(first.text, False))
-    later = [[*start, *model.llama.tokenize(b"Well.", add_bos=False), *p] for p in alone[:20]]
-    model.llama.close()
-    return [*alone, *later]
-
-
-def plan(slot: int, prompts: int, count: int) -> list[tuple[int, int, bool]]:
-    """(prompt, tokens to generate, whether the client leaves early) of one client."""
-    rng = random.Random(slot)
-    chosen: list[tuple[int, int, bool]] = []
-    for _ in range(count):
-        again = chosen and rng.random() < 0.2
-        prompt = chosen[-1][0] if again else rng.randrange(prompts)
-        chosen.append((prompt, rng.randint(1, 32), rng.random() < 0.15))
-    return chosen
-
-
-def part(job: Sequence[Any], fifth: int) -> Sequence[Any]:
-    size = len(job) / FIFTHS
-    return job[round(fifth * size) : round((fifth + 1) * size)]
-
-
-def work(
-    server: Server,
-    prompts: Sequence[Sequence[int]],
-    slot: int,
-    job: Sequence[tuple[int, int, bool]],
-) -> None:
-    for prompt, new, leaves in job:
-        if leaves:
-            leave(server, prompts[prompt], slot)
-        else:
-            server.complete(prompts[prompt], new, id_slot=slot)
-
-
-def leave(server: Server, prompt: Sequence[int], slot: int) -> None:
-    """Take the first tokens of a stream and close it."""
-    with server.open(prompt, 200, stream=True, id_slot=slot) as stream:
-        for _ in range(4):
-            stream.readline()
-
-
-def memory_of(server: Server) -> int:
-    """Bytes of the server's process, which the log names."""
-    time.sleep(0.5)
-    [active] = [e for e in server.events() if e["event"] == "active"]
-    return resident(active["pid"])
+    result: dict[str, Any] = {}
+    if options.tiny:
+        result["tiny"] = soak(tiny(), options.tiny, options.seed)
+    if options.smollm2:
+        guard = guards.chosen(options)
+        result["guard"] = str(guard)
+        result["smollm2"] = soak(smollm2(guard.package), options.smollm2, options.seed)
+    finish(result)
 
 
 if __name__ == "__main__":

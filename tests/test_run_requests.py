@@ -6,7 +6,9 @@ import pytest
 
 pytest.importorskip("elftools", reason="needs the extra `run`")
 pytest.importorskip("llama_cpp")
+import sliding_model
 from c_api import ALWAYS, NEVER, Runs, scores
+from helpers import MEAN, add_vector, reading
 
 SCRIPT = """
 if kind in ("greedy", "argmax", "whole"):
@@ -51,12 +53,50 @@ elif kind == "appended":  # text behind an answer, and behind a token that ends 
     at = len(prompt) + 4 + len(more)
     decode([c.llama_vocab_eos(vocab), *more], at)
     told += loop(greedy, at + 1 + len(more), 2)
+elif kind.startswith("turns"):  # an answer, more behind it, and the next turn; all their tokens
+    end, more = c.llama_vocab_eos(vocab), prompt[1:8]
+    if kind == "turns, long":  # small enough caches that rows slide out
+        c.llama_free(context)
+        params.n_ubatch, params.swa_full = 16, False
+        context = c.llama_init_from_model(model, params)
+        memory = c.llama_get_memory(context)
+    decode(prompt, 0)
+    told = prompt + loop(greedy, len(prompt), 300 if kind == "turns, long" else 3)
+    if kind == "turns, held":
+        decode(more, len(told))
+        told += more + loop(greedy, len(told) + len(more), 2)
+    if kind == "turns, split":  # the token that ends the turn is the last of its batch
+        decode([end], len(told), outputs=())
+        decode(more, len(told) + 1)
+    else:
+        decode([end, *more], len(told))
+    told += [end, *more]
+    greedy()
+elif kind.startswith("given "):
+    decode(json.loads(kind[6:]), 0)
+    told = [greedy()]
 """
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, smollm2_path):
     return Runs(tmp_path_factory.mktemp("requests"), smollm2_path, SCRIPT)
+
+
+@pytest.fixture(scope="module")
+def layer(tmp_path_factory, smollm2_path):
+    """A guard that steers rows in a block: they stay in the cache."""
+    folder = tmp_path_factory.mktemp("layer")
+    readings = [reading("layer_input[25]", MEAN)]
+    return Runs(folder, smollm2_path, SCRIPT, readings=readings, act=add_vector(24, alpha=4.0))
+
+
+@pytest.fixture(scope="module")
+def sliding(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sliding")
+    path = sliding_model.save(folder / "sliding.gguf")
+    readings = [reading("layer_input[4]", MEAN)]
+    return Runs(folder, path, SCRIPT, readings=readings, act=add_vector(4, alpha=4.0))
 
 
 @pytest.mark.parametrize("kind", ["split", "one by one"])
@@ -126,3 +166,21 @@ def test_what_fired_stays_behind_an_answer_that_nothing_ended(run):
     _, events = run("appended", limit)
     assert [bool(e["fired"]) for e in events] == [True, True, False]
     assert [e["probes"][0]["fired"] for e in events] == [True, False, False]
+
+
+@pytest.mark.parametrize("kind", ["turns", "turns, held", "turns, split"])
+def test_a_turn_behind_steered_rows_is_judged_as_if_they_were_not(layer, kind):
+    """They are evaluated again, those of a request that was held included."""
+    tokens, events = layer(kind, ALWAYS)
+    _, alone = layer(f"given {tokens}", ALWAYS)
+    assert scores(events)[-1] == pytest.approx(scores(alone)[0], rel=1e-3)
+    held = [event["probes"][0].get("unjudged") for event in events]
+    assert [bool(why) for why in held] == ([False, True, False] if "held" in kind else [False] * 2)
+
+
+def test_steered_rows_whose_window_has_slid_away_are_not_evaluated_again(sliding):
+    tokens, events = sliding("turns", ALWAYS)
+    _, alone = sliding(f"given {tokens}", ALWAYS)
+    assert scores(events)[-1] == pytest.approx(scores(alone)[0], rel=1e-3)
+    _, events = sliding("turns, long", ALWAYS)
+    assert "unknown history" in events[-1]["probes"][0]["unjudged"]

@@ -97,6 +97,7 @@ EXPORT int32_t llama_model_meta_val_str(const struct llama_model *m, const char 
     (void)m;
     return strcmp(key, "general.architecture") == 0 ? snprintf(text, size, "llama") : -1;
 }
+EXPORT uint32_t llama_n_batch(const struct llama_context *c) { return (uint32_t)c->n_batch; }
 EXPORT uint32_t llama_n_ubatch(const struct llama_context *c) { return (uint32_t)c->n_ubatch; }
 EXPORT uint32_t llama_n_ctx(const struct llama_context *c) { (void)c; return MAX_ROWS; }
 EXPORT uint32_t llama_n_ctx_seq(const struct llama_context *c) {

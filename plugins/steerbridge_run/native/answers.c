@@ -124,6 +124,19 @@ void sb_answer_free(sb_answer *answer) {
     *answer = (sb_answer){0};
 }
 
+const int32_t *sb_answer_tokens(const sb_answer *answer, int32_t first, int32_t past) {
+    if (first < answer->first || past > answer->first + answer->n_tokens) {
+        return NULL;
+    }
+    const int32_t *tokens = answer->tokens + (first - answer->first);
+    for (int32_t i = 0; i < past - first; i++) {
+        if (tokens[i] < 0) {
+            return NULL;
+        }
+    }
+    return tokens;
+}
+
 bool sb_answer_chosen(const sb_answer *answer, int32_t row, int32_t token) {
     for (int32_t i = answer->n_choices - 1; i >= 0; i--) {
         if (answer->choices[i].row == row && answer->choices[i].token == token) {

@@ -1,5 +1,5 @@
 /* What a sequence has answered: tokens that were chosen from logits, and tokens that were decoded
- * from its prompt's last row on.
+ * from its prompt's last row on, or from the first row that was steered, if that came before.
  * Rows are numbered as in the request. Internal. */
 #ifndef SB_ANSWERS_H
 #define SB_ANSWERS_H
@@ -38,6 +38,8 @@ void sb_answer_prune(sb_answer *answer, int32_t row);
 void sb_answer_copy(const sb_answer *from, sb_answer *to);
 void sb_answer_free(sb_answer *answer);
 
+/* The tokens of the rows from `first` to `past` - 1; NULL where one is not known. */
+const int32_t *sb_answer_tokens(const sb_answer *answer, int32_t first, int32_t past);
 bool sb_answer_chosen(const sb_answer *answer, int32_t row, int32_t token);
 /* Whether a token at a row is this answer's: it was chosen from the row before, or it stood there
  * already. */

@@ -206,6 +206,22 @@ bool sb_remove(const sb_watch *watch, int32_t seq, int32_t from) {
     return real(watch->memory, seq, from, -1);
 }
 
+int32_t sb_batch_size(const sb_watch *watch) {
+    return (int32_t)SB_CALL(of_context, "llama_n_batch", NULL)(watch->context);
+}
+
+bool sb_may_repeat(const sb_watch *watch, int32_t seq, int32_t from) {
+    typedef int32_t (*window_of)(const llama_model *);
+    typedef int32_t (*first_position)(const void *, int32_t);
+    window_of window = (window_of)sb_either("llama_model_n_swa", NULL);
+    first_position first = (first_position)sb_either("llama_memory_seq_pos_min", NULL);
+    if (window == NULL || first == NULL) {
+        return true; /* these releases keep all rows */
+    }
+    int32_t size = window(SB_CALL(model_of, "llama_get_model", NULL)(watch->context));
+    return size == 0 || first(watch->memory, seq) <= (from > size ? from - size : 0);
+}
+
 int32_t sb_next_position(const sb_watch *watch, int32_t seq) {
     typedef int32_t (*last_position)(const void *, int32_t);
     static last_position real;

@@ -130,72 +130,89 @@ static int32_t first_row(const sb_watch *watch, int32_t seq) {
     return row;
 }
 
-static bool begin(sb_watch *watch, int32_t seq) {
-    int32_t row = first_row(watch, seq);
-    int32_t n_cached = watch->sequences[seq].cells.count;
-    const sb_answer *answer = &watch->sequences[seq].answer;
-    /* It may answer from the logits of a prompt's earlier row, which were not steered. */
-    bool distrust = sb_answer_chosen(answer, n_cached - 1, watch->last.token[row]);
-    /* A single row behind rows of unknown history may belong to an answer. */
-    distrust |= watch->sequences[seq].unknown && watch->sequences[seq].rows == 1;
-    watch->sequences[seq].unknown = false;
-    if (!open_request(watch, seq, n_cached, STEERHOOK_KEEP_NONE)) {
-        return false;
+/* Evaluates rows of a sequence in one batch, unsteered and without outputs. */
+static bool evaluate(sb_watch *watch, int32_t seq, const int32_t *tokens, const int32_t *positions,
+                     int32_t count) {
+    int32_t *n_seq_id = malloc((size_t)count * sizeof *n_seq_id);
+    int32_t **seq_id = malloc((size_t)count * sizeof *seq_id);
+    int8_t *output = calloc((size_t)count, sizeof *output);
+    if (n_seq_id == NULL || seq_id == NULL || output == NULL) {
+        sb_fatal("no memory");
     }
-    if (distrust) {
-        steerhook_request_distrust(watch->session, seq);
+    for (int32_t i = 0; i < count; i++) {
+        n_seq_id[i] = 1;
+        seq_id[i] = &seq;
     }
-    return true;
+    sb_rows rows = {count, tokens, positions, n_seq_id, seq_id, output, false};
+    steerhook_batch ours = {count, n_seq_id, seq_id, output, false};
+    sb_last_take(&watch->last, &rows);
+    llama_batch batch = {count,    watch->last.token, NULL,  watch->last.pos,
+                         n_seq_id, seq_id,            output};
+    bool done = steerhook_batch_begin(watch->session, &ours) == STEERHOOK_OK;
+    current = watch;
+    done = done && sb_decode(watch, batch) == 0 && sb_last_complete(&watch->last) &&
+           steerhook_batch_end(watch->session) == STEERHOOK_OK;
+    current = NULL;
+    free(n_seq_id);
+    free(seq_id);
+    free(output);
+    return done;
 }
 
-/* Evaluates rows of a prompt again: they were steered in their blocks, and what follows must not
- * attend to such rows. The caller has opened the request before them. */
-static bool evaluate_again(sb_watch *watch, int32_t seq, const int32_t *tokens, int32_t count,
-                           int32_t position) {
-    if (!sb_remove(watch, seq, position)) {
+/* Evaluates the rows from `first` to `past` - 1 again: they were steered in their blocks, and what
+ * follows must not attend to such rows. The caller has opened the request before them. */
+static bool evaluate_again(sb_watch *watch, int32_t seq, const int32_t *tokens, int32_t first,
+                           int32_t past) {
+    sb_cells *cells = &watch->sequences[seq].cells;
+    if (!sb_remove(watch, seq, cells->positions[first])) {
         return false;
     }
     sb_last kept = watch->last;
     watch->last = (sb_last){.streams = kept.streams};
+    sb_cells_renew(cells, first);
+    int32_t most = sb_batch_size(watch);
     bool done = true;
-    sb_cells *cells = &watch->sequences[seq].cells;
-    sb_cells_renew(cells, sb_cells_before(cells, position));
-    for (int32_t i = 0; i < count && done; i++) {
-        int8_t output = 0;
-        int32_t one = 1, *list = &seq, token = tokens[i], at = position + i;
-        llama_batch batch = {1, &token, NULL, &at, &one, &list, &output};
-        sb_rows row = {1, &token, &at, &one, &list, &output, false};
-        steerhook_batch ours = {1, &one, &list, &output, false};
-        sb_last_take(&watch->last, &row);
-        done = steerhook_batch_begin(watch->session, &ours) == STEERHOOK_OK;
-        current = watch;
-        done = done && sb_decode(watch, batch) == 0 && sb_last_complete(&watch->last) &&
-               steerhook_batch_end(watch->session) == STEERHOOK_OK;
-        current = NULL;
+    for (int32_t i = first; i < past && done; i += most) {
+        int32_t count = past - i < most ? past - i : most;
+        done = evaluate(watch, seq, tokens + (i - first), cells->positions + i, count);
     }
     sb_last_free(&watch->last);
     watch->last = kept;
     return done;
 }
 
-/* Opens a request behind `count` rows of the last one, none of which may be left steered in its
- * blocks: those are evaluated again. Where their tokens are not known, its probes will fire. */
+/* Opens a request behind `count` rows, none of which may be left steered in its blocks: those are
+ * evaluated again. Where that cannot be done, its probes will fire. */
 static bool open_behind(sb_watch *watch, int32_t seq, int32_t count, steerhook_keep keep) {
     sb_sequence *q = &watch->sequences[seq];
     int32_t steered = steerhook_first_steered(watch->session, seq);
-    int32_t again = steered < 0 || steered >= count ? 0 : count - steered;
-    const sb_answer *answer = &q->answer;
-    bool known = again > 0 && answer->first == steered && answer->n_tokens >= again &&
-                 steered < q->cells.count;
-    for (int32_t i = 0; i < again && known; i++) {
-        known = answer->tokens[i] >= 0;
-    }
-    if (!open_request(watch, seq, known ? steered : count, keep)) {
+    bool any = steered >= 0 && steered < count && steered < q->cells.count &&
+               sb_may_repeat(watch, seq, q->cells.positions[steered]);
+    const int32_t *tokens = any ? sb_answer_tokens(&q->answer, steered, count) : NULL;
+    if (!open_request(watch, seq, tokens == NULL ? count : steered, keep)) {
         return false;
     }
-    if (known && !evaluate_again(watch, seq, answer->tokens, again, q->cells.positions[steered])) {
+    if (tokens != NULL && !evaluate_again(watch, seq, tokens, steered, count)) {
         fail(watch, "rows that were steered could not be evaluated again");
         return false;
+    }
+    return true;
+}
+
+static bool begin(sb_watch *watch, int32_t seq) {
+    sb_sequence *q = &watch->sequences[seq];
+    int32_t row = first_row(watch, seq);
+    int32_t n_cached = q->cells.count;
+    /* It may answer from the logits of a prompt's earlier row, which were not steered. */
+    bool distrust = sb_answer_chosen(&q->answer, n_cached - 1, watch->last.token[row]);
+    /* A single row behind rows of unknown history may belong to an answer. */
+    distrust |= q->unknown && q->rows == 1;
+    q->unknown = false;
+    if (!open_behind(watch, seq, n_cached, STEERHOOK_KEEP_NONE)) {
+        return false;
+    }
+    if (distrust) {
+        steerhook_request_distrust(watch->session, seq);
     }
     return true;
 }
@@ -238,8 +255,9 @@ static bool go_on(sb_watch *watch, int32_t seq, bool drafts) {
             outputs = outputs && (previous < 0 || last->output[previous]);
         }
         outputs = outputs && (known || last->output[row]);
-        /* The last one may be chosen yet; what stands before it was not answered. */
-        ended |= number + 1 < count + q->rows && sb_ends(watch, last->token[row]);
+        /* A last output row may be a draft that is chosen yet; what stands before was not. */
+        bool open = last->output[row] && number + 1 == count + q->rows;
+        ended |= !open && sb_ends(watch, last->token[row]);
         previous = row;
         number++;
     }
@@ -362,11 +380,13 @@ static void note_rows(sb_watch *watch, int32_t seq) {
         if (q->used ? last->output[row] != 0 : number == n_prompt - 1) {
             q->judged = row;
         }
-        if (!q->used && q->judged == row) {
+        int32_t steered = steerhook_first_steered(watch->session, seq);
+        bool behind = steered >= 0 && steered < number; /* they may have to be evaluated again */
+        if (!q->used && q->judged == row && !behind) {
             sb_answer_begin(&q->answer, number);
         }
-        if (n_prompt > 0 && number >= n_prompt - 1) {
-            bool ends = number >= n_prompt && sb_ends(watch, last->token[row]);
+        if (behind || (n_prompt > 0 && number >= n_prompt - 1)) {
+            bool ends = n_prompt > 0 && number >= n_prompt && sb_ends(watch, last->token[row]);
             sb_answer_add(&q->answer, number, last->token[row], ends);
         }
         number++;

@@ -37,7 +37,7 @@ typedef struct {
     bool unknown;    /* its cache holds rows of unknown history, and no request since */
     int32_t blind;   /* single rows of which nobody was seen to use the logits */
     sb_cells cells;
-    sb_answer answer;   /* from its prompt's last row on */
+    sb_answer answer;
 } sb_sequence;
 
 typedef struct sb_watch {
@@ -71,6 +71,10 @@ void sb_watch_free(llama_context *context);
 bool sb_ends(const sb_watch *watch, int32_t token);
 /* llama_decode itself, and its llama_memory_seq_rm, past ours. */
 int32_t sb_decode(const sb_watch *watch, llama_batch batch);
+int32_t sb_batch_size(const sb_watch *watch); /* how many rows llama_decode takes */
+/* Whether the rows that those from a position on attend to are in the cache; with sliding windows
+ * they may be gone. */
+bool sb_may_repeat(const sb_watch *watch, int32_t seq, int32_t from);
 bool sb_remove(const sb_watch *watch, int32_t seq, int32_t from);
 /* The position behind the last row of a sequence in the cache. */
 int32_t sb_next_position(const sb_watch *watch, int32_t seq);
