@@ -4,7 +4,8 @@ Four clients, each with a slot of its own, and two more at a second server besid
 token and of several batches, with prefixes that are shared or diverge, further turns, n-gram
 drafts, answers of random length, clients that leave, slots that are saved and restored. Every
 verdict is compared with an oracle that computes it from the tokens alone: numpy for the tiny model,
-transformers for SmolLM2. Resident memory is read after each tenth of the run.
+transformers for SmolLM2. Resident memory is read after each tenth of the run, once llama-server has
+filled its store of prompts and its buffers (unsteered it grows as much until then).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -32,19 +33,18 @@ import torch
 import guards
 from common import CACHE, ROOT, arguments, finish, open_smollm2, resident, say, smollm2_f32
 from llama_server import Server
-from steerbridge import SteeringPackage, corpus_examples, reference
+from soak_oracle import Asked, States, compare
+from steerbridge import SteeringPackage, corpus_examples
 from steerbridge.testing.cases import standard
 from steerbridge.testing.model import EOS, TinyModel
 
 sys.path.insert(0, str(ROOT / "tests"))
 import programs
 
-SLOTS, TENTHS, BATCH = 4, 10, 64
+SLOTS, BATCH = 4, 64
+WARM_UP, TENTHS = 2, 10
 LENGTHS = (1, 2, 7, 20, 40, BATCH - 1, BATCH, BATCH + 1, 100, 150)
 LONGEST = 400  # tokens of a prompt, earlier turns included
-TOLERANCE = 0.005  # of scores, which are probabilities: floats in other orders of summation
-
-States = dict[int, Any]
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Ground:
     name: str
     model: Path
     package: SteeringPackage
-    states: Callable[[list[int]], States]
+    states: States
     letters: Sequence[int]  # tokens of prompts
     turn: Sequence[int]  # tokens that end a turn and begin another
 
@@ -73,7 +73,7 @@ def smollm2(package: SteeringPackage) -> Ground:
     model: Any = open_smollm2()
     tokenizer = model.tokenizer
 
-    def states(ids: list[int]) -> States:
+    def states(ids: list[int]) -> Mapping[int, Any]:
         with torch.inference_mode():
             hidden = model.model(torch.tensor([ids]), output_hidden_states=True).hidden_states
         return {depth: rows[0].numpy() for depth, rows in enumerate(hidden)}
@@ -84,20 +84,6 @@ def smollm2(package: SteeringPackage) -> Ground:
 
 
 # -------------------------------------------------------- what clients ask
-
-
-@dataclass
-class Asked:
-    """A request that was sent, and what came back."""
-
-    tokens: list[int]
-    answer: list[int] = field(default_factory=list)
-    left: bool = False  # the client went away: the server may have answered more
-    verdict: Any = None
-
-    @property
-    def spoken(self) -> list[int]:
-        return [*self.tokens, *self.answer]
 
 
 @dataclass
@@ -220,112 +206,6 @@ def serving(ground: Ground, name: str) -> Iterator[Server]:
         yield Server(url, log, folder / "output.txt")
 
 
-# -------------------------------------------------------- what was told
-
-
-@dataclass
-class Oracle:
-    """What must be told of the requests of one slot, computed from their tokens.
-
-    A prompt that goes on in the middle of an answer that was steered is more of that request: what
-    fired stays fired, and the prompt may not be judged anew, since rows behind were steered.
-    """
-
-    ground: Ground
-    asked: Sequence[Asked]
-
-    def __post_init__(self) -> None:
-        self.scores = [scores(self.ground, asked.tokens) for asked in self.asked]
-        self.inherits: list[bool] = []
-        for index in range(len(self.asked)):
-            self.inherits.append(any(self.goes_on(index, i) for i in range(index)))
-
-    def fires(self, index: int) -> bool:
-        pairs = zip(self.ground.package.spec.probes, self.scores[index], strict=True)
-        return self.inherits[index] or any(s > p.threshold - TOLERANCE for p, s in pairs)
-
-    def goes_on(self, index: int, earlier: int) -> bool:
-        """Whether the prompt may continue an answer of an earlier one that fired."""
-        tokens, before = self.asked[index].tokens, self.asked[earlier]
-        length = len(before.tokens)
-        if tokens[:length] != before.tokens or not self.fires(earlier):
-            return False
-        first = tokens[length : length + 1]
-        answers = first == before.answer[:1] if before.answer else before.left
-        return bool(first) and answers and EOS not in tokens[length:-1]
-
-    def right(self, index: int, event: Any) -> bool:
-        """Whether a verdict may be that of a request."""
-        if self.inherits[index] and event["fired"]:
-            return True
-        for probe, score in zip(event["probes"], self.scores[index], strict=True):
-            found, threshold = probe["score"], probe["threshold"]
-            if found is None or abs(found - score) > TOLERANCE:
-                return False
-            if probe["fired"] != (score > threshold) and abs(score - threshold) > TOLERANCE:
-                return False
-        return bool(event["fired"]) == any(probe["fired"] for probe in event["probes"])
-
-    def close(self, index: int) -> bool:
-        pairs = zip(self.ground.package.spec.probes, self.scores[index], strict=True)
-        return any(abs(score - probe.threshold) <= TOLERANCE for probe, score in pairs)
-
-
-def pair(oracle: Oracle, events: Sequence[Any]) -> int:
-    """Give the verdicts of a slot, in order, to its requests, so that the fewest are wrong.
-
-    A request whose client left may have none. Returns how many verdicts belong to no request.
-    """
-    asked = oracle.asked
-    # The cost of the first requests with the first `j` events, and which of them has one.
-    costs: list[dict[int, tuple[int, bool]]] = [{0: (0, False)}]
-    for index, request in enumerate(asked):
-        row: dict[int, tuple[int, bool]] = {}
-        for j, (cost, _) in costs[-1].items():
-            without = cost + (not request.left)
-            if j not in row or without < row[j][0]:
-                row[j] = (without, False)
-            if j < len(events):
-                row[j + 1] = (cost + (not oracle.right(index, events[j])), True)
-        lowest = min(cost for cost, _ in row.values())
-        costs.append({j: entry for j, entry in row.items() if entry[0] <= lowest + 20})
-    last = min(costs[-1], key=lambda j: costs[-1][j][0] + len(events) - j)
-    extra = len(events) - last
-    for index in reversed(range(len(asked))):
-        if costs[index + 1][last][1]:
-            last -= 1
-            asked[index].verdict = events[last]
-    return extra
-
-
-def scores(ground: Ground, tokens: list[int]) -> list[float]:
-    """The oracle's, one for each probe."""
-    states, spec = ground.states(tokens), ground.package.spec
-    return [
-        reference.judge(probe, ground.package.tensors, lambda site: states[spec.depth(site)]).score
-        for probe in spec.probes
-    ]
-
-
-def count(ground: Ground, client: Client, events: Sequence[Any]) -> Counter[str]:
-    """The verdicts of a slot against those that its requests must have."""
-    oracle = Oracle(ground, client.asked)
-    counts = Counter(wrong=pair(oracle, events))
-    for index, asked in enumerate(client.asked):
-        event = asked.verdict
-        if event is None:
-            counts["missing"] += bool(asked.answer)
-            continue
-        counts["told"] += 1
-        counts["fired"] += bool(event["fired"])
-        counts["inherited"] += oracle.inherits[index]
-        counts["close"] += oracle.close(index)
-        if not oracle.right(index, event):
-            counts["wrong"] += 1
-            say(f"{ground.name}: {asked.tokens}: expected {oracle.scores[index]}, found {event}")
-    return counts
-
-
 def soak(ground: Ground, requests: int, seed: int) -> dict[str, Any]:
     """The figures of one model."""
     start = time.monotonic()
@@ -334,30 +214,30 @@ def soak(ground: Ground, requests: int, seed: int) -> dict[str, Any]:
         others = [Client(ground, beside, i, random.Random(seed + 9 + i)) for i in range(2)]
         share = requests // (SLOTS + len(others)) // TENTHS + 1
         memory = []
-        for tenth in range(TENTHS):
+        for tenth in range(-WARM_UP, TENTHS):
             with ThreadPoolExecutor(len(clients) + len(others)) as pool:
                 list(pool.map(lambda client: client.work(share), [*clients, *others]))
             time.sleep(1)  # cancelled requests end
             [active] = [e for e in main.events() if e["event"] == "active"]
             memory.append(resident(active["pid"]))
-            say(f"{ground.name}: {tenth + 1} tenths, {memory[-1] >> 20} MiB")
+            say(f"{ground.name}: {tenth + 1} of {TENTHS}, {memory[-1] >> 20} MiB")
         told = {id(server): server.events() for server in (main, beside)}
     counts: Counter[str] = Counter()
-    for client in (*clients, *others):
-        events = [e for e in told[id(client.server)] if e["event"] == "verdict"]
-        counts += count(ground, client, [e for e in events if e["sequence"] == client.slot])
+    for server, group in ((main, clients), (beside, others)):
+        requests_of = {client.slot: client.asked for client in group}
+        counts += compare(ground.package, ground.states, requests_of, told[id(server)])
     troubles = [e for events in told.values() for e in events if e["event"] in TROUBLES]
     failed = [text for client in (*clients, *others) for text in client.failed]
     for text in [*failed, *map(str, troubles)][:5]:
         say(f"{ground.name}: {text}")
-    half = TENTHS // 2
+    memory, half = memory[WARM_UP:], TENTHS // 2
     return {
         "requests": sum(len(client.asked) for client in (*clients, *others)),
         "wrong_verdicts": counts["wrong"],
         "verdicts_missing": counts["missing"],
         "failed_by_another": len(failed) + len(troubles),
         "fired": round(counts["fired"] / counts["told"], 4),
-        "inherited": counts["inherited"],
+        "held": counts["held"],
         "at_the_threshold": round(counts["close"] / counts["told"], 4),
         "memory_mib": [m >> 20 for m in memory],
         "memory_growth": round(mean(memory[half:]) / mean(memory[:half]) - 1, 4),
