@@ -57,8 +57,9 @@ test: setup setup-peers setup-clients setup-apps setup-browser
 	@$(PYTHON) -m pytest
 	@echo '{"test": "passed"}'
 
+# UPDATE=1: write the records of what was tried, and the table in docs/run.md.
 test-apps: setup setup-apps
-	@$(PYTHON) -m pytest -m apps
+	@$(if $(UPDATE),STEERBRIDGE_TRIED_UPDATE=1) $(PYTHON) -m pytest -m apps
 	@echo '{"test-apps": "passed"}'
 
 # Every runtime through the conformance kit. RUNTIMES="transformers llama.cpp": some. UPDATE=1: write

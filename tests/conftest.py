@@ -10,6 +10,7 @@ import pytest
 import helpers
 from guarded import guarded
 from steerbridge import data
+from tried import Tried, updating
 
 MODELS = Path(__file__).resolve().parent.parent / ".cache" / "models"
 
@@ -21,6 +22,15 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if opens_a_model & set(item.fixturenames):
             item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(scope="session")
+def tried():
+    """Takes records of real programs that were tried, for the table in docs/run.md."""
+    records = Tried()
+    yield records
+    if updating():
+        records.keep()
 
 
 @pytest.fixture(scope="session")

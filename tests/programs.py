@@ -1,8 +1,8 @@
 """Unmodified llama.cpp programs for the tests, set up once: `python tests/programs.py`.
 
-llama-server, llama-cli and llama-mtmd-cli are built from the sources that llama-cpp-python ships,
-against the libraries it installed; two releases of node-llama-cpp, two years apart, bring prebuilt
-libraries of other versions of llama.cpp.
+llama.cpp's own programs are built from the sources that llama-cpp-python ships, against the
+libraries it installed; two releases of node-llama-cpp, two years apart, and packages of PyPI bring
+prebuilt libraries of other versions of llama.cpp.
 """
 
 from __future__ import annotations
@@ -25,14 +25,29 @@ from typing import Final
 import servers
 
 APPS: Final = Path(__file__).resolve().parent.parent / ".cache" / "apps"
-TARGETS: Final = ("llama-server", "llama-cli", "llama-mtmd-cli")
+TARGETS: Final = tuple(
+    f"llama-{name}"
+    for name in (
+        *("server", "cli", "mtmd-cli", "completion", "perplexity", "embedding"),
+        *("batched", "lookahead", "lookup", "parallel", "simple", "speculative"),
+    )
+)
 _NODE_MACHINES: Final = {"x86_64": "x64", "aarch64": "arm64"}
 NODE_LLAMA_CPP: Final = ("3.22.1", "3.3.0")  # npm's newest on 2026-11-25; December 2024
+PYPI: Final = {
+    "xllamacpp": "2026.10.11549",  # the newest llama.cpp with a wheel for glibc 2.36
+    "cyllama": "0.2.18",
+}
 
 
 def llama_version() -> str:
     """The version of llama-cpp-python, which names its llama.cpp."""
     return version("llama-cpp-python")
+
+
+def llama_cpp() -> str:
+    """Where the llama.cpp of the programs that are built here comes from."""
+    return f"llama.cpp of llama-cpp-python {llama_version()}"
 
 
 def built() -> Path | None:
@@ -46,6 +61,12 @@ def built() -> Path | None:
 def node(release: str) -> Path | None:
     """The folder in which node finds a release of node-llama-cpp; None before it is set up."""
     folder = APPS / f"node-llama-cpp-{release}"
+    return folder if (folder / "ready").is_file() else None
+
+
+def of_pypi(name: str) -> Path | None:
+    """The folder in which Python finds a package of PyPI; None before it is set up."""
+    folder = APPS / f"{name}-{PYPI[name]}"
     return folder if (folder / "ready").is_file() else None
 
 
@@ -66,7 +87,11 @@ def set_up() -> dict[str, list[str]]:
     for release in NODE_LLAMA_CPP:
         if node(release) is None and shutil.which("npm") and platform.machine() in _NODE_MACHINES:
             _install_node(release)
-    return {"ready": [str(path) for path in (built(), *map(node, NODE_LLAMA_CPP)) if path]}
+    for name in PYPI:
+        if of_pypi(name) is None:
+            _install(name)
+    found = (built(), *map(node, NODE_LLAMA_CPP), *map(of_pypi, PYPI))
+    return {"ready": [str(path) for path in found if path]}
 
 
 def _build() -> None:
@@ -106,6 +131,21 @@ def _install_node(release: str) -> None:
     environment = {**os.environ, "NODE_LLAMA_CPP_SKIP_DOWNLOAD": "true"}
     install = ("npm", "install", "--silent", "--omit=optional", "--prefix", folder)
     _run(*install, *packages, environment=environment)
+    (folder / "ready").touch()
+
+
+def _install(name: str) -> None:
+    folder = APPS / f"{name}-{PYPI[name]}"
+    install = (
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--only-binary=:all:",
+    )
+    _run(*install, "--target", folder, f"{name}=={PYPI[name]}")
     (folder / "ready").touch()
 
 

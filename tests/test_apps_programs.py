@@ -43,7 +43,7 @@ def ran(case: Guarded, command, steer=True, environment=None):
 
 @needs_programs
 @pytest.mark.parametrize("i", [0, 1])
-def test_llama_cli(guarded_text, i):
+def test_llama_cli(guarded_text, tried, i):
     command = [
         *(
             str(programs.built() / "llama-cli"),
@@ -62,6 +62,7 @@ def test_llama_cli(guarded_text, i):
     assert guarded_text.steered[i].text.strip() in got
     if not guarded_text.prompts[i].harmful:
         assert answer_of(got) == answer_of(plain)
+    tried(f"llama-cli, {programs.llama_cpp()}", "a chat of one prompt")
 
 
 def answer_of(output: str) -> str:
@@ -72,7 +73,7 @@ def answer_of(output: str) -> str:
 
 @needs_programs
 @pytest.mark.parametrize("i", [0, 1])
-def test_llama_mtmd_cli(guarded_pictures, i):
+def test_llama_mtmd_cli(guarded_pictures, tried, i):
     prompt = guarded_pictures.prompts[i]
     command = [
         *(
@@ -89,6 +90,7 @@ def test_llama_mtmd_cli(guarded_pictures, i):
     got, fired = ran(guarded_pictures, command)
     assert fired[-1] == prompt.harmful
     assert got.strip() == (guarded_pictures.steered[i].text if prompt.harmful else plain).strip()
+    tried(f"llama-mtmd-cli, {programs.llama_cpp()}", "a picture and a text")
 
 
 NODE = """
@@ -114,7 +116,7 @@ await llama.dispose();
 
 
 @pytest.mark.parametrize("release", programs.NODE_LLAMA_CPP)
-def test_node_llama_cpp(guarded_means, release):
+def test_node_llama_cpp(guarded_means, tried, release):
     """Its prebuilt llama.cpp has another version than that of llama-cpp-python."""
     if (folder := programs.node(release)) is None:
         pytest.skip("python tests/programs.py, and npm")
@@ -134,3 +136,4 @@ def test_node_llama_cpp(guarded_means, release):
         assert steered == (
             guarded_means.steered[i].tokens if guarded_means.prompts[i].harmful else unsteered
         )
+    tried(f"node-llama-cpp {release}", "evaluate")

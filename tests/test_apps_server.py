@@ -32,6 +32,7 @@ from test_run import package
 pytestmark = [pytest.mark.apps, pytest.mark.llama_cpp]
 
 
+SERVER = f"llama-server, {programs.llama_cpp()}"
 needs_programs = pytest.mark.skipif(programs.built() is None, reason="python tests/programs.py")
 
 
@@ -96,7 +97,7 @@ def served(case: Guarded, *options, steer=True):
 
 @needs_programs
 @pytest.mark.parametrize("case", ["text", "means", "pictures", "quantised"])
-def test_chats_of_llama_server(case, request):
+def test_chats_of_llama_server(case, request, tried):
     """One request at a time: answers to prompts that do not fire equal the plain server's.
 
     A quantised model rounds differently for other batch sizes, and the server splits prompts
@@ -114,11 +115,12 @@ def test_chats_of_llama_server(case, request):
             assert text != unsteered
         else:
             assert text == (wanted.text if prompt.harmful else unsteered)
+    tried(SERVER, f"chats, {name}")
 
 
 @needs_programs
 @pytest.mark.parametrize("cache", ["--kv-unified", "--no-kv-unified"])
-def test_slots_side_by_side(guarded_means, cache):
+def test_slots_side_by_side(guarded_means, tried, cache):
     """Batches over several slots, some of which fire.
 
     With a cache each, llama.cpp takes their rows in another order.
@@ -136,10 +138,11 @@ def test_slots_side_by_side(guarded_means, cache):
         assert sum(fired) == sum(guarded_means.prompts[i].harmful for i in jobs)
     for i, tokens in results:
         assert tuple(tokens) == guarded_means.steered[i].tokens
+    tried(SERVER, f"slots side by side, {cache[2:]}")
 
 
 @needs_programs
-def test_streams_and_cancelled_requests(guarded_means):
+def test_streams_and_cancelled_requests(guarded_means, tried):
     with served(guarded_means, "-np", "1") as server:
         for i, prompt in enumerate(guarded_means.prompts[:4]):
             body = greedy({"prompt": guarded_means.rendered[i], "stream": True, "n_predict": 400})
@@ -151,10 +154,11 @@ def test_streams_and_cancelled_requests(guarded_means):
             # Gone after four tokens: the next one on the slot is judged afresh.
             assert tuple(tokens) == guarded_means.steered[i].tokens[:4]
             assert server.fired(i + 1)[-1] == prompt.harmful
+    tried(SERVER, "streams and cancelled requests")
 
 
 @needs_programs
-def test_cached_prefixes_and_further_turns(guarded_means):
+def test_cached_prefixes_and_further_turns(guarded_means, tried):
     """A repeated prompt with all but one row cached, and a following turn."""
     with served(guarded_means, "-np", "1") as server:
         seen = []
@@ -177,10 +181,12 @@ def test_cached_prefixes_and_further_turns(guarded_means):
         assert first["choices"] == fresh["choices"]
         scores = [e["probes"][0]["score"] for e in server.events(count=6)[-2:]]
         assert scores[0] == pytest.approx(scores[1], rel=1e-3, abs=1e-4)
+    tried(SERVER, "cached prefixes")
+    tried(SERVER, "further turns")
 
 
 @needs_programs
-def test_several_answers_of_one_prompt(guarded_means):
+def test_several_answers_of_one_prompt(guarded_means, tried):
     """`n_cmpl`: the prompt is evaluated once and its sequence is copied."""
     with served(guarded_means, "-np", "3") as server:
         for i in (0, 1):
@@ -189,10 +195,11 @@ def test_several_answers_of_one_prompt(guarded_means):
             assert [tuple(f["tokens"]) for f in completions] == [
                 guarded_means.steered[i].tokens
             ] * 3
+    tried(SERVER, "n_cmpl")
 
 
 @needs_programs
-def test_saved_slots(guarded_means, tmp_path):
+def test_saved_slots(guarded_means, tried, tmp_path):
     """A prompt in a slot restored from a file is probed again, with the same verdict; also by a
     server that was started later."""
     options = ("-np", "1", "--slot-save-path", str(tmp_path))
@@ -213,10 +220,12 @@ def test_saved_slots(guarded_means, tmp_path):
             assert again["timings"]["cache_n"] > 5
             assert tuple(again["tokens"]) == guarded_means.steered[i].tokens
         assert server.fired(2) == [True, False]
+    tried(SERVER, "saved slots")
+    tried(SERVER, "saved slots, started again")
 
 
 @needs_programs
-def test_the_store_of_prompts(guarded_means):
+def test_the_store_of_prompts(guarded_means, tried):
     """Prompts that left a slot come back from memory with what means need of their rows."""
     with served(guarded_means, "-np", "1", "--cache-ram", "512") as server:
         for i in (0, 1, 2, 3, 0, 1, 2, 3):
@@ -226,10 +235,11 @@ def test_the_store_of_prompts(guarded_means):
         wanted = [prompt.harmful for prompt in guarded_means.prompts[:4]]
         assert server.fired(8) == [*wanted, *wanted]
         assert not any("unjudged" in event["probes"][0] for event in server.events())
+    tried(SERVER, "store of prompts")
 
 
 @needs_programs
-def test_a_context_that_shifts(guarded_text):
+def test_a_context_that_shifts(guarded_text, tried):
     """Discarding rows in the middle of an answer does not start a new request."""
     long = "Tell me a long story about a ship. " * 8
     with served(guarded_text, "-np", "1", "-c", "256", "--context-shift") as server:
@@ -241,11 +251,12 @@ def test_a_context_that_shifts(guarded_text):
         assert server.events("refused") == []
         answer = server.complete(guarded_text.rendered[0])["tokens"]
         assert tuple(answer) == guarded_text.steered[0].tokens
+    tried(SERVER, "context shift")
 
 
 @needs_programs
 @pytest.mark.parametrize("kind", ["draft", "ngram"])
-def test_speculation(guarded_means, smollm2_path, kind):
+def test_speculation(guarded_means, tried, smollm2_path, kind):
     """Drafted tokens are verified in one batch; every row of it is steered."""
     options = {
         "draft": ("-md", str(smollm2_path), "--spec-type", "draft-simple"),
@@ -260,10 +271,11 @@ def test_speculation(guarded_means, smollm2_path, kind):
         told = server.events(count=4)
         main = [e for e in told if e["context"] == told[0]["context"]]
         assert [bool(e["fired"]) for e in main] == [p.harmful for p in guarded_means.prompts[:4]]
+    tried(SERVER, {"draft": "a draft model", "ngram": "n-gram drafts"}[kind])
 
 
 @needs_programs
-def test_checkpoints_of_a_sliding_window(tmp_path):
+def test_checkpoints_of_a_sliding_window(tried, tmp_path):
     """Rows that have slid out come back from a checkpoint; what a mean needs of them was kept."""
     model = sliding_model.save(tmp_path / "sliding.gguf")
     guard = package(model, 1e9, tmp_path, [reading("layer_input[4]", MEAN)])
@@ -282,10 +294,11 @@ def test_checkpoints_of_a_sliding_window(tmp_path):
         assert back["tokens"] == fresh["tokens"]
         told = [event["probes"][0]["score"] for event in server.events(count=4)]
     assert told[2] == pytest.approx(told[3], rel=1e-3)
+    tried(SERVER, "checkpoints of a sliding window")
 
 
 @needs_programs
-def test_chunks_of_the_cache_that_move(tmp_path, smollm2_path):
+def test_chunks_of_the_cache_that_move(tried, tmp_path, smollm2_path):
     """`--cache-reuse` moves two chunks up: a mean is over their rows, not over those between.
 
     The probe is linear, so the sums of longer and longer prompts give the share of each chunk.
@@ -309,3 +322,4 @@ def test_chunks_of_the_cache_that_move(tmp_path, smollm2_path):
     expected = (shares[0] + shares[2] + shares[4]) / (3 * size)
     others = (shares[0] + shares[1] + shares[2]) / (3 * size)
     assert told == pytest.approx(expected, abs=abs(expected - others) / 5)
+    tried(SERVER, "--cache-reuse")

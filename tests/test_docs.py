@@ -15,6 +15,7 @@ import pytest
 
 import helpers
 import programs
+import tried
 from console import ROOT, Shell, blocks, pages
 from steerbridge import convert, corpus_examples, gguf_model
 from steerbridge.schema import build, page
@@ -207,6 +208,12 @@ def test_the_python_page_is_the_generated_one():
 
 def test_the_reference_is_the_generated_one():
     assert (DOCS / "reference.md").read_text("utf-8").splitlines() == list(page(build()))
+
+
+def test_the_table_of_programs_is_the_generated_one():
+    """As `make test-apps UPDATE=1` writes it."""
+    text = tried.PAGE.read_text("utf-8")
+    assert text == tried.page(text, tried.table(tried.known()))
 
 
 def test_every_page_is_in_the_site():

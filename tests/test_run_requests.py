@@ -72,6 +72,11 @@ elif kind.startswith("turns"):  # an answer, more behind it, and the next turn; 
         decode([end, *more], len(told))
     told += [end, *more]
     greedy()
+elif kind == "whole twice":
+    for _ in range(2):
+        c.llama_memory_clear(memory, True)
+        decode(prompt, 0)
+        told += loop(whole, len(prompt), 3)
 elif kind.startswith("given "):
     decode(json.loads(kind[6:]), 0)
     told = [greedy()]
@@ -126,6 +131,11 @@ def test_a_program_that_reads_all_logits_at_once_is_not_trusted(run):
     assert events[0]["fired"]
     assert run("whole", ALWAYS)[0] == run("greedy", ALWAYS)[0]
     assert tokens[:2] == run("greedy")[0][:2]
+
+
+def test_each_prompt_of_such_a_program_is_told(run):
+    _, events = run("whole twice")
+    assert [bool(e["probes"][0].get("unjudged")) for e in events] == [True, True]
 
 
 def test_an_answer_from_an_earlier_row_is_not_trusted(run):

@@ -246,8 +246,8 @@ class Program:
 
     # ------------------------------------------------------------ prompts
 
-    def new_prompt(self, sequence: int) -> list[int]:
-        """Take some rows away, and say which tokens come next."""
+    def new_prompt(self, sequence: int, most: int = ROOM) -> list[int]:
+        """Take some rows away, and say which tokens come next, `most` at most."""
         s = self.c["sequences"][sequence]
         kind = self.draw.random()
         if len(s.rows) > ROOM or kind < 0.15:
@@ -257,16 +257,17 @@ class Program:
         size = self.draw.choice([1, 2, 3, 8, 9, 17, 31, 32, 33, 40, 65])
         tokens = [self.draw.choice(LETTERS) for _ in range(size)]
         tokens[0] = START
-        if s.used and size > 2 and self.draw.random() < 0.5:
-            tokens.insert(0, END)
+        if size > 2 and self.draw.random() < 0.4:
+            tokens.insert(self.draw.choice([0, 0, 7, self.draw.randrange(size)]), END)
+        tokens = tokens[:most]
         self.begin(sequence, tokens)
         return tokens
 
     def begin(self, sequence: int, tokens: list[int]) -> None:
         """What becomes of the request when these tokens come behind it."""
         s = self.c["sequences"][sequence]
-        if s.prompt and not s.used:
-            pass  # the prompt goes on: what was held is held
+        if s.prompt and not s.used:  # the prompt goes on: what was held is held
+            s.held = [] if END in tokens[:-1] else s.held
         elif s.prompt:
             answer = s.rows[s.prompt :]
             fresh = not answer or END in answer or END in tokens[:-1]
@@ -341,8 +342,7 @@ class Program:
                 parts.append(Row(sequence, [s.pending], [True], False))
                 s.pending = None
             elif self.draw.random() < 0.7:
-                tokens = self.new_prompt(sequence)[: BATCH // SEQUENCES]
-                s.prompt = len(s.rows) + len(tokens)
+                tokens = self.new_prompt(sequence, BATCH // SEQUENCES)
                 outputs = [False] * (len(tokens) - 1) + [True]
                 parts.append(Row(sequence, tokens, outputs, True))
         if not parts:

@@ -223,6 +223,7 @@ static void start(steerhook_session *s, const steerhook_batch *from) {
     s->batch.image = from->image;
     s->batch.n_rows = from->n_tokens;
     s->batch.n_outputs = s->batch.n_members = s->batch.n_passes = 0;
+    s->batch.keeps_all = s->batch.has_norm = false;
     for (int32_t i = 0; i < s->model.n_seq_max; i++) {
         s->requests[i].batch_count = s->requests[i].count;
         s->requests[i].last_row = s->requests[i].end_row = -1;
@@ -315,7 +316,8 @@ void sh_batch_forget(steerhook_session *s) {
 static steerhook_status check_sites(steerhook_session *s) {
     for (int32_t i = 0; i < s->n_sites; i++) {
         const sh_site_plan *site = &s->sites[i];
-        int32_t want = site->outputs_only ? s->batch.n_outputs : s->batch.n_rows;
+        bool outputs = site->outputs_only && !s->batch.keeps_all;
+        int32_t want = outputs ? s->batch.n_outputs : s->batch.n_rows;
         if (site->next_row != want) {
             bool unseen = site->next_row == 0 && site->chunk == 0;
             return sh_session_fail(s, unseen ? STEERHOOK_HOOK_LOST : STEERHOOK_ROWS,

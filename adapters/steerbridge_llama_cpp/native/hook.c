@@ -8,13 +8,13 @@
 /* ---- which node ---- */
 
 /* What the output embedding reads. A context that gives embeddings without pooling them gives the
- * same tensor another name; one that pools has both. */
+ * same tensor another name; one that pools has both. It may change from batch to batch. */
 static bool is_head(steerhook_session *s, const char *name) {
     if (strcmp(name, "result_norm") == 0) {
-        s->has_norm = true;
+        s->batch.has_norm = true;
         return true;
     }
-    return !s->has_norm && strcmp(name, "result_embd_pooled") == 0;
+    return !s->batch.has_norm && strcmp(name, "result_embd_pooled") == 0;
 }
 
 /* "l_out-<k>" is depth k + 1, "result_norm" is the head; anything else is -1. Most of the names
@@ -46,10 +46,15 @@ static sh_site_plan *site_of(steerhook_session *s, const struct ggml_tensor *nod
 
 /* ---- which rows ---- */
 
+/* Whether the graph keeps output rows alone at this site. */
+static bool keeps_outputs(const steerhook_session *s, const sh_site_plan *site) {
+    return site->outputs_only && !s->batch.keeps_all;
+}
+
 /* The row of the batch that is number `index` of the graph at this site. */
 static int32_t batch_row(const steerhook_session *s, const sh_site_plan *site, int32_t index) {
     if (s->batch.n_passes > 0) {
-        return site->outputs_only ? s->batch.pass_outputs[index] : s->batch.pass[index];
+        return keeps_outputs(s, site) ? s->batch.pass_outputs[index] : s->batch.pass[index];
     }
     int32_t row = site->next_row + index;
     return site->outputs_only ? s->batch.outputs[row] : row;
@@ -59,7 +64,7 @@ static int32_t batch_row(const steerhook_session *s, const sh_site_plan *site, i
 static int32_t rows_of_chunk(const steerhook_session *s, const sh_site_plan *site,
                              int32_t chunk) {
     if (s->batch.n_passes > 0) {
-        return site->outputs_only ? s->batch.n_pass_outputs : s->batch.n_pass;
+        return keeps_outputs(s, site) ? s->batch.n_pass_outputs : s->batch.n_pass;
     }
     int64_t from = (int64_t)chunk * s->model.n_ubatch;
     int64_t to = from + s->model.n_ubatch;
@@ -282,6 +287,10 @@ static bool announce(steerhook_session *s, sh_site_plan *site, const struct ggml
     while (s->batch.n_passes == 0 && bytes > 0 && rows_of_chunk(s, site, site->chunk) == 0 &&
            (int64_t)site->chunk * s->model.n_ubatch < s->batch.n_rows) {
         site->chunk++; /* a micro-batch without outputs may leave the node out */
+    }
+    bool fewer = s->batch.n_passes > 0 && s->batch.n_pass_outputs < s->batch.n_pass;
+    if (fewer && site->outputs_only && bytes == (size_t)s->batch.n_pass * row_bytes) {
+        s->batch.keeps_all = true;
     }
     int32_t rows = rows_of_chunk(s, site, site->chunk);
     if (bytes != (size_t)rows * row_bytes) {

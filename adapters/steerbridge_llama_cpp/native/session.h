@@ -102,6 +102,8 @@ typedef struct {
     int32_t *outputs;      /* rows that are outputs, in order */
     int32_t n_passes;      /* graphs that were announced; 0: they come in order */
     int32_t n_pass, n_pass_outputs;
+    bool keeps_all;        /* graphs keep every row to their end: embeddings are computed */
+    bool has_norm;         /* a node "result_norm" was seen */
     int32_t *pass, *pass_outputs; /* rows of the announced graph, and its outputs */
     bool *is_output;
     sh_member *members;
@@ -113,7 +115,6 @@ struct steerhook_session {
     steerhook_ggml ggml;
     steerhook_status status; /* not OK: failed */
     bool paused;
-    bool has_norm; /* a node named result_norm was seen */
     bool keeps; /* rows for later readings, see steerhook_keep_rows */
     bool keeps_answers;
     int32_t n_kept_readings;

@@ -117,6 +117,7 @@ static bool open_request(sb_watch *watch, int32_t seq, int32_t n_cached, steerho
         return false;
     }
     q->used = q->told = false;
+    q->held = keep == STEERHOOK_KEEP_FIRED || (q->held && keep == STEERHOOK_KEEP_HELD);
     q->draft = -1;
     return true;
 }
@@ -208,6 +209,7 @@ static bool begin(sb_watch *watch, int32_t seq) {
     /* A single row behind rows of unknown history may belong to an answer. */
     distrust |= q->unknown && q->rows == 1;
     q->unknown = false;
+    q->blind = 0;
     if (!open_behind(watch, seq, n_cached, STEERHOOK_KEEP_NONE)) {
         return false;
     }
@@ -215,6 +217,33 @@ static bool begin(sb_watch *watch, int32_t seq) {
         steerhook_request_distrust(watch->session, seq);
     }
     return true;
+}
+
+/* A last output row may be a draft that is chosen yet; what stands before it was not. */
+static bool ends_turn(const sb_watch *watch, int32_t row, bool last) {
+    return !(last && watch->last.output[row]) && sb_ends(watch, watch->last.token[row]);
+}
+
+/* Whether a token between the rows of a sequence in the batch ends generation. */
+static bool ends_within(const sb_watch *watch, int32_t seq) {
+    int32_t left = watch->sequences[seq].rows;
+    for (int32_t row = 0; row < watch->last.n_rows; row++) {
+        if (sb_last_has(&watch->last, row, seq) && ends_turn(watch, row, --left == 0)) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* More rows of a prompt. One that was taken for more of an answer is a new request once a token
+ * in it ends the turn. */
+static bool more(sb_watch *watch, int32_t seq) {
+    const sb_sequence *q = &watch->sequences[seq];
+    if (!q->held || !(q->at_end || ends_within(watch, seq))) {
+        return true;
+    }
+    int32_t rows = steerhook_request_rows(watch->session, seq, NULL);
+    return open_behind(watch, seq, rows, STEERHOOK_KEEP_NONE);
 }
 
 /* Rows come, and the logits of the judged one were not used: the prompt goes on. */
@@ -225,7 +254,7 @@ static bool extend(sb_watch *watch, int32_t seq) {
     bool blind = watch->read_whole && !watch->observed && q->rows == 1;
     q->blind = blind ? q->blind + 1 : 0;
     if (!blind) {
-        return open_behind(watch, seq, rows, STEERHOOK_KEEP_HELD);
+        return open_behind(watch, seq, rows, STEERHOOK_KEEP_HELD) && more(watch, seq);
     }
     bool told = q->told;
     bool opened = open_request(watch, seq, rows, STEERHOOK_KEEP_FIRED);
@@ -236,13 +265,17 @@ static bool extend(sb_watch *watch, int32_t seq) {
     return opened;
 }
 
+static bool is_shared(const sb_last *last, int32_t row) {
+    return last->first_member[row + 1] - last->first_member[row] > 1;
+}
+
 /* Rows behind an answer: its own tokens, drafts of them, or a new part of the conversation. */
 static bool go_on(sb_watch *watch, int32_t seq, bool drafts) {
     sb_sequence *q = &watch->sequences[seq];
     const sb_last *last = &watch->last;
     int32_t n_prompt, count = steerhook_request_rows(watch->session, seq, &n_prompt);
     int32_t previous = -1, number = count;
-    bool ended = q->answer.ended < count, known = true, outputs = true;
+    bool ended = q->answer.ended < count, known = true, outputs = true, ahead = false;
     q->draft = -1;
     for (int32_t row = 0; row < last->n_rows; row++) {
         if (!sb_last_has(last, row, seq)) {
@@ -251,17 +284,17 @@ static bool go_on(sb_watch *watch, int32_t seq, bool drafts) {
         if (known && !sb_answer_goes_on(&q->answer, number, last->token[row])) {
             known = false;
             q->draft = previous;
-            /* Drafts are verified by the logits of the row before. */
+            /* Drafts are verified by the logits of the row before. Behind a token that several
+             * sequences share they may also look ahead, without any. */
+            ahead = previous >= 0 && is_shared(last, previous);
             outputs = outputs && (previous < 0 || last->output[previous]);
         }
         outputs = outputs && (known || last->output[row]);
-        /* A last output row may be a draft that is chosen yet; what stands before was not. */
-        bool open = last->output[row] && number + 1 == count + q->rows;
-        ended |= !open && sb_ends(watch, last->token[row]);
+        ended |= ends_turn(watch, row, number + 1 == count + q->rows);
         previous = row;
         number++;
     }
-    if (known || (drafts && q->draft >= 0 && outputs)) {
+    if (known || (drafts && q->draft >= 0 && (outputs || ahead))) {
         return true;
     }
     bool fresh = ended || (q->draft < 0 && count == n_prompt);
@@ -309,7 +342,7 @@ static void number_rows(sb_watch *watch) {
 static bool enter(sb_watch *watch, int32_t seq, bool drafts) {
     switch (steerhook_request_stage(watch->session, seq)) {
     case STEERHOOK_NONE: return begin(watch, seq);
-    case STEERHOOK_PROMPTING: return true;
+    case STEERHOOK_PROMPTING: return more(watch, seq);
     case STEERHOOK_ANSWERING: break;
     }
     return watch->sequences[seq].used ? go_on(watch, seq, drafts) : extend(watch, seq);
@@ -389,6 +422,7 @@ static void note_rows(sb_watch *watch, int32_t seq) {
             bool ends = n_prompt > 0 && number >= n_prompt && sb_ends(watch, last->token[row]);
             sb_answer_add(&q->answer, number, last->token[row], ends);
         }
+        q->at_end = sb_ends(watch, last->token[row]);
         number++;
     }
     sb_answer_prune(&q->answer, q->first - 1);

@@ -26,6 +26,8 @@ typedef struct {
     bool used;     /* its judged row's logits were: it is answering */
     bool told;     /* its verdict was reported */
     bool lost;     /* it had a request when the session failed */
+    bool held;     /* its prompt was taken for more of an answer: what fired stays fired */
+    bool at_end;   /* its last row's token ends generation */
     uint64_t batch;  /* the context's batch that has its last rows */
     int32_t origin;  /* whose rows of that batch they are: its own, or those it was copied from */
     int32_t first;   /* number of the first of them in its request */
