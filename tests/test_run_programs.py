@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import struct
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("elftools", reason="needs the extra `run`")
-from helpers import compiled
+from helpers import CLI, compiled
 from steerbridge.errors import UnsupportedFeature
+from steerbridge.testing.cases import standard
+from steerbridge.testing.model import TEMPLATE, TinyModel
 from steerbridge_run import preload, programs
 
 
@@ -103,3 +107,38 @@ def test_models_on_the_command_line_are_found(tmp_path):
     twice = ["x", "-m", str(one), "--model", str(two)]
     assert preload.named_models(twice, {}).main == two
     assert preload.named_models(["x", "-m", str(one)], {"LLAMA_ARG_MODEL": str(two)}).main == one
+
+
+def test_a_chat_template_on_the_command_line_is_found(tmp_path):
+    file = tmp_path / "chat.jinja"
+    file.write_text("from a file")
+
+    def named(*command, **variables):
+        return preload.named_models(["llama-server", *command], variables).template
+
+    assert named("-m", "x.gguf") is None
+    assert named("--chat-template", "chatml") == "chatml"
+    assert named(f"--chat-template-file={file}") == "from a file"
+    assert named("--chat-template", "a", "--chat-template-file", str(file)) == "from a file"
+    assert named("--chat-template", "a", LLAMA_ARG_CHAT_TEMPLATE_FILE=str(file)) == "a"
+    assert named(LLAMA_ARG_CHAT_TEMPLATE="b") == "b"
+
+
+def test_another_chat_template_is_refused(tmp_path):
+    model = TinyModel(template=TEMPLATE)
+    guard = standard(model)["head"].package.save(tmp_path / "guard.gguf")
+    path = model.save_gguf(tmp_path / "tiny.gguf")
+    file = tmp_path / "chat.jinja"
+    file.write_text(TEMPLATE + "\n")
+
+    def asked(*options):
+        command = ["/bin/true", "-m", str(path), *options]
+        words = [*CLI, "doctor", "--package", str(guard), "--json", "--", *command]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        return done.returncode, " ".join(json.loads(done.stdout)["problems"])
+
+    assert "chat_template_sha256" not in asked("--chat-template-file", str(file))[1]
+    code, problems = asked("--chat-template", "chatml")
+    assert code == 1
+    assert "chat_template_sha256" in problems
+    assert "'chatml'" in problems

@@ -13,7 +13,8 @@ from typing import Annotated, Any
 import typer
 
 from steerbridge import command_line, gguf_model
-from steerbridge.errors import SteerbridgeError
+from steerbridge.errors import ModelMismatch, Problem, SteerbridgeError
+from steerbridge.fingerprint import text_sha256
 from steerbridge.package import SteeringPackage, load
 from steerbridge_run import preload, programs, supervisor, watchdog
 
@@ -82,11 +83,23 @@ def run(
 
 
 def _check(package: SteeringPackage, models: preload.Models, ignore: list[str]) -> None:
-    """Raise ModelMismatch if the command line names a model the package was not made for."""
-    if models.main is None:
+    """Raise ModelMismatch if the command line names a model, or a chat template, that the package
+    was not made for."""
+    base = package.spec.base_model
+    if models.main is not None:
+        facts = gguf_model.read_facts(models.main)
+        package.check(gguf_model.in_words_of(base, facts), ignore)
+    if "chat_template_sha256" not in ignore:
+        _check_template(base.chat_template_sha256, models.template)
+
+
+def _check_template(expected: str | None, template: str | None) -> None:
+    if expected is None or template is None:
         return
-    facts = gguf_model.read_facts(models.main)
-    package.check(gguf_model.in_words_of(package.spec.base_model, facts), ignore)
+    # A file may end in a line feed that the model's own text does not have.
+    if expected not in map(text_sha256, (template, template.removesuffix("\n"))):
+        found = f"another, given on the command line: {template[:60]!r}"
+        raise ModelMismatch([Problem("chat_template_sha256", repr(expected), found)])
 
 
 def doctor(
@@ -154,9 +167,9 @@ def _program(program: programs.Program) -> dict[str, Any]:
 
 def _model(command: list[str], package: str, ignore: list[str]) -> dict[str, Any] | None:
     models = preload.named_models(command, os.environ)
-    if models.main is None:
-        return None
     if package:
         _check(load(package), models, ignore)
+    if models.main is None:
+        return None
     facts = gguf_model.read_facts(models.main)
     return {"path": str(models.main), "architecture": facts.model_type, "name": facts.name}

@@ -28,14 +28,17 @@ _PRELOADS: Final = {
 _CALIBRATED_AS: Final = "llama.cpp"  # the runtime in these programs
 _MODEL: Final = ("-m", "--model")
 _DRAFT: Final = ("-md", "--model-draft", "--spec-draft-model")
+_TEMPLATE: Final = ("--chat-template", "--chat-template-file")
 
 
 @dataclass(frozen=True, slots=True)
 class Models:
-    """Model files that a command line of llama.cpp names."""
+    """Model files that a command line of llama.cpp names, and the chat template (its text, or the
+    name of one that llama.cpp knows) that replaces the model's own."""
 
     main: Path | None
     drafts: tuple[Path, ...]
+    template: str | None = None
 
 
 def library() -> Path:
@@ -92,14 +95,35 @@ def named_models(command: Sequence[str], environment: Mapping[str, str]) -> Mode
     return Models(
         models[-1] if models else None,
         tuple(Path(name) for name in drafts if name and Path(name).is_file()),
+        _named_template(command, environment),
     )
 
 
+def _named_template(command: Sequence[str], environment: Mapping[str, str]) -> str | None:
+    variables = ("LLAMA_ARG_CHAT_TEMPLATE", "LLAMA_ARG_CHAT_TEMPLATE_FILE")
+    given = [
+        *((option, environment.get(v)) for option, v in zip(_TEMPLATE, variables, strict=True)),
+        *_given(command, _TEMPLATE),
+    ]
+    known = [(option, value) for option, value in given if value]
+    if not known:
+        return None
+    option, value = known[-1]
+    if option == "--chat-template":
+        return value
+    file = Path(value)
+    return file.read_text("utf-8", "replace") if file.is_file() else None  # llama.cpp says so
+
+
 def _values(command: Sequence[str], options: Sequence[str]) -> Iterator[str]:
+    return (value for _, value in _given(command, options))
+
+
+def _given(command: Sequence[str], options: Sequence[str]) -> Iterator[tuple[str, str]]:
     for word, value in zip(command, [*command[1:], ""], strict=True):
         name, equals, inline = word.partition("=")
         if name in options:
-            yield inline if equals else value
+            yield name, inline if equals else value
 
 
 def environment(
