@@ -267,7 +267,7 @@ class Program:
         """What becomes of the request when these tokens come behind it."""
         s = self.c["sequences"][sequence]
         if s.prompt and not s.used:  # the prompt goes on: what was held is held
-            s.held = [] if END in tokens[:-1] else s.held
+            s.held = [] if END in (s.rows[-1], *tokens[:-1]) else s.held
         elif s.prompt:
             answer = s.rows[s.prompt :]
             fresh = not answer or END in answer or END in tokens[:-1]

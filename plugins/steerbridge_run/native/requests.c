@@ -204,8 +204,9 @@ static bool begin(sb_watch *watch, int32_t seq) {
     sb_sequence *q = &watch->sequences[seq];
     int32_t row = first_row(watch, seq);
     int32_t n_cached = q->cells.count;
+    int32_t token = watch->last.token[row];
     /* It may answer from the logits of a prompt's earlier row, which were not steered. */
-    bool distrust = sb_answer_chosen(&q->answer, n_cached - 1, watch->last.token[row]);
+    bool distrust = sb_answer_chosen(&q->answer, n_cached - 1, token) && !sb_ends(watch, token);
     /* A single row behind rows of unknown history may belong to an answer. */
     distrust |= q->unknown && q->rows == 1;
     q->unknown = false;
