@@ -354,6 +354,12 @@ class SteeringSpec(_Model):
             case HeadInput():
                 return self.base_model.num_layers + 1
 
+    def is_calibrated(self, runtime: str, quantisation: str) -> bool:
+        """Whether thresholds were calibrated for this runtime and quantisation."""
+        return any(
+            c.runtime == runtime and c.quantisation == quantisation for c in self.calibrations
+        )
+
     def calibrated(self, runtime: str, quantisation: str) -> SteeringSpec:
         """The spec with the thresholds calibrated for this runtime and quantisation, if any.
 

@@ -177,6 +177,17 @@ class Request:
     answer: list[int] = field(default_factory=list)
     rows: int = 0  # in the cache
     logits: Tensor | None = None  # of the first token [V]
+    most: int | None = None  # tokens of the answer
+
+    @property
+    def input_chunks(self) -> Any:
+        """The prompt as the router sends it; here each token is a character."""
+        chunk = SimpleNamespace(text=text(self.prompt), HasField=lambda _: False)
+        return SimpleNamespace(chunks=[chunk])
+
+
+def text(tokens: list[int]) -> str:
+    return "".join(map(chr, tokens))
 
 
 @dataclass
@@ -251,6 +262,35 @@ class FlashCausalLM:
             logits, _ = self.model.forward(*inputs, indices)
             return logits, None
 
+    def generate_token(self, batch: Any) -> tuple[list[Any], Any, None]:
+        """One pass and its greedy tokens, rejected drafts left out."""
+        ends = [
+            not w.prefilling or w.request.rows + w.rows == len(w.request.prompt) for w in batch.work
+        ]
+        logits, _ = self.forward(batch)
+        first = 0  # of a request's rows of logits
+        for w, end in zip(batch.work, ends, strict=True):
+            if w.prefilling:
+                w.request.rows += w.rows
+                if end:
+                    w.request.logits = logits[first]
+                    w.request.answer.append(int(logits[first].argmax()))
+                first += 1
+                continue
+            for row, drafted in enumerate((*w.drafts, None), first):
+                w.request.rows += 1
+                w.request.answer.append(int(logits[row].argmax()))
+                if w.request.answer[-1] != drafted:
+                    break
+            first += w.rows
+        return [_generation(w.request) for w in batch.work], batch, None
+
+
+def _generation(request: Request) -> Any:
+    ended = request.most is not None and len(request.answer) >= request.most
+    said = SimpleNamespace(text=text(request.answer), finish_reason=0) if ended else None
+    return SimpleNamespace(request_id=request.id, generated_text=said)
+
 
 def _inputs(work: list[Work]) -> list[Tensor]:
     ids, positions, slots, tables = [], [], [], []
@@ -265,22 +305,5 @@ def _inputs(work: list[Work]) -> list[Tensor]:
 
 
 def step(model: FlashCausalLM, work: list[Work]) -> None:
-    """Run one pass and take its greedy tokens, rejected drafts left out."""
-    batch = FlashCausalLMBatch(work)
-    ends = [not w.prefilling or w.request.rows + w.rows == len(w.request.prompt) for w in work]
-    logits, _ = model.forward(batch)
-    first = 0  # of a request's rows of logits
-    for w, end in zip(work, ends, strict=True):
-        if w.prefilling:
-            w.request.rows += w.rows
-            if end:
-                w.request.logits = logits[first]
-                w.request.answer.append(int(logits[first].argmax()))
-            first += 1
-            continue
-        for row, drafted in enumerate((*w.drafts, None), first):
-            w.request.rows += 1
-            w.request.answer.append(int(logits[row].argmax()))
-            if w.request.answer[-1] != drafted:
-                break
-        first += w.rows
+    """Run one pass and take its tokens."""
+    model.generate_token(FlashCausalLMBatch(work))

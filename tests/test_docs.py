@@ -143,15 +143,19 @@ def launcher(folder):
             with socket.socket(socket.AF_UNIX) as events:
                 events.connect(os.environ["STEERBRIDGE_EVENTS"])
                 line = {{"event": "active", "pid": os.getpid(), "model": "model"}}
+                line["nonce"] = os.environ["STEERBRIDGE_NONCE"]
                 events.sendall(json.dumps(line).encode() + b"\\n")
             print("made with guard.gguf", package)
 
         stand_in.attach = attach
         sys.modules["steerbridge_tgi.attach"] = stand_in
+        exec(open({start!r}).read())  # as Python does where the wheel is installed
         from text_generation_server import server
         server.TextGenerationService("model", "cache", urls=[])
         """
-    text = textwrap.dedent(code).format(folder=str(folder))
+    text = textwrap.dedent(code).format(
+        folder=str(folder), start=str(ROOT / "plugins" / "steerbridge_tgi.pth")
+    )
     program.write_text(f"#!{sys.executable}\n{text}")
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
 

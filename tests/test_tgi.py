@@ -21,6 +21,7 @@ import ranks
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import BitsAndBytesConfig
 
 import flash
 from oracle import oracle
@@ -31,8 +32,11 @@ from steerbridge.errors import (
     UnsupportedFeature,
 )
 from steerbridge.package import SteeringPackage
+from steerbridge.runtime import Outcome
+from steerbridge.spec import Calibration
 from steerbridge_hf.sites import facts as hf_facts
-from steerbridge_tgi import attach
+from steerbridge_tgi import attach, continued
+from steerbridge_torch import quantisation
 
 pytestmark = pytest.mark.hf
 
@@ -215,6 +219,63 @@ def test_an_id_that_comes_again_is_a_new_request(case, llama, prompts, tmp_path)
     ]
 
 
+def answered(service, one, tokens):
+    """Run a request until it has so many tokens, as the router limits it."""
+    one.most = tokens
+    while len(one.answer) < tokens:
+        rows = len(one.prompt) - one.rows
+        flash.step(service.model, [flash.Work(one, rows if rows > 0 else 1)])
+    return one.answer
+
+
+@pytest.mark.parametrize("chunk", [100, 4])
+def test_an_answer_that_the_router_asks_for_in_parts_is_one(case, llama, prompts, tmp_path, chunk):
+    """Its rows are steered as if they had stayed in the cache, and it is judged once."""
+    package, want = case
+    service = attached(llama, package, tmp_path)
+    for i, (prompt, (verdicts, tokens)) in enumerate(zip(prompts, want, strict=True)):
+        said = list(answered(service, request(prompt, 3 * i), 2))
+        for part in (1, 2):
+            one = request([*prompt, *said], 3 * i + part)
+            while len(one.prompt) - one.rows > chunk:
+                flash.step(service.model, [flash.Work(one, chunk)])
+            said += answered(service, one, 2)
+        assert said == list(tokens)
+        told = events(tmp_path)[-3:]
+        assert {bool(e["fired"]) for e in told} == {verdicts[0].fired}
+        assert len({e["probes"][0]["score"] for e in told}) == 1
+
+
+def test_nothing_can_be_appended_to_an_answer_that_did_not_fire(case, llama, prompts, tmp_path):
+    package, want = case
+    service = attached(llama, package, tmp_path)
+    fires = next(i for i, (v, _) in enumerate(want) if v[0].fired)
+    quiet = next(i for i, (v, _) in enumerate(want) if not v[0].fired)
+    for i in (fires, quiet):
+        one = request(prompts[i])
+        said = answered(service, one, 2)
+        more = request([*prompts[i], *said, 7, 8, 9], 1)
+        flash.step(service.model, [whole(more)])
+        first, then = events(tmp_path)[-2:]
+        alone = oracle(llama, package, more.prompt, 0)[0][0].score
+        held = first["probes"][0]["score"]
+        expected = held if i == fires else alone
+        assert then["probes"][0]["score"] == pytest.approx(expected, rel=1e-3, abs=1e-3)
+
+
+def test_the_last_requests_that_ended_for_length_are_remembered():
+    known, quiet = continued.Continued(), Outcome((), ())
+    fired = Outcome((), ("r",))
+    for i in range(continued.REMEMBERED + 5):
+        known.add(f"prompt {i}".encode(), continued.Verdict(3, fired, {0: 1.0}))
+    assert known.find(b"prompt 4") is None
+    assert known.find(b"prompt 5000") is not None
+    assert known.find(b"prompt 5000 and more") is not None
+    known.add(b"harmless", continued.Verdict(3, quiet, {}))
+    assert known.find(b"harmless") is not None
+    assert known.find(b"harmless and more") is None
+
+
 def test_prompts_that_do_not_follow_on_are_refused(case, llama, prompts, tmp_path):
     service = attached(llama, case[0], tmp_path)
     one = request(prompts[2])
@@ -258,6 +319,14 @@ def test_a_head_that_is_not_passed_stops_the_batch(case, llama, prompts, tmp_pat
     service.model.model.lm_head._forward_pre_hooks.clear()
     with pytest.raises(HookLost, match="depths"):
         flash.step(service.model, [whole(request(prompts[0]))])
+
+
+def test_rows_that_are_missing_at_the_head_stop_the_batch(case, llama, prompts, tmp_path):
+    service = attached(llama, case[0], tmp_path)
+    forward = service.model.model.forward
+    service.model.model.forward = lambda *inputs: forward(*inputs[:-1], inputs[-1][:1])
+    with pytest.raises(RowMappingLost, match="expected 2 rows at the head, found 1"):
+        flash.step(service.model, [whole(request(prompts[i], i)) for i in (0, 1)])
 
 
 def test_the_model_may_not_run_behind_the_plugin(case, llama, prompts, tmp_path):
@@ -344,6 +413,43 @@ def test_a_head_guard_takes_cached_prefixes(llama, prompts, tmp_path, monkeypatc
         while len(again.answer) < NEW:
             flash.step(service.model, [flash.Work(again, 1)])
         assert again.answer == list(want[i][1])
+
+
+@pytest.mark.parametrize(
+    ("quantize", "calibrated"), [(None, False), ("gptq", True), ("bitsandbytes-nf4", False)]
+)
+def test_thresholds_are_those_of_the_weights(llama, prompts, tmp_path, quantize, calibrated):
+    package, _ = made(llama, prompts, [head(weight=LOW_RANK)], [reading("layer_input[1]")])
+    fitted = Calibration(runtime="tgi", quantisation="GPTQ", thresholds={"p": 1e9})
+    package = package.replace(calibrations=(fitted,))
+    model = flash.FlashCausalLM(llama)
+    model.model.config = SimpleNamespace(**llama.config.to_dict(), quantize=quantize)
+    service = flash.service(model)
+    attach.attach(service, str(package.save(tmp_path / "guard.gguf")))
+    flash.step(model, [whole(request(prompts[0]))])
+    active, verdict = events(tmp_path)
+    assert active["calibrated"] == calibrated
+    assert (verdict["probes"][0]["threshold"] == 1e9) == calibrated
+
+
+def test_quantised_weights_have_a_name_of_their_own():
+    """In both runtimes on torch: thresholds calibrated for one are not those of another."""
+    four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    known = [
+        (None, "BF16"),
+        (four, "NF4"),
+        ({"quant_method": "awq"}, "AWQ"),
+        ({"quant_method": "gguf"}, "BF16"),  # dequantised when it was read
+    ]
+    for settings_of, name in known:
+        config = SimpleNamespace(quantization_config=settings_of)
+        assert quantisation(torch.bfloat16, config) == name
+
+
+def test_adapters_that_a_request_may_choose_are_refused(case, llama, tmp_path, monkeypatch):
+    monkeypatch.setenv("LORA_ADAPTERS", "other/adapter")
+    with pytest.raises(UnsupportedFeature, match="LoRA"):
+        attached(llama, case[0], tmp_path)
 
 
 @pytest.mark.parametrize("name", ["Seq2SeqLM", "Mamba", "IdeficsCausalLM", "Model"])

@@ -64,8 +64,10 @@ def shard(
     name, log, output = folder / "shard", folder / "events.jsonl", folder / "output.txt"
     run = [*CLI, "run", "--log", str(log), "--package"]
     before = [*run, str(guard), "--"] if guard else []
-    program = str(Path(PYTHON).parent / "text-generation-server")
-    command = [*before, program, "serve", str(model), "--uds-path", str(name), *options]
+    program = [str(Path(PYTHON).parent / "text-generation-server")]
+    if guard:  # Steerbridge is on PYTHONPATH, so its `.pth` file is not read
+        program = [PYTHON, "-m", "steerbridge_tgi"]
+    command = [*before, *program, "serve", str(model), "--uds-path", str(name), *options]
     environment = {**os.environ, **SETTINGS, **settings}
     with output.open("wb") as sink:
         process = subprocess.Popen(command, stdout=sink, stderr=subprocess.STDOUT, env=environment)

@@ -86,7 +86,9 @@ class Session(Attachment):
         self._sites = locate(model)
         known = facts(self._sites.model, tokenizer)
         self._unchecked = package.check(known, ignore)
-        self._package = package.calibrated(RUNTIME, quantisation(self._sites.model))
+        self._package = package.calibrated(
+            RUNTIME, quantisation(self._sites.model.dtype, self._sites.model.config)
+        )
         self._on_outcome = on_outcome
         self._plan = plan(self._package.spec)
         # The head is always watched: logits that did not pass it were not guarded.

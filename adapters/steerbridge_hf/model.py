@@ -118,7 +118,7 @@ class HfModel:
 
     @property
     def quantisation(self) -> str:
-        return quantisation(self.model)
+        return quantisation(self.model.dtype, self.model.config)
 
     # -------------------------------------------------------- prompts
 

@@ -33,10 +33,33 @@ from steerbridge.spec import (
 Kernel = TypeVar("Kernel", bound=Callable[..., Any])
 
 
-def quantisation(model: Any) -> str:
-    """Name of the model's arithmetic as used in `calibrations` (F32, BF16, F16)."""
+def quantisation(dtype: torch.dtype, config: Any) -> str:
+    """Name of a model's arithmetic as used in `calibrations`: F32, BF16, F16, or the method that
+    quantised its weights (AWQ, GPTQ, NF4, FP8, ...).
+
+    Args:
+        config: the model's configuration: `quantize` of TGI, or `quantization_config`.
+    """
     names = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-    return names.get(model.dtype, str(model.dtype))
+    method = getattr(config, "quantize", None) or _method(
+        getattr(config, "quantization_config", None)
+    )
+    if method:
+        return str(method).upper().removeprefix("BITSANDBYTES-")
+    return names.get(dtype, str(dtype))
+
+
+def _method(settings: Any) -> str:
+    """How a model was quantised; empty if its weights are not, as those from a GGUF file."""
+    if hasattr(settings, "quantization_method"):  # of bitsandbytes: nf4, fp4, llm_int8
+        return str(settings.quantization_method() or "")
+    found = (
+        settings.get("quant_method")
+        if isinstance(settings, dict)
+        else getattr(settings, "quant_method", None)
+    )
+    method = str(getattr(found, "value", found) or "")
+    return "" if method == "gguf" else method
 
 
 def _exact(kernel: Kernel) -> Kernel:

@@ -69,7 +69,7 @@ def run(
             ignore=ignore,
         )
         watchdog.adopt()
-        guard = watchdog.Watchdog(listener.answered, listener.stop)
+        guard = watchdog.Watchdog(listener.answered, listener.attached, listener.stop)
         guard.start()
         code = supervisor.run(command, environment)
         guard.close()

@@ -8,7 +8,6 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Final
 
@@ -136,8 +135,7 @@ def environment(
     nonce: str = "",
     ignore: Sequence[str] = (),
 ) -> dict[str, str]:
-    """The program's variables: the preload and its settings, settings of llama-server, and those
-    of other plugins for programs other than llama.cpp's.
+    """The program's variables: the preload and its settings, which the plugin for TGI reads too.
 
     Args:
         file: the package as GGUF, which stays unchanged while the program runs.
@@ -161,8 +159,6 @@ def environment(
         "STEERBRIDGE_IGNORE": ",".join(ignore),
         "STEERBRIDGE_FILE_TYPES": ";".join(_file_types(package)),
     }
-    for entry in entry_points(group="steerbridge.environments"):
-        made |= entry.load()(file, before)
     return {**before, **made}
 
 

@@ -89,7 +89,7 @@ class Supervisor:
         self.active = 0
         self.stopped = ""
         """Why the processes were ended from outside, if they were."""
-        self._nonce, self._answered = nonce, set[int]()
+        self._nonce, self._answered, self._attached = nonce, set[int](), set[int]()
         self._log, self._metrics = log, metrics
         self._lock = threading.Lock()
         self._readers: list[threading.Thread] = []
@@ -126,6 +126,10 @@ class Supervisor:
         with self._lock:
             if event["event"] == "active":
                 self.active += 1
+                if "nonce" in event:  # of TGI's plugin; it belongs in no log
+                    if event.pop("nonce") == self._nonce:
+                        self._attached.add(event["pid"])
+                    line = json.dumps(event) + "\n"
                 note(f"active in process {event['pid']}: {event['model']}")
             self._metrics.count(event)
             self._write(line)
@@ -133,6 +137,10 @@ class Supervisor:
     def answered(self, pid: int) -> bool:
         """Whether the preload of a process has said that it is there."""
         return pid in self._answered
+
+    def attached(self, pid: int) -> bool:
+        """Whether a shard of TGI has said that the package is attached."""
+        return pid in self._attached
 
     def stop(self, reason: str) -> None:
         """Tell that the processes are ended from outside."""

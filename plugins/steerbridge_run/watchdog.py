@@ -3,7 +3,8 @@
 On Linux `run` adopts every process that its program starts. One that opens a model file without
 having answered (it lost the preload, has elevated privileges or is linked statically), or with a
 llama.cpp inside another library, ends with all the others: no answer is better than an unguarded
-one. On macOS nothing is seen; there the answer of the program itself is all there is.
+one. So does a shard of TGI that takes connections before it has said that the package is attached.
+On macOS nothing is seen; there the answer of the program itself is all there is.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import signal
 import stat
 import sys
@@ -27,7 +29,10 @@ from steerbridge_run import preload, programs
 _PROC: Final = Path("/proc")
 _GGUF: Final = b"GGUF"
 _PR_SET_CHILD_SUBREAPER: Final = 36
+_SHARD: Final = re.compile(rb"text[-_]generation[-_]server|steerbridge_tgi")
+_ACCEPTS: Final = "00010000"  # a flag in /proc/net/unix: listen() was called
 SECONDS: Final = 0.02  # between two looks
+_LOOKS: Final = 10  # at a shard that listens, until what it said before must have been read
 
 
 def adopt() -> None:
@@ -61,13 +66,16 @@ class Watchdog:
 
     Args:
         answered: whether the preload of a process has said that it is there.
+        attached: whether a shard of TGI has said that the package is attached.
         stop: called with a reason, once; then the processes are killed.
     """
 
     answered: Callable[[int], bool]
+    attached: Callable[[int], bool]
     stop: Callable[[str], None]
     _kinds: dict[tuple[int, int, int], str] = field(default_factory=dict)
     _seen: dict[int, frozenset[str]] = field(default_factory=dict)
+    _listening: dict[int, int] = field(default_factory=dict)  # looks at a shard
     _closed: threading.Event = field(default_factory=threading.Event)
 
     def start(self) -> None:
@@ -82,7 +90,7 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._closed.wait(SECONDS):
             for pid in descendants(os.getpid()):
-                if reason := self._fault(pid):
+                if reason := self._fault(pid) or self._shard_fault(pid):
                     self.stop(reason)
                     kill_all()
                     return
@@ -107,6 +115,18 @@ class Watchdog:
             )
         self._seen[pid] = paths
         return ""
+
+    def _shard_fault(self, pid: int) -> str:
+        """Why a shard of TGI must end; empty if it need not, or is none."""
+        if self.attached(pid) or not _SHARD.search(_command(pid)) or not _listens(pid):
+            return ""
+        self._listening[pid] = looks = self._listening.get(pid, 0) + 1
+        if looks < _LOOKS:
+            return ""
+        return (
+            f"process {pid} ({_name(pid)}) serves a model of TGI without the package: install "
+            "steerbridge into the server's environment, and start it without `-S`"
+        )
 
     def _kind(self, path: str) -> str:
         """`model`, `guard` (the preload), `hidden` (llama.cpp that cannot be hooked), or empty."""
@@ -149,6 +169,28 @@ def _opened(pid: int) -> Iterator[str]:
             with contextlib.suppress(OSError):
                 if (path := os.readlink(entry.path)).startswith("/"):
                     yield path
+
+
+def _command(pid: int) -> bytes:
+    with contextlib.suppress(OSError):
+        return (_PROC / str(pid) / "cmdline").read_bytes()
+    return b""
+
+
+def _listens(pid: int) -> bool:
+    """Whether a process takes connections at a Unix socket that has a path."""
+    listening = set()
+    with contextlib.suppress(OSError):
+        for line in (_PROC / str(pid) / "net" / "unix").read_text(errors="replace").splitlines():
+            _, _, _, flags, _, _, inode, *path = line.split(maxsplit=7)
+            if flags == _ACCEPTS and path and path[0].startswith("/"):
+                listening.add(f"socket:[{inode}]")
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(_PROC / str(pid) / "fd"):
+            with contextlib.suppress(OSError):
+                if os.readlink(entry.path) in listening:
+                    return True
+    return False
 
 
 def _name(pid: int) -> str:

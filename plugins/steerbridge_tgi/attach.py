@@ -21,7 +21,7 @@ from steerbridge_tgi import rows
 from steerbridge_tgi.gates import Arguments, Gates
 from steerbridge_tgi.reporter import Reporter
 from steerbridge_tgi.rows import Part
-from steerbridge_tgi.sites import RUNTIME, facts, locate, stream, takes_residual
+from steerbridge_tgi.sites import RUNTIME, facts, locate, stream, takes_residual, text_config
 from steerbridge_torch import quantisation
 
 _PADDED: Final = "CausalLM"
@@ -29,6 +29,7 @@ _FLAT: Final = "FlashCausalLM"
 # These lay out batches in a way that `rows` does not support, or do not run at all.
 _REFUSED: Final = ("Mamba", "Seq2SeqLM", "IdeficsCausalLM", "TransformersFlashVlmCausalLM")
 _STATIC_ROWS: Final = 1024  # of an eager pass; larger passes do not use the static buffer
+_LENGTH: Final = 0  # FINISH_REASON_LENGTH of the server's protocol
 _RPCS: Final = ("Prefill", "Decode", "FilterBatch", "ClearCache")
 
 
@@ -45,7 +46,8 @@ def attach(service: Any, package: str) -> Gates:
     loaded.check(
         known, [name for name in os.environ.get("STEERBRIDGE_IGNORE", "").split(",") if name]
     )
-    steered = loaded.calibrated(RUNTIME, quantisation(model))
+    kind = quantisation(model.dtype, text_config(model))
+    steered = loaded.calibrated(RUNTIME, kind)
     layout = _layout(model)
     _check(steered, model, layout)
     size = max(_STATIC_ROWS, _graph_rows())
@@ -55,7 +57,7 @@ def attach(service: Any, package: str) -> Gates:
     (_wrap_padded if layout == _PADDED else _wrap_flat)(gates, model, reporter)
     _wrap_warmup(gates, model)
     _wrap_rpcs(gates, service)
-    reporter.active(calibrated=steered is not loaded)
+    reporter.active(calibrated=loaded.spec.is_calibrated(RUNTIME, kind))
     return gates
 
 
@@ -88,6 +90,13 @@ def _check(package: SteeringPackage, model: Any, layout: str) -> None:
             RUNTIME,
             f"{layers[0]}: writes before the head would stay in the prefix cache",
             "PREFIX_CACHING=0",
+        )
+    adapters = os.environ.get("LORA_ADAPTERS") or getattr(model, "loaded_adapters", None)
+    if adapters:
+        raise UnsupportedFeature(
+            RUNTIME,
+            "LoRA adapters, of which each request may choose one: they move what probes read",
+            "merge the adapter into the model, and train the package for that",
         )
     speculates = bool(getattr(model, "speculate", 0)) or bool(_speculation())
     if "VlmCausalLM" in [kind.__name__ for kind in type(model).__mro__] and speculates:
@@ -180,10 +189,11 @@ def _passing(
     reporter: Reporter,
     parts: Sequence[Part],
     size: int,
+    head_rows: int,
     images: Tensor | None,
 ) -> Iterator[None]:
     """One forward pass, from its announcement to its verdicts."""
-    gates.begin(parts, size, images)
+    gates.begin(parts, size, head_rows, images)
     try:
         yield
         replayed = bool(getattr(model, "cuda_graphs", None))
@@ -203,7 +213,7 @@ def _wrap_padded(gates: Gates, model: Any, reporter: Reporter) -> None:
         # It runs the forward pass first, then samples.
         model.forward = functools.partial(forward, batch)
         try:
-            return original(batch)
+            return _noting_lengths(gates, original(batch))
         finally:
             del model.forward
 
@@ -211,7 +221,7 @@ def _wrap_padded(gates: Gates, model: Any, reporter: Reporter) -> None:
 
     def forward(batch: Any, *args: Any, **kwargs: Any) -> Any:
         size = batch.input_ids.numel()
-        with _passing(gates, model, reporter, rows.padded(batch), size, None):
+        with _passing(gates, model, reporter, rows.padded(batch), size, size, None):
             return original_forward(*args, **kwargs)
 
     model.generate_token = generate_token
@@ -226,10 +236,25 @@ def _wrap_flat(gates: Gates, model: Any, reporter: Reporter) -> None:
             return original(batch, *args, **kwargs)
         parts = rows.flattened(batch)
         size = sum(part.count for part in parts)
-        with _passing(gates, model, reporter, parts, size, images.taken()):
+        with _passing(gates, model, reporter, parts, size, parts[-1].head.stop, images.taken()):
             return original(batch, *args, **kwargs)
 
-    model.forward = forward
+    generates = model.generate_token
+
+    @functools.wraps(generates)
+    def generate_token(batch: Any) -> Any:
+        return _noting_lengths(gates, generates(batch))
+
+    model.forward, model.generate_token = forward, generate_token
+
+
+def _noting_lengths(gates: Gates, result: Any) -> Any:
+    """What `generate_token` returned; requests that ended for length may go on as others."""
+    for generation in result[0]:
+        text = generation.generated_text
+        if text is not None and text.finish_reason == _LENGTH:
+            gates.ended_for_length(generation.request_id, text.text)
+    return result
 
 
 class _Images:

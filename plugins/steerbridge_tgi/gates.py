@@ -24,6 +24,7 @@ from steerbridge.package import SteeringPackage
 from steerbridge.plan import Stop, plan
 from steerbridge.runtime import Outcome
 from steerbridge.spec import ImageMean, PromptEnd, Reading
+from steerbridge_tgi.continued import Continued, Verdict, text_of
 from steerbridge_tgi.rows import HEALTH, Part
 from steerbridge_tgi.sites import Stream
 from steerbridge_torch import Judged, Ledger, decide, kernels, outcome
@@ -35,10 +36,13 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 @dataclass(slots=True)
 class State:
-    """One request. `strengths` holds the rules that fired, and those without a condition."""
+    """One request. `strengths` holds the rules that fired, and those without a condition. `before`
+    was decided of the request that it continues."""
 
     rows: int  # of its prompt seen so far, cached ones included
     strengths: dict[int, float]
+    text: bytes
+    before: Verdict | None
     read: dict[Key, Tensor] = field(default_factory=dict)  # a row [D], or a sum of rows
     images: Tensor | int = 0  # how many of its rows were an image's
     outcome: Outcome | None = None
@@ -46,10 +50,12 @@ class State:
 
 @dataclass(slots=True)
 class Pass:
-    """A forward pass in progress. `rows` is N; `images` [N] are the rows of images."""
+    """A forward pass in progress. `rows` is N, `head_rows` those of them that reach the head;
+    `images` [N] are the rows of images."""
 
     parts: tuple[Part, ...]
     rows: int
+    head_rows: int
     images: Tensor | None
     ledger: Ledger
     judged: dict[int, Judged] = field(default_factory=dict)  # [E]
@@ -87,20 +93,24 @@ class Gates:
         self._static = torch.zeros(len(package.spec.rules), rows, device=device)
         self._steers = False  # some strength in the static buffer is not 0
         self._requests: dict[int, State] = {}
+        self._continued = Continued()
         self._now: Pass | None = None
         self.idle = False
         """True while the server warms up: passes belong to no request."""
 
     # -------------------------------------------------------- passes
 
-    def begin(self, parts: Sequence[Part], rows: int, images: Tensor | None = None) -> None:
-        """A forward pass of `rows` rows starts.
+    def begin(
+        self, parts: Sequence[Part], rows: int, head_rows: int, images: Tensor | None = None
+    ) -> None:
+        """A forward pass of `rows` rows starts, of which `head_rows` reach the output embedding.
 
         Raises:
             RowMappingLost: rows of a request without a verdict, or not the request's next rows.
         """
         ledger = Ledger({stop.depth for stop in self.plan.stops} | {self.plan.head_depth})
-        now = Pass(tuple(p for p in parts if p.request != HEALTH), rows, images, ledger)
+        own = tuple(part for part in parts if part.request != HEALTH)
+        now = Pass(own, rows, head_rows, images, ledger)
         for part in now.parts:
             self._enter(part)
             if images is not None and part.prompt is not None:
@@ -118,9 +128,12 @@ class Gates:
                 raise RowMappingLost(f"request {part.request}: an answer without a verdict")
             return
         if state is None or state.outcome is not None:
-            if part.position:
+            text = text_of(part.source)
+            before = self._continued.find(text)
+            if part.position and before is None:
                 self._check_cached(part)
-            state = State(part.position, self._unconditional())
+            strengths = dict(before.strengths) if before else self._unconditional()
+            state = State(part.position, strengths, text, before)
             self._requests[part.request] = state
         if state.rows != part.position:
             raise RowMappingLost(
@@ -180,9 +193,18 @@ class Gates:
         verdicts = []
         for e, part in enumerate(now.ending):
             state = self._requests[part.request]
-            state.outcome, state.read = outcome(self._package.spec, now.judged, now.held, e), {}
+            judged = outcome(self._package.spec, now.judged, now.held, e)
+            state.outcome, state.read = state.before.outcome if state.before else judged, {}
             verdicts.append((part.request, state.outcome))
         return verdicts
+
+    def ended_for_length(self, request: int, answer: str) -> None:
+        """The router may ask for the rest of an answer as a new request."""
+        state = self._requests.get(request)
+        if state is not None and state.outcome is not None:
+            prompt = state.before.prompt if state.before else state.rows
+            verdict = Verdict(prompt, state.outcome, dict(state.strengths))
+            self._continued.add(state.text + answer.encode("utf-8", "surrogatepass"), verdict)
 
     def drop(self) -> None:
         """Forget the pass in progress: it failed."""
@@ -208,6 +230,8 @@ class Gates:
                 raise HookLost("the model runs outside a pass that was announced")
             return self._act(stop, stream, None)
         now.ledger.report(stop.depth)
+        if stop.depth == self.plan.head_depth and stream.count != now.head_rows:
+            raise RowMappingLost(f"expected {now.head_rows} rows at the head, found {stream.count}")
         if now.ending or (now.prompts and stop.readings):
             self._decide(now, stop, stream)
         if stop.acts and any(self._strengths_of(p) for p in now.parts):
@@ -232,8 +256,9 @@ class Gates:
             held, strengths = decide(self._package.spec, rule, now.judged, len(now.ending))
             now.held[rule] = held
             for e, part in enumerate(now.ending):
-                if held[e]:
-                    self._requests[part.request].strengths[rule] = float(strengths[e])
+                state = self._requests[part.request]
+                if held[e] and state.before is None:
+                    state.strengths[rule] = float(strengths[e])
 
     def _read(self, now: Pass, part: Part, key: Key, rows: Tensor, at_head: bool) -> None:
         assert part.prompt is not None
@@ -341,5 +366,7 @@ class Gates:
                     yield part, part.head
             elif part.prompt is None or intervention.position == "all_positions":
                 yield part, whole
+            elif before := self._requests[part.request].before:
+                yield part, whole[max(0, before.prompt - 1 - part.position) :]
             elif part.ends:
                 yield part, whole[-1:]

@@ -1,7 +1,8 @@
 """Reports events: lines in the server's own log, and one JSON line per event.
 
 Events are those of `steerbridge run` (docs/run.md), written to STEERBRIDGE_EVENTS, a file or a
-listening socket. Every rank of a sharded model decides the same; only rank 0 reports.
+listening socket. Every rank of a sharded model says that it is steered, with the word of this run;
+all decide the same, so only rank 0 reports verdicts.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class Reporter:
         self._known, self._first = known, getattr(model, "rank", 0) == 0
         self._dtype = str(model.dtype).removeprefix("torch.")
         where = os.environ.get("STEERBRIDGE_EVENTS", "")
-        self._sink = _open(where) if where and self._first else None
+        self._sink = _open(where) if where else None
 
     def active(self, calibrated: bool) -> None:
         """The package is attached; no request has been answered yet."""
@@ -38,10 +39,13 @@ class Reporter:
             n_embd=self._known.hidden_size,
             n_layer=self._known.num_layers,
             calibrated=calibrated,
+            nonce=os.environ.get("STEERBRIDGE_NONCE", ""),
         )
 
     def verdict(self, request: int, outcome: Outcome) -> None:
         """A prompt was decided."""
+        if not self._first:
+            return
         probes = [
             {
                 "probe": v.probe,

@@ -20,7 +20,8 @@ class Part:
     `first` and `count` are a range of the pass's rows; `position` is that of the first row in the
     prompt.
     `prompt` is the prompt's length in tokens, None for rows of an answer. `head` are the rows
-    whose logits are sampled from, among those that reach the output embedding.
+    whose logits are sampled from, among those that reach the output embedding. `source` is the
+    request as the router sent it.
     """
 
     request: int
@@ -29,6 +30,7 @@ class Part:
     position: int
     prompt: int | None
     head: range
+    source: Any = None
 
     @property
     def ends(self) -> bool:
@@ -50,7 +52,7 @@ def padded(batch: Any) -> list[Part]:
         count = batch.input_lengths[i] if batch.past_key_values is None else 1
         prompt = count if batch.past_key_values is None else None
         head = range(last, last + 1)
-        parts.append(Part(request.id, last + 1 - count, count, 0, prompt, head))
+        parts.append(Part(request.id, last + 1 - count, count, 0, prompt, head, request))
     return parts
 
 
@@ -68,6 +70,6 @@ def flattened(batch: Any) -> list[Part]:
             head = range(last - 1, last)
         else:
             head = range(first, first + count)
-        parts.append(Part(request.id, first, count, batch.cache_lengths[i], prompt, head))
+        parts.append(Part(request.id, first, count, batch.cache_lengths[i], prompt, head, request))
         first += count
     return parts

@@ -124,6 +124,11 @@ class Stream:
         value: Tensor = self.args[0] if self.args else self.kwargs["hidden_states"]
         return value
 
+    @property
+    def count(self) -> int:
+        """N."""
+        return self.hidden.shape[:-1].numel()
+
     def rows(self) -> Tensor:
         """The hidden states [N, D]; a padded batch row after row."""
         whole = self.hidden if self.residual is None else self.hidden + self.residual
