@@ -25,6 +25,10 @@ NEEDS: Final = {
     "train": "hf",
 }
 RUNTIMES: Final = {"hf": "hf", "llama.cpp": "llama-cpp"}
+UNNAMED: Final = (
+    "import os, sys; os.environ['STEERBRIDGE_PACKAGE'] = ''; "
+    "os.execv(sys.executable, [sys.executable, '-c', ''])"
+)
 _ROW: Final = re.compile(r"^[\s│|]*([a-z]+)\s{2,}(\S.*?)(?: \(extra: ([^)]*)\))?[\s│|]*$")
 
 
@@ -39,6 +43,8 @@ def check(environment: Environment, cwd: Path) -> None:
             words = ("generate", environment.package, "Hello", "--model", environment.package)
             done = environment.run("steerbridge", *words, "--runtime", runtime, cwd=cwd, code=2)
             _check_line(done, extra, f"generate --runtime {runtime}")
+    # The `.pth` file is there: with an empty name of a package no Python may start.
+    environment.run("python", "-c", UNNAMED, cwd=cwd, code=78)
     environment.run("steerbridge", "inspect", environment.package, cwd=cwd)
     environment.run("steerbridge", "schema", cwd=cwd)
     environment.run("steerbridge", "formats", cwd=cwd)
