@@ -75,7 +75,7 @@ class Generation:
 
     text: str
     tokens: tuple[int, ...]  # empty from a server that does not tell them
-    finish: str  # "stop" (end of sequence) or "length"
+    finish: str  # "stop" (end of sequence), "length", or "refused" by a server, apart from the text
     outcome: Outcome | None  # None when nothing was steering
 
 

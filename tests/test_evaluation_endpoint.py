@@ -12,8 +12,9 @@ import helpers
 from scripted import verdict
 from steerbridge.data import Example
 from steerbridge.errors import DataError, EndpointFailed, UnsupportedFeature
-from steerbridge.evaluation import judges
-from steerbridge.evaluation.endpoint import Client
+from steerbridge.evaluation import judges, measure
+from steerbridge.evaluation.answers import Asking, Source
+from steerbridge.evaluation.endpoint import BASELINE_KEY, Client
 from steerbridge.runtime import Generation, Outcome
 
 
@@ -28,22 +29,28 @@ def server():
 
         def do_POST(self):
             body = self.rfile.read(int(self.headers["Content-Length"]))
-            got.append(json.loads(body))
+            got.append({**json.loads(body), "key": self.headers["Authorization"]})
             status, text, extra = said.pop(0) if len(said) > 1 else said[0]
+            extra = dict(extra)
             choice = {
                 "index": 0,
-                "finish_reason": "stop",
-                "message": {"role": "assistant", "content": text},
+                "finish_reason": extra.pop("finish_reason", "stop"),
+                "message": {"role": "assistant", "content": text, **extra.pop("message", {})},
             }
+            if html := extra.pop("html", ""):
+                return self.send(status, "text/html", html.encode())
             head = {"id": "x", "object": "chat.completion", "created": 0, "model": "remote"}
-            self.reply(status, {**head, "choices": [choice], **extra})
+            return self.reply(status, {**head, "choices": [choice], **extra})
 
         def reply(self, status, value):
+            self.send(status, "application/json", json.dumps(value).encode())
+
+        def send(self, status, kind, content):
             self.send_response(status)
-            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Type", kind)
             self.send_header("Retry-After", "0")
             self.end_headers()
-            self.wfile.write(json.dumps(value).encode())
+            self.wfile.write(content)
 
         def log_message(self, *args):
             pass
@@ -97,3 +104,42 @@ def test_a_server_s_verdicts_are_read(server):
         client.generate([Example("q", True)], None, max_new_tokens=3)
     with pytest.raises(UnsupportedFeature, match="the server steers"):
         client.generate([], helpers.package(), max_new_tokens=3)
+
+
+@pytest.mark.parametrize(
+    ("content", "extra"),
+    [
+        (None, {"message": {"refusal": "No."}}),
+        ("Here is", {"finish_reason": "content_filter"}),
+        (None, {"finish_reason": "content_filter"}),
+    ],
+)
+def test_a_refusal_beside_the_text_counts(server, content, extra):
+    """Whatever a judge would say of the text."""
+    url, _, said = server
+    said[:] = [(200, content, extra)]
+    example = Example("q", True)
+    asking = Asking(max_new_tokens=3, judge=judges.Function("never", lambda q, a: [False] * len(a)))
+    [row] = measure.rows([example], None, Source("steered", Client(url)), asking)
+    assert row.steered.finish == "refused"
+    assert row.steered_refused
+    assert measure.judged([row], judges.Matcher())["agreement"] == 1.0
+
+
+def test_a_page_in_place_of_an_answer_is_said_so(server):
+    url, _, said = server
+    said[:] = [(200, "", {"html": "<html>a portal</html>"})]
+    with pytest.raises(EndpointFailed, match=f"{url}.*OpenAI's interface"):
+        Client(url).generate([Example("q", True)], None, max_new_tokens=3)
+
+
+def test_a_key_goes_to_one_address(server, monkeypatch):
+    url, got, said = server
+    monkeypatch.setenv("STEERBRIDGE_API_KEY", "of the server")
+    monkeypatch.setenv("STEERBRIDGE_JUDGE_API_KEY", "of the judge")
+    said[:] = [(200, "Yes.", {})]
+    Client(url).generate([Example("q", True)], None, max_new_tokens=3)
+    judges.named(url)(["q"], ["a"])
+    Client.named(url, 1, BASELINE_KEY).generate([Example("q", True)], None, max_new_tokens=3)
+    keys = [asked["key"] for asked in got]
+    assert keys == ["Bearer of the server", "Bearer of the judge", "Bearer none"]

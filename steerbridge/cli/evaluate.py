@@ -14,7 +14,7 @@ from steerbridge.errors import DataError, Problem
 from steerbridge.evaluation import compare as comparing
 from steerbridge.evaluation import judges, measure, record
 from steerbridge.evaluation.answers import Source, Store
-from steerbridge.evaluation.endpoint import Client
+from steerbridge.evaluation.endpoint import BASELINE_KEY, KEY, Client
 from steerbridge.evaluation.evaluate import evaluate as measured
 from steerbridge.evaluation.evaluate import evaluate_server
 from steerbridge.evaluation.record import Evaluation
@@ -87,8 +87,10 @@ def evaluate(
     }
     if url:
         store = Store(cache, "http") if cache else None
-        baseline = _server("unsteered", baseline_url, concurrency) if baseline_url else None
-        server = _server("steered", url, concurrency)
+        baseline = (
+            _server("unsteered", baseline_url, concurrency, BASELINE_KEY) if baseline_url else None
+        )
+        server = _server("steered", url, concurrency, KEY)
         evaluation = evaluate_server(server, baseline, prompts, store=store, **options)
     else:
         steering = load(package)
@@ -126,8 +128,8 @@ def _prompts(paths: Sequence[Path], corpus: str, limit: int) -> list[Example]:
     return prompts
 
 
-def _server(name: str, url: str, concurrency: int) -> Source:
-    return Source(name, Client.named(url, concurrency), identity=url)
+def _server(name: str, url: str, concurrency: int, key: str) -> Source:
+    return Source(name, Client.named(url, concurrency, key), identity=url)
 
 
 def _shown(result: dict[str, Any]) -> list[str]:

@@ -17,7 +17,7 @@ from steerbridge import data
 from steerbridge.atomic import replacing
 from steerbridge.data import Example
 from steerbridge.errors import DataError, Problem
-from steerbridge.evaluation.judges import Judge, Matcher
+from steerbridge.evaluation.judges import Judge, Matcher, refusals
 from steerbridge.package import SteeringPackage
 from steerbridge.runtime import Answering, Generation, Outcome, Progress, silent
 
@@ -113,8 +113,8 @@ class Asking:
         return answers
 
     def refusals(self, prompts: Sequence[Example], answers: Sequence[Generation]) -> list[bool]:
-        """What the judge says of each answer."""
-        return self.judge([p.text for p in prompts], [a.text for a in answers])
+        """Whether each answer refuses, as the server or the judge says."""
+        return refusals(self.judge, [p.text for p in prompts], answers)
 
 
 def same(a: Generation, b: Generation) -> bool:

@@ -20,7 +20,12 @@ from steerbridge.registry import requires
 from steerbridge.runtime import Generation, Outcome, Progress
 
 RETRIES: Final = 6  # with growing pauses, or as long as `Retry-After` says
+REFUSED: Final = "refused"  # how an answer ended that the server refused apart from its text
+
+# Whose variable holds the key: a key goes to one address, never to all.
 KEY: Final = "STEERBRIDGE_API_KEY"
+BASELINE_KEY: Final = "STEERBRIDGE_BASELINE_API_KEY"
+JUDGE_KEY: Final = "STEERBRIDGE_JUDGE_API_KEY"
 
 
 class Client:
@@ -30,28 +35,31 @@ class Client:
         url: of the server or of its `/v1`.
         model: its name there; "": the first one that the server lists.
         concurrency: requests at once.
+        key: the variable with the key that is sent there, if it is set.
 
     Raises:
         RuntimeMissing: the package `openai` is not installed (extra `eval`).
         EndpointFailed: from calls, where the server cannot be reached or answers with an error.
     """
 
-    def __init__(self, url: str, model: str = "", *, concurrency: int = 4) -> None:
+    def __init__(self, url: str, model: str = "", *, concurrency: int = 4, key: str = KEY) -> None:
         with requires("eval"):
             import openai
         self.url = url.rstrip("/") + ("" if urlsplit(url).path.strip("/") else "/v1")
         self._errors = openai.OpenAIError
-        key = os.environ.get(KEY, "none")
         self._api = openai.OpenAI(
-            base_url=self.url, api_key=key, max_retries=RETRIES, timeout=600.0
+            base_url=self.url,
+            api_key=os.environ.get(key, "none"),
+            max_retries=RETRIES,
+            timeout=600.0,
         )
         self._model, self._concurrency = model, concurrency
 
     @classmethod
-    def named(cls, address: str, concurrency: int) -> Client:
+    def named(cls, address: str, concurrency: int, key: str = KEY) -> Client:
         """A client from one word: an address, with the name of a model behind `#` or not."""
         url, _, model = address.partition("#")
-        return cls(url, model, concurrency=concurrency)
+        return cls(url, model, concurrency=concurrency, key=key)
 
     def generate(
         self,
@@ -105,18 +113,27 @@ class Client:
         )
         try:
             choice = reply.choices[0]
+            refusal = choice.message.refusal
             steering = (reply.model_extra or {}).get("steering")
             outcome = None if steering is None else Outcome.from_json(steering)
-        except (IndexError, KeyError, TypeError) as error:
-            raise EndpointFailed(self.url, f"an answer without {error!r}") from error
+        except (IndexError, KeyError, TypeError, AttributeError) as error:
+            raise EndpointFailed(self.url, _strange(error)) from error
         finish = "length" if choice.finish_reason == "length" else "stop"
-        return Generation(choice.message.content or "", (), finish, outcome)
+        if refusal or choice.finish_reason == "content_filter":
+            finish = REFUSED
+        return Generation(choice.message.content or refusal or "", (), finish, outcome)
 
     def _calling(self, call: Callable[[], Any]) -> Any:
         try:
             return call()
-        except (self._errors, IndexError) as error:
+        except self._errors as error:
             raise EndpointFailed(self.url, str(error)) from error
+        except (IndexError, AttributeError, TypeError, ValueError) as error:
+            raise EndpointFailed(self.url, _strange(error)) from error
+
+
+def _strange(error: Exception) -> str:
+    return f"expected an answer of OpenAI's interface, found something else ({error!r})"
 
 
 def _content(prompt: Example) -> Any:

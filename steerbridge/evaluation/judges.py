@@ -14,8 +14,9 @@ from importlib import import_module
 from typing import Any, Final, Protocol
 
 from steerbridge.errors import DataError, Problem
-from steerbridge.evaluation.endpoint import Client
+from steerbridge.evaluation.endpoint import JUDGE_KEY, REFUSED, Client
 from steerbridge.evaluation.judge import refuses
+from steerbridge.runtime import Generation
 
 INSTRUCTION: Final = (
     "You are given a question and the answer of an assistant. Does the assistant refuse to do "
@@ -88,6 +89,16 @@ class Function:
         return [bool(value) for value in refused]
 
 
+def refusals(judge: Judge, questions: Sequence[str], answers: Sequence[Generation]) -> list[bool]:
+    """Whether each answer refuses: the server said so apart from its text, or the judge does."""
+    said = [answer.finish == REFUSED for answer in answers]
+    open_ones = [i for i, refused in enumerate(said) if not refused]
+    judged = judge([questions[i] for i in open_ones], [answers[i].text for i in open_ones])
+    for i, refused in zip(open_ones, judged, strict=True):
+        said[i] = refused
+    return said
+
+
 def named(name: str, concurrency: int = 4) -> Judge:
     """The judge that a word names (see the module's text).
 
@@ -101,7 +112,7 @@ def named(name: str, concurrency: int = 4) -> Judge:
     if name == "matcher":
         return Matcher()
     if name.startswith(("http://", "https://")):
-        return Model(Client.named(name, concurrency), name)
+        return Model(Client.named(name, concurrency, JUDGE_KEY), name)
     module, _, function = name.partition(":")
     try:
         return Function(name, getattr(import_module(module), function))

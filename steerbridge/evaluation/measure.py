@@ -16,7 +16,7 @@ from steerbridge.atomic import replacing
 from steerbridge.data import Example
 from steerbridge.evaluation.answers import Asking, Source, same
 from steerbridge.evaluation.judge import well_formed
-from steerbridge.evaluation.judges import Judge
+from steerbridge.evaluation.judges import Judge, refusals
 from steerbridge.package import SteeringPackage
 from steerbridge.reference import Verdict
 from steerbridge.registry import requires
@@ -184,12 +184,12 @@ def rates(rows: Sequence[Row]) -> dict[str, float | None]:
 def judged(rows: Sequence[Row], judge: Judge) -> dict[str, Any]:
     """Rates by another judge, and the share of answers of which both say the same."""
     questions = [r.example.text for r in rows]
-    after = judge(questions, [r.steered.text for r in rows])
-    known = [(i, r.plain.text) for i, r in enumerate(rows) if r.plain is not None]
+    after = refusals(judge, questions, [r.steered for r in rows])
+    known = [(i, r.plain) for i, r in enumerate(rows) if r.plain is not None]
     before = dict(
         zip(
             [i for i, _ in known],
-            judge([questions[i] for i, _ in known], [text for _, text in known]),
+            refusals(judge, [questions[i] for i, _ in known], [plain for _, plain in known]),
             strict=True,
         )
     )
