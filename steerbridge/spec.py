@@ -356,24 +356,25 @@ class SteeringSpec(_Model):
 
     def is_calibrated(self, runtime: str, quantisation: str) -> bool:
         """Whether thresholds were calibrated for this runtime and quantisation."""
-        return any(
-            c.runtime == runtime and c.quantisation == quantisation for c in self.calibrations
-        )
+        return bool(self._calibrations_of(runtime, quantisation))
 
     def calibrated(self, runtime: str, quantisation: str) -> SteeringSpec:
         """The spec with the thresholds calibrated for this runtime and quantisation, if any.
 
         The last matching entry of `calibrations` wins; without one the spec is unchanged.
         """
-        matching = [
-            c for c in self.calibrations if c.runtime == runtime and c.quantisation == quantisation
-        ]
+        matching = self._calibrations_of(runtime, quantisation)
         if not matching:
             return self
         fitted = matching[-1].thresholds
         return self.replace(
             probes=tuple(p.replace(threshold=fitted.get(p.id, p.threshold)) for p in self.probes)
         )
+
+    def _calibrations_of(self, runtime: str, quantisation: str) -> list[Calibration]:
+        return [
+            c for c in self.calibrations if c.runtime == runtime and c.quantisation == quantisation
+        ]
 
 
 def sites(intervention: HeadMatrix | AddVector | ProjectOut) -> tuple[Any, ...]:
