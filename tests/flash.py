@@ -178,11 +178,13 @@ class Request:
     rows: int = 0  # in the cache
     logits: Tensor | None = None  # of the first token [V]
     most: int | None = None  # tokens of the answer
+    sent: list[int] | None = None  # by the router, of which `truncate` left the prompt
 
     @property
     def input_chunks(self) -> Any:
         """The prompt as the router sends it; here each token is a character."""
-        chunk = SimpleNamespace(text=text(self.prompt), HasField=lambda _: False)
+        sent = self.prompt if self.sent is None else self.sent
+        chunk = SimpleNamespace(text=text(sent), HasField=lambda _: False)
         return SimpleNamespace(chunks=[chunk])
 
 
@@ -288,7 +290,8 @@ class FlashCausalLM:
 
 def _generation(request: Request) -> Any:
     ended = request.most is not None and len(request.answer) >= request.most
-    said = SimpleNamespace(text=text(request.answer), finish_reason=0) if ended else None
+    known = {"text": text(request.answer), "generated_tokens": len(request.answer)}
+    said = SimpleNamespace(**known, finish_reason=0) if ended else None
     return SimpleNamespace(request_id=request.id, generated_text=said)
 
 

@@ -267,13 +267,32 @@ def test_the_last_requests_that_ended_for_length_are_remembered():
     known, quiet = continued.Continued(), Outcome((), ())
     fired = Outcome((), ("r",))
     for i in range(continued.REMEMBERED + 5):
-        known.add(f"prompt {i}".encode(), continued.Verdict(3, fired, {0: 1.0}))
-    assert known.find(b"prompt 4") is None
-    assert known.find(b"prompt 5000") is not None
-    assert known.find(b"prompt 5000 and more") is not None
-    known.add(b"harmless", continued.Verdict(3, quiet, {}))
-    assert known.find(b"harmless") is not None
-    assert known.find(b"harmless and more") is None
+        known.add(f"prompt {i}".encode(), continued.Verdict(3, 5, fired, {0: 1.0}))
+    assert known.find(b"prompt 4", 5) is None
+    assert known.find(b"prompt 5000", 5) is not None
+    assert known.find(b"prompt 5000 and more", 7) is not None
+    known.add(b"harmless", continued.Verdict(3, 5, quiet, {}))
+    assert known.find(b"harmless", 5) is not None
+    assert known.find(b"harmless and more", 7) is None
+    assert known.find(b"harmless", 4) is None
+
+
+def test_nothing_can_be_cut_off_an_answer_that_did_not_fire(case, llama, prompts, tmp_path):
+    """`truncate` leaves the end of a text; one that fired is steered from its last row at least."""
+    package, want = case
+    service = attached(llama, package, tmp_path)
+    for i, (prompt, (verdicts, _)) in enumerate(zip(prompts, want, strict=True)):
+        said = list(answered(service, request(prompt, 2 * i), 2))
+        whole_text = [*prompt, *said]
+        one = request(whole_text[-4:], 2 * i + 1)
+        one.sent = whole_text
+        flash.step(service.model, [whole(one)])
+        told = events(tmp_path)[-1]
+        if verdicts[0].fired:
+            assert told["fired"] == ["r"]
+        else:
+            alone = oracle(llama, package, one.prompt, 0)[0][0].score
+            assert told["probes"][0]["score"] == pytest.approx(alone, rel=1e-3, abs=1e-3)
 
 
 def test_prompts_that_do_not_follow_on_are_refused(case, llama, prompts, tmp_path):

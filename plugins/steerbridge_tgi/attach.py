@@ -253,7 +253,7 @@ def _noting_lengths(gates: Gates, result: Any) -> Any:
     for generation in result[0]:
         text = generation.generated_text
         if text is not None and text.finish_reason == _LENGTH:
-            gates.ended_for_length(generation.request_id, text.text)
+            gates.ended_for_length(generation.request_id, text.text, text.generated_tokens)
     return result
 
 

@@ -20,9 +20,11 @@ REMEMBERED: Final = 10_000  # requests that ended for length
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What was decided of a prompt of so many tokens; `strengths` as in `State`."""
+    """What was decided of a prompt of so many tokens; `strengths` as in `State`. `tokens` counts
+    those of the answer too."""
 
     prompt: int
+    tokens: int
     outcome: Outcome
     strengths: dict[int, float]
 
@@ -57,16 +59,19 @@ class Continued:
         if len(self._known) > REMEMBERED:
             self._forget(next(iter(self._known)))
 
-    def find(self, text: bytes) -> Verdict | None:
-        """The verdict that a new request must have: that of one that fired, if the text begins with
-        it; of one that did not fire, if it is the very text, so that nothing can be appended."""
+    def find(self, text: bytes, tokens: int) -> Verdict | None:
+        """The verdict that a prompt of so many tokens must have: that of a request that fired, if
+        the text begins with it; of one that did not fire, if it is the very text and as many
+        tokens, so that nothing can be appended, and nothing be cut off by `truncate`."""
         running, done = hashlib.sha256(), 0
         found = None
         for size in sorted(size for size in self._sizes if size <= len(text)):
             running.update(text[done:size])
             done = size
             _, verdict = self._known.get(running.digest(), (0, None))
-            if verdict is not None and (verdict.outcome.rules or size == len(text)):
+            if verdict is None:
+                continue
+            if verdict.outcome.rules or (size == len(text) and verdict.tokens == tokens):
                 found = verdict
         return found
 

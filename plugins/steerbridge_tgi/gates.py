@@ -129,7 +129,7 @@ class Gates:
             return
         if state is None or state.outcome is not None:
             text = text_of(part.source)
-            before = self._continued.find(text)
+            before = self._continued.find(text, part.prompt)
             if part.position and before is None:
                 self._check_cached(part)
             strengths = dict(before.strengths) if before else self._unconditional()
@@ -198,12 +198,13 @@ class Gates:
             verdicts.append((part.request, state.outcome))
         return verdicts
 
-    def ended_for_length(self, request: int, answer: str) -> None:
-        """The router may ask for the rest of an answer as a new request."""
+    def ended_for_length(self, request: int, answer: str, tokens: int) -> None:
+        """The router may ask for the rest of an answer of so many tokens as a new request."""
         state = self._requests.get(request)
         if state is not None and state.outcome is not None:
             prompt = state.before.prompt if state.before else state.rows
-            verdict = Verdict(prompt, state.outcome, dict(state.strengths))
+            strengths = dict(state.strengths)
+            verdict = Verdict(prompt, state.rows + tokens, state.outcome, strengths)
             self._continued.add(state.text + answer.encode("utf-8", "surrogatepass"), verdict)
 
     def drop(self) -> None:
@@ -367,6 +368,8 @@ class Gates:
             elif part.prompt is None or intervention.position == "all_positions":
                 yield part, whole
             elif before := self._requests[part.request].before:
-                yield part, whole[max(0, before.prompt - 1 - part.position) :]
+                assert part.prompt is not None
+                first = min(before.prompt, part.prompt) - 1  # it may have been truncated
+                yield part, whole[max(0, first - part.position) :]
             elif part.ends:
                 yield part, whole[-1:]

@@ -30,7 +30,7 @@ class Part:
     position: int
     prompt: int | None
     head: range
-    source: Any = None
+    source: Any
 
     @property
     def ends(self) -> bool:
