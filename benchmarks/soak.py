@@ -184,22 +184,8 @@ def serving(ground: Ground, name: str) -> Iterator[Server]:
     run = [sys.executable, "-m", "steerbridge.cli", "run"]
     before = [*run, "--package", str(guard), "--log", str(log), "--"]
     # A thread each, and no spinning: there are two servers.
-    options = [
-        "-m",
-        ground.model,
-        "-t",
-        1,
-        "--poll",
-        0,
-        "-c",
-        8192,
-        "-np",
-        SLOTS,
-        "-b",
-        BATCH,
-        "-ub",
-        32,
-    ]
+    options = ["-m", ground.model, "-t", 1, "--poll", 0, "-c", 8192, "-np", SLOTS]
+    options += ["-b", BATCH, "-ub", 32]
     options += ["-fa", "off", "-ctk", "f32", "-ctv", "f32", "--cache-ram", 8, "--no-webui"]
     options += ["--slot-save-path", folder, "--spec-type", "ngram-simple"]
     with programs.llama_server(options, folder / "output.txt", before) as url:
