@@ -103,6 +103,7 @@ lint: setup
 	@$(PYTHON) -m steerbridge.cli schema | diff - docs/steering_config.schema.json >&2
 	@$(PYTHON) -m steerbridge.cli schema --markdown | diff - docs/reference.md >&2
 	@$(PYTHON) docs/generate_python.py | diff - docs/python.md >&2
+	@$(PYTHON) -m steerbridge_serve.dialects | diff - docs/dialects.md >&2
 	@$(VENV)/bin/mkdocs build --strict --quiet >&2
 	@echo '{"lint": "ok"}'
 
@@ -131,6 +132,7 @@ schema: setup
 	@$(PYTHON) -m steerbridge.cli schema > docs/steering_config.schema.json
 	@$(PYTHON) -m steerbridge.cli schema --markdown > docs/reference.md
 	@$(PYTHON) docs/generate_python.py > docs/python.md
+	@$(PYTHON) -m steerbridge_serve.dialects > docs/dialects.md
 	@echo '{"schema": "docs/steering_config.schema.json"}'
 
 bench-safety bench-safety-multimodal bench-calibration bench-train bench-overhead bench-kernels bench-convert \

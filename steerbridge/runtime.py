@@ -45,8 +45,8 @@ class Outcome:
 
     @property
     def fired(self) -> bool:
-        """True if any probe fired."""
-        return any(v.fired for v in self.verdicts)
+        """True if a rule fired: the request is steered."""
+        return bool(self.rules)
 
     def to_json(self) -> dict[str, Any]:
         """For responses and logs; a score that is not finite is null, as JSON has none."""
@@ -57,15 +57,17 @@ class Outcome:
 
     @classmethod
     def from_json(cls, content: Any) -> Outcome:
-        """What `to_json` gave; a score of null becomes NaN.
+        """What `to_json` gave; a score of null, or one that a server hides, becomes NaN.
 
         Raises:
             KeyError, TypeError: it is not of that form.
         """
         verdicts = []
         for v in content["verdicts"]:
-            score = math.nan if v["score"] is None else float(v["score"])
-            verdicts.append(Verdict(**{**v, "score": score}))
+            hidden = {"score": None, "threshold": math.nan, "comparator": ">"}
+            whole = {**hidden, **v}
+            score = math.nan if whole["score"] is None else float(whole["score"])
+            verdicts.append(Verdict(**{**whole, "score": score}))
         return cls(tuple(verdicts), tuple(content["rules"]))
 
 

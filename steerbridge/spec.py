@@ -310,8 +310,11 @@ class Calibration(_Model):
 
 
 class Evidence(_Model):
-    """What was measured when the package was made; every part is optional."""
+    """What was measured when the package was made; every part is optional. `forms` names the forms
+    of prompts that the guard was trained on (`chat`, `system`, `turns`, `prefill`, `raw`); absent:
+    plain chats of one message."""
 
+    forms: tuple[str, ...] | None = None
     sas: JsonValue = None
     probes: JsonValue = None
     interventions: JsonValue = None

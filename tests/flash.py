@@ -8,6 +8,7 @@ transformers, so the numpy oracle can say what every request must answer.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -224,6 +225,17 @@ class FlashCausalLMBatch:
             self.speculative_ids = torch.tensor([w.drafts for w in work])
         self.prefill_cu_outlens = list(range(len(work) + 1)) if evaluates else None
 
+    @property
+    def all_input_ids(self) -> list[list[int]]:
+        """Prompts and answers so far."""
+        return [r.prompt + r.answer for r in self.requests]
+
+    @property
+    def stopping_criterias(self) -> list[Any]:
+        """How many tokens there are, and may be."""
+        counts = [(len(r.answer), math.inf if r.most is None else r.most) for r in self.requests]
+        return [SimpleNamespace(current_tokens=n, max_new_tokens=most) for n, most in counts]
+
 
 class FlashCausalLM:
     """The model of a shard. `CUDA_GRAPHS` are the sizes that `warmup` captures."""
@@ -285,14 +297,16 @@ class FlashCausalLM:
                 if w.request.answer[-1] != drafted:
                     break
             first += w.rows
-        return [_generation(w.request) for w in batch.work], batch, None
+        # As in TGI, a rank tells the router of its own requests only.
+        own = [w.request for i, w in enumerate(batch.work) if i % self.world_size == self.rank]
+        return [SimpleNamespace(request_id=request.id) for request in own], batch, None
 
-
-def _generation(request: Request) -> Any:
-    ended = request.most is not None and len(request.answer) >= request.most
-    known = {"text": text(request.answer), "generated_tokens": len(request.answer)}
-    said = SimpleNamespace(**known, finish_reason=0) if ended else None
-    return SimpleNamespace(request_id=request.id, generated_text=said)
+    def decode_token(
+        self, ids: list[int], _: int, start: int, skip_special_tokens: bool = False
+    ) -> tuple[str, int, int]:
+        """The text from a token on."""
+        assert skip_special_tokens
+        return text(ids[start:]), 0, 0
 
 
 def _inputs(work: list[Work]) -> list[Tensor]:

@@ -43,7 +43,7 @@ def url(pictured, tmp_path_factory, demo_files):
     package, _, _ = pictured
     command = [*CLI, "serve", "--package", package]
     command += ["--model", demo_files["text_f32"], "--mmproj", demo_files["mmproj_f32"]]
-    command += ["--context", 2048, "--allow-unsteered"]
+    command += ["--context", 2048, "--allow-unsteered", "--show-scores"]
     output = tmp_path_factory.mktemp("log") / "serve.txt"
     key = {"STEERBRIDGE_API_KEY": KEY}
     with servers.running(command, output, environment=key) as server:
@@ -79,8 +79,8 @@ def page(browser, url):
 def ask(page, prompt):
     page.locator("#image").set_input_files(str(prompt.images[0]))
     expect(page.get_by_alt_text("The picture that will be sent")).to_be_visible()
-    page.get_by_label("Message").fill(prompt.text)
-    page.get_by_label("Message").press("Enter")
+    page.get_by_label("Message", exact=True).fill(prompt.text)
+    page.get_by_label("Message", exact=True).press("Enter")
     expect(page.get_by_role("status")).to_have_text("Done.", timeout=60_000)
 
 
@@ -125,23 +125,72 @@ def test_a_second_turn_goes_on(page, pictured):
     _, prompts, _ = pictured
     quiet = next(p for p in prompts if not p.harmful)
     ask(page, quiet)
-    page.get_by_label("Message").fill("And what colour is it?")
+    page.get_by_label("Message", exact=True).fill("And what colour is it?")
     page.get_by_role("button", name="Send").click()
     expect(page.locator(".answer")).to_have_count(2)
     expect(page.get_by_role("status")).to_have_text("Done.", timeout=60_000)
     expect(page.locator(".question")).to_have_count(2)
 
 
+def test_a_refused_turn_is_left_out_and_that_is_said(page, pictured):
+    _, prompts, _ = pictured
+    harmful = next(p for p in prompts if p.harmful)
+    ask(page, harmful)
+    expect(page.locator(".turn .note").last).to_have_text(
+        "This turn is left out of what is sent next."
+    )
+    with page.expect_request("**/v1/chat/completions") as sent:
+        page.get_by_label("Message", exact=True).fill("Hello")
+        page.get_by_label("Message", exact=True).press("Enter")
+    assert [m["content"] for m in sent.value.post_data_json["messages"]] == ["Hello"]
+    expect(page.get_by_role("status")).to_have_text("Done.", timeout=60_000)
+
+
+def test_a_system_message_a_copy_and_another_answer(page):
+    page.get_by_text("System message").first.click()
+    page.get_by_label("System message").fill("Be short.")
+    page.get_by_label("Message", exact=True).fill("Name a colour.")
+    with page.expect_request("**/v1/chat/completions") as sent:
+        page.get_by_label("Message", exact=True).press("Enter")
+    assert [m["role"] for m in sent.value.post_data_json["messages"]] == ["system", "user"]
+    expect(page.get_by_role("status")).to_have_text("Done.", timeout=60_000)
+    expect(page.locator(".answer .note").last).to_have_text(
+        re.compile("The answer (is whole|was cut at its limit)")
+    )
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.get_by_role("button", name="Copy").click()
+    expect(page.get_by_role("status")).to_have_text("Copied.")
+    copied = page.evaluate("navigator.clipboard.readText()")
+    assert copied.strip() == page.locator(".answer .text").inner_text().strip()
+    with page.expect_request("**/v1/chat/completions") as again:
+        page.get_by_role("button", name="Regenerate").click()
+    assert again.value.post_data_json["messages"] == sent.value.post_data_json["messages"]
+    expect(page.get_by_role("status")).to_have_text("Done.", timeout=60_000)
+    expect(page.locator(".turn")).to_have_count(1)
+
+
+def test_the_chat_survives_a_reload(page, pictured):
+    _, prompts, _ = pictured
+    ask(page, next(p for p in prompts if not p.harmful))
+    text = page.locator(".answer .text").inner_text()
+    page.reload()
+    expect(page.locator(".answer .text")).to_have_text(text)
+    expect(page.locator(".question img")).to_be_visible()
+    page.get_by_role("button", name="New chat").click()
+    page.reload()
+    expect(page.locator(".turn")).to_have_count(0)
+
+
 def test_keys_alone_are_enough(page):
-    page.get_by_label("Message").focus()
+    page.get_by_label("Message", exact=True).focus()
     page.keyboard.type("Hello there")
     page.keyboard.press("Shift+Enter")
     page.keyboard.type("friend")
     page.keyboard.press("Enter")
     expect(page.get_by_role("status")).to_have_text("Done.", timeout=60_000)
     expect(page.locator(".question .text")).to_have_text("Hello there\nfriend")
-    expect(page.get_by_label("Message")).to_be_focused()
-    page.locator("summary").focus()
+    expect(page.get_by_label("Message", exact=True)).to_be_focused()
+    page.locator("#card summary").focus()
     page.keyboard.press("Enter")
     expect(page.locator("#facts")).to_contain_text("layer_input[18] @ prompt_end")
 
@@ -152,8 +201,8 @@ def test_errors_are_said(browser, url):
     page.goto(url)
     expect(page.get_by_role("status")).to_have_text("The server asks for its API key.")
     page.get_by_label("API key").fill("wrong")
-    page.get_by_label("Message").fill("Hello")
-    page.get_by_label("Message").press("Enter")
+    page.get_by_label("Message", exact=True).fill("Hello")
+    page.get_by_label("Message", exact=True).press("Enter")
     expect(page.get_by_role("status")).to_contain_text("expected the server's API key")
     expect(page.locator(".turn > .fired")).to_contain_text("not part of the chat")
     context.close()
@@ -161,8 +210,8 @@ def test_errors_are_said(browser, url):
 
 def test_words_of_a_person_are_never_markup(page):
     text = "<img src=x onerror=alert(1)>"
-    page.get_by_label("Message").fill(text)
-    page.get_by_label("Message").press("Enter")
+    page.get_by_label("Message", exact=True).fill(text)
+    page.get_by_label("Message", exact=True).press("Enter")
     expect(page.locator(".question .text")).to_have_text(text)
     expect(page.locator(".question img")).to_have_count(0)
     expect(page.get_by_role("status")).to_have_text("Done.", timeout=60_000)
@@ -182,7 +231,7 @@ def test_it_fits_a_phone(browser, url, scheme):
     context = browser.new_context(viewport={"width": 360, "height": 640}, color_scheme=scheme)
     opened = context.new_page()
     opened.goto(url)
-    expect(opened.get_by_label("Message")).to_be_visible()
+    expect(opened.get_by_label("Message", exact=True)).to_be_visible()
     width = opened.evaluate("document.documentElement.scrollWidth")
     assert width <= 360
     context.close()
@@ -196,7 +245,21 @@ def test_the_page_may_load_nothing_else(url):
     assert not re.search(r"https?://", answer.text)
     for name in ("page.js", "page.css"):
         assert requests.get(f"{url}/page/{name}", timeout=10).status_code == 200
-    assert requests.get(f"{url}/page/../app.py", timeout=10).status_code == 404
+    for path in ("/page/..%2fapp.py", "/page/%2e%2e/app.py"):
+        assert requests.get(url + path, timeout=10).status_code in (401, 404)
+
+
+def test_a_server_that_hides_scores(browser, tmp_path):
+    """The page says what fired, and no figure."""
+    command = [*CLI, "serve", "--context", 256]
+    with servers.running(command, tmp_path / "log") as server:
+        page = browser.new_page()
+        page.goto(server.url)
+        page.get_by_label("Message", exact=True).fill("Hello")
+        page.get_by_label("Message", exact=True).press("Enter")
+        expect(page.locator(".verdict li").first).to_contain_text("quiet")
+        assert not re.search(r"\d\.\d", page.locator(".verdict").inner_text())
+        page.close()
 
 
 def test_unsteered_answers_are_off_by_default(tmp_path):

@@ -23,13 +23,14 @@ from huggingface_hub.errors import ValidationError
 import steerbridge_hf
 import steerbridge_llama_cpp
 from helpers import CLI, chat_message
-from serving import NEW, Served, running
+from serving import NEW, Served, in_process, running
+from steerbridge_serve.service import Settings
 
 pytestmark = pytest.mark.llama_cpp
 
 
 ROOT = Path(__file__).resolve().parent.parent
-OLD_CLIENT = ROOT / ".venv-clients" / "bin" / "python"
+CLIENTS = ROOT / ".venv-clients" / "bin" / "python"
 
 
 @pytest.fixture(scope="module", params=["llama.cpp", "hf"])
@@ -49,8 +50,9 @@ def served(request, tmp_path_factory, smollm2_path, smollm2_f32_path):
     texts = [written(model.render(p)) for p in prompts]
     package = guard.save(folder / "guard.gguf")
     options = ("--package", package, "--model", path, "--runtime", request.param)
-    with running(folder, *options, "--context", 512, "--allow-unsteered") as url:
-        yield Served(url, prompts, texts, answers)
+    options += ("--context", 512, "--allow-unsteered", "--raw-prompts", "--show-scores")
+    with running(folder, *options) as url:
+        yield Served(url, prompts, texts, answers, request.param)
 
 
 def test_chats(served):
@@ -94,8 +96,10 @@ def test_openai_client(served):
         assert text == wanted.text
         assert chunks[-1].usage.completion_tokens == len(wanted.tokens)
         assert all(c.model_extra["steering"]["fired"] == served.prompts[i].harmful for c in chunks)
-    with pytest.raises(openai.UnprocessableEntityError, match="n: expected 1"):
-        client.chat.completions.create(model="any", messages=[chat_message(served.prompts[0])], n=2)
+    with pytest.raises(openai.UnprocessableEntityError, match=r"tools: expected .*llama-server"):
+        client.chat.completions.create(
+            model="any", messages=[chat_message(served.prompts[0])], tools=[{}]
+        )
 
 
 def test_inference_client(served):
@@ -125,26 +129,153 @@ def test_inference_client(served):
         client.text_generation("x", max_new_tokens=100_000)
 
 
-@pytest.mark.peers
-@pytest.mark.skipif(not OLD_CLIENT.is_file(), reason="make setup-clients")
-def test_text_generation_client(served):
-    """TGI's old client needs an older huggingface-hub, so it runs in its own environment."""
-    asked = {"prompts": served.texts, "chats": [p.text for p in served.prompts], "new": NEW}
+def elsewhere(script, url, asked):
+    """What a client in its own environment prints."""
     done = subprocess.run(
-        [OLD_CLIENT, ROOT / "tests/tgi/old_client.py", served.url],
+        [CLIENTS, ROOT / "tests" / "clients" / script, url],
         input=json.dumps(asked),
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    answers = json.loads(done.stdout)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.peers
+def test_no_request_that_the_description_allows_is_a_server_error(tmp_path):
+    """schemathesis, over the OpenAPI description that the server gives."""
+    if not (tester := CLIENTS.with_name("schemathesis")).is_file():
+        pytest.skip("make setup-clients")
+    with in_process(Settings(unsteered=True, raw_prompts=True, show_scores=True)) as server:
+        command = [tester, "run", f"{server.url}/openapi.json", "--checks", "not_a_server_error"]
+        command += ["--max-examples", "50", "--seed", "1", "--request-timeout", "20"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    assert "18 passed" in done.stdout
+
+
+other_environment = pytest.mark.skipif(not CLIENTS.is_file(), reason="make setup-clients")
+
+
+@pytest.mark.peers
+@other_environment
+def test_text_generation_client(served):
+    """TGI's old client."""
+    asked = {"prompts": served.texts, "chats": [p.text for p in served.prompts], "new": NEW}
+    answers = elsewhere("text_generation_client.py", served.url, asked)
     wanted = [[a.text, list(a.tokens)] for a in served.answers]
     assert answers["generate"] == wanted
     assert answers["stream"] == wanted
     assert answers["chat"] == [a.text for a in served.answers]
     assert answers["chat_stream"] == [a.text for a in served.answers]
     assert "max_new_tokens: expected 511 at most" in answers["error"]
+
+
+@pytest.mark.peers
+@other_environment
+def test_ollama_client(served):
+    follows = served.runtime == "llama.cpp"
+    asked = {"chats": [p.text for p in served.prompts], "new": NEW, "schema": follows}
+    answers = elsewhere("ollama_client.py", served.url, asked)
+    for i, wanted in enumerate(served.answers):
+        reason = {"length": "length", "stop": "stop"}[wanted.finish]
+        assert answers["chat"][i] == [wanted.text, reason, len(wanted.tokens)]
+    assert answers["stream"] == answers["generate"] == [a.text for a in served.answers]
+    assert answers["capabilities"] == ["completion"]
+    assert answers["refused"].startswith("422 tools: expected [] or nothing")
+    if follows:
+        assert isinstance(json.loads(answers["schema"])["n"], int)
+
+
+@pytest.mark.peers
+@other_environment
+def test_litellms_moderation_guardrail(served):
+    """It puts this guard in front of any other model."""
+    texts = [p.text for p in served.prompts]
+    passed = elsewhere("litellm_guardrail.py", served.url, texts)
+    assert passed == [["p"] if p.harmful else True for p in served.prompts]
+
+
+def test_moderations(served):
+    client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0)
+    texts = [p.text for p in served.prompts]
+    judged = client.moderations.create(input=texts)
+    assert [r.flagged for r in judged.results] == [p.harmful for p in served.prompts]
+    for prompt, answer, result in zip(served.prompts, served.answers, judged.results, strict=True):
+        score = answer.outcome.verdicts[0].score
+        assert result.category_scores.model_extra["p"] == pytest.approx(score, abs=1e-3)
+        alone = client.moderations.create(input=prompt.text).results[0]
+        assert alone.flagged == prompt.harmful
+
+
+def test_official_helpers_of_openai(served):
+    client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0)
+    messages = [chat_message(served.prompts[1])]
+    wanted = served.answers[1]
+    options = {"model": "any", "temperature": 0, "max_tokens": NEW}
+    with client.chat.completions.stream(messages=messages, **options) as stream:
+        try:
+            for _ in stream:
+                pass
+            completion = stream.get_final_completion()
+        except openai.LengthFinishReasonError as error:
+            completion = error.completion
+    message = completion.choices[0].message
+    assert (message.role, message.content) == ("assistant", wanted.text)
+    several = client.chat.completions.create(messages=messages, n=2, **options)
+    assert [c.message.content for c in several.choices] == [wanted.text] * 2
+    told = client.chat.completions.create(
+        messages=messages, logprobs=True, top_logprobs=2, **options
+    )
+    tokens = told.choices[0].logprobs.content
+    assert len(tokens) == len(wanted.tokens)
+    for token in tokens:
+        assert token.logprob == pytest.approx(token.top_logprobs[0].logprob, abs=1e-6)
+        assert token.top_logprobs[0].logprob >= token.top_logprobs[1].logprob
+    raw = client.completions.create(
+        model="any", prompt=served.texts[1], temperature=0, max_tokens=NEW, logprobs=1
+    )
+    assert raw.choices[0].text == wanted.text
+    assert len(raw.choices[0].logprobs.token_logprobs) == len(wanted.tokens)
+    name = client.models.list().data[0].id
+    assert client.models.retrieve(name).id == name
+
+
+def test_a_schema_is_followed(served):
+    shape = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": shape}}
+    answer = served.chat(1, response_format=form, max_tokens=64)
+    if served.runtime == "hf":
+        assert answer.status_code == 422
+        assert "json_schema is not supported" in answer.text
+        return
+    assert isinstance(json.loads(answer.json()["choices"][0]["message"]["content"])["n"], int)
+    for bad in (
+        {"$ref": "https://example.com/x.json"},
+        {"$ref": "#/nothing"},
+        {"type": "no such type"},
+        {"type": "string", "pattern": "^(a"},
+        {"type": "array", "items": {"type": "string"}, "minItems": 100_000},
+    ):
+        form["json_schema"]["schema"] = bad
+        answer = served.chat(1, response_format=form)
+        assert answer.status_code == 422, (bad, answer.text)
+        assert "json_schema" in answer.text
+    assert served.chat(1).status_code == 200
+
+
+def test_biases_and_penalties(served):
+    """Banned first tokens are not said; a penalty that llama.cpp has and transformers has not."""
+    plain = served.answers[1].tokens
+    banned = served.chat(1, logit_bias={str(plain[0]): -100}, logprobs=True).json()
+    first = banned["choices"][0]["logprobs"]["content"][0]["token"]
+    allowed = served.chat(1, logprobs=True).json()
+    assert first != allowed["choices"][0]["logprobs"]["content"][0]["token"]
+    penalised = served.chat(1, frequency_penalty=1.5)
+    assert penalised.status_code == (200 if served.runtime == "llama.cpp" else 422)
+    out = served.chat(1, logit_bias={"99999999": 1})
+    assert out.status_code == 422, out.text
 
 
 def test_generate_and_its_stream_say_what_was_decided(served):
@@ -197,9 +328,9 @@ def test_info_and_metrics(served):
     [
         ("/generate", {"inputs": ""}, "inputs: String should have at least 1 character"),
         ("/generate", {"inputs": "x", "parameters": {"best_of": 2}}, "best_of: expected 1"),
-        ("/generate", {"inputs": "x", "parameters": {"grammar": {}}}, "grammar"),
+        ("/generate", {"inputs": "x", "parameters": {"grammar": {}}}, "parameters.grammar.type"),
         ("/generate", {}, "inputs: Field required"),
-        ("/generate", {"inputs": "word " * 600}, "inputs: expected 412 tokens at most"),
+        ("/generate", {"inputs": "word " * 600}, "inputs: expected 511 tokens at most"),
         ("/v1/chat/completions", {"messages": []}, "messages"),
         (
             "/v1/chat/completions",
@@ -224,6 +355,8 @@ def test_info_and_metrics(served):
 )
 def test_bad_requests_name_the_field(served, path, body, reason):
     for stream in (False, True):
+        if stream and path == "/generate":
+            path = "/generate_stream"
         answer = requests.post(served.url + path, json={**body, "stream": stream}, timeout=30)
         assert answer.status_code == 422, answer.text
         error = answer.json()["error"]
@@ -267,7 +400,7 @@ def test_images_reach_the_model(tmp_path, demo_files):
         )
         answer = requests.post(f"{url}/v1/chat/completions", json={"messages": [large]}, timeout=30)
         assert answer.status_code == 422
-        assert "100000 pixels at most" in answer.json()["error"]["message"]
+        assert "100000 pixels at most in all" in answer.json()["error"]["message"]
 
 
 @pytest.mark.slow
@@ -280,7 +413,8 @@ def test_without_arguments_the_demo_is_served(tmp_path):
     }
     with running(tmp_path) as url:
         for text, harmful in asked.items():
-            body = {"messages": [{"role": "user", "content": text}], "temperature": 0}
+            message = {"role": "user", "content": text}
+            body = {"messages": [message], "temperature": 0, "max_tokens": 100}
             answer = requests.post(f"{url}/v1/chat/completions", json=body, timeout=60).json()
             assert answer["steering"]["fired"] is harmful
             assert refuses(answer["choices"][0]["message"]["content"]) is harmful

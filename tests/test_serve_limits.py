@@ -32,7 +32,7 @@ def busy(tmp_path_factory, smollm2_f32_path):
     model.llama.close()
     path = guard.save(folder / "guard.gguf")
     options = ("--package", path, "--model", smollm2_f32_path, "--context", 512)
-    options += ("--waiting", 2, "--max-body-mib", 1)
+    options += ("--waiting", 2, "--max-body-mib", 1, "--raw-prompts")
     with running(folder, *options, STEERBRIDGE_API_KEY="secret") as url:
         yield Served(url, prompts, [], answers)
 

@@ -1,21 +1,22 @@
-"""Parts of `steerbridge serve` without HTTP: its queue, and stop sequences."""
+"""Parts of `steerbridge serve` without HTTP: the life of a job, and stop sequences."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
+import time
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from steerbridge.serving import Ended, Question, Sampling, Token
-from steerbridge_serve.answers import Text
-from steerbridge_serve.worker import Job, Overloaded, Worker
+from steerbridge.serving import Cancelled, Ended, Prompt, Question, Sampling, Token
+from steerbridge_serve.text import Text
+from steerbridge_serve.worker import Finish, Job, State, Worker
 
 
 class Slow:
-    """An engine that produces a token only when the test releases it."""
+    """An engine that produces a token, or checks, only when the test releases it."""
 
     name, context, vision = "slow", 100, False
 
@@ -23,55 +24,150 @@ class Slow:
         self.go = threading.Semaphore(0)
         self.begun = []
 
-    def answer(self, question, sampling, emit):
+    def prompt(self, question):
+        return Prompt(question.prompt, ())
+
+    def answer(self, question, sampling, emit, check):
         self.begun.append(question.prompt)
-        for n in range(sampling.max_new_tokens):
+        if question.prompt == "bad":
+            raise RuntimeError("no")
+        for n in range(sampling.max_new_tokens or 100):
             self.go.acquire()
+            check()
             if not emit(Token(n, b"x"), None):
                 return Ended("stopped", 1, None)
         return Ended("length", 1, None)
 
 
-def test_the_queue_is_bounded_and_cancelled_jobs_are_never_begun():
+def job(prompt, new=2, stop=()):
+    return Job(lambda: Question(prompt=prompt), Sampling(new), Text(stop, includes=False))
+
+
+async def events(one):
+    """All events of a job, an error as the last."""
+    seen = []
+    while not seen or not isinstance(seen[-1], Finish | Exception):
+        try:
+            seen.append(await asyncio.wait_for(one.event(), 5))
+        except Exception as error:
+            seen.append(error)
+    return seen
+
+
+async def begun(engine, count=1):
+    while len(engine.begun) < count:
+        await asyncio.sleep(0.01)
+
+
+def test_a_cancelled_job_leaves_the_queue_at_once_and_is_never_begun():
     engine = Slow()
-    worker = Worker(engine, 2)
+    worker = Worker(engine)
 
     async def run():
-        jobs = [Job(Question(prompt=str(n)), Sampling(2)) for n in range(4)]
-        worker.submit(jobs[0])
-        while not engine.begun:
-            await asyncio.sleep(0.01)
-        worker.submit(jobs[1])
-        worker.submit(jobs[2])
-        with pytest.raises(Overloaded):
-            worker.submit(jobs[3])
-        jobs[1].cancel()
+        jobs = [job(str(n)) for n in range(3)]
+        for one in jobs:
+            worker.submit(one)
+        await begun(engine)
+        assert worker.waiting == 2
+        worker.cancel(jobs[1])
+        assert worker.waiting == 1
+        assert [type(e) for e in await events(jobs[1])] == [Cancelled]
         engine.go.release(4)
-        return [[type(e).__name__ async for e in j.events()] for j in (jobs[0], jobs[2])]
+        whole = [[type(e).__name__ for e in await events(j)] for j in (jobs[0], jobs[2])]
+        assert whole == [["Step", "Step", "Finish"]] * 2
+        assert [j.state for j in jobs] == [State.ENDED, State.CANCELLED, State.ENDED]
 
-    assert asyncio.run(run()) == [["Step", "Step", "Ended"]] * 2
+    asyncio.run(run())
     worker.close()
     assert engine.begun == ["0", "2"]
 
 
+def test_a_running_job_ends_at_its_next_check_and_says_so():
+    engine = Slow()
+    worker = Worker(engine)
+
+    async def run():
+        one = job("x", 50)
+        worker.submit(one)
+        await begun(engine)
+        worker.cancel(one)
+        engine.go.release()
+        assert [type(e) for e in await events(one)] == [Cancelled]
+
+    asyncio.run(run())
+    worker.close()
+
+
+@pytest.mark.parametrize("queued", [0, 3])
+def test_closing_ends_every_job_with_an_event(queued):
+    engine = Slow()
+    worker = Worker(engine)
+
+    async def run():
+        jobs = [job(str(n), 50) for n in range(1 + queued)]
+        for one in jobs:
+            worker.submit(one)
+        await begun(engine)
+        start = time.monotonic()
+        closing = asyncio.create_task(asyncio.to_thread(worker.close))
+        await asyncio.sleep(0.05)
+        engine.go.release()
+        await closing
+        assert time.monotonic() - start < 2
+        for one in jobs:
+            assert isinstance((await events(one))[-1], Cancelled)
+        late = job("late")
+        worker.submit(late)
+        assert isinstance((await events(late))[-1], Cancelled)
+
+    asyncio.run(run())
+    assert not worker.alive
+
+
 def test_an_engine_that_fails_fails_one_request():
-    class Broken(Slow):
-        def answer(self, question, sampling, emit):
-            if question.prompt == "bad":
-                raise RuntimeError("no")
-            return Ended("length", 1, None)
+    engine = Slow()
+    worker = Worker(engine)
 
-    worker = Worker(Broken(), 2)
+    async def run():
+        bad, good = job("bad"), job("good")
+        worker.submit(bad)
+        worker.submit(good)
+        engine.go.release(2)
+        assert str((await events(bad))[-1]) == "no"
+        assert isinstance((await events(good))[-1], Finish)
 
-    async def run(prompt):
-        job = Job(Question(prompt=prompt), Sampling(1))
-        worker.submit(job)
-        return [e async for e in job.events()]
-
-    with pytest.raises(RuntimeError, match="no"):
-        asyncio.run(run("bad"))
-    assert len(asyncio.run(run("good"))) == 1
+    asyncio.run(run())
     assert worker.alive
+    worker.close()
+
+
+def test_stops_are_found_where_the_tokens_are():
+    """The finish and the counts cannot race with the client: no token follows the stop."""
+    engine = Slow()
+    worker = Worker(engine)
+
+    async def run():
+        one = job("x", 50, ("xxx",))
+        worker.submit(one)
+        engine.go.release(50)
+        *steps, finish = await events(one)
+        assert (finish.reason, finish.tokens, len(steps)) == ("stop_sequence", 3, 3)
+        assert "".join(step.text for step in steps) + finish.text == ""
+
+    asyncio.run(run())
+    worker.close()
+
+
+def test_tokens_of_a_prompt_wait_their_turn():
+    engine = Slow()
+    worker = Worker(engine)
+
+    async def run():
+        asked = Job(lambda: Question(prompt="abc"), None)
+        worker.submit(asked)
+        assert await asked.event() == Prompt("abc", ())
+
+    asyncio.run(run())
     worker.close()
 
 

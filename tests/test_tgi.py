@@ -383,8 +383,12 @@ def test_every_rank_decides_as_the_first_one(llama, prompts, tmp_path):
     first, second = (helpers.last_json(r.communicate(timeout=120)[0]) for r in running)
     assert first == second
     assert first[1][0] == (own > other)
+    # Answers that go on as new requests keep what fired, on every rank.
+    was, now = first[1][: len(prompts)], first[1][len(prompts) :]
+    assert len(set(was)) == 2
+    assert all(n for w, n in zip(was, now, strict=True) if w)
     told = [e for e in events(tmp_path) if e["event"] == "verdict"]
-    assert len(told) == len(prompts)  # the first rank alone tells
+    assert len(told) == 2 * len(prompts)  # the first rank alone tells
 
 
 def test_another_model_unless_its_difference_is_ignored(llama, prompts, tmp_path, monkeypatch):

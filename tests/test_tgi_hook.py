@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -168,8 +169,9 @@ if sys.argv[1] == "attached":
 server = socket.socket(socket.AF_UNIX)
 server.bind(sys.argv[2])
 server.listen()
+time.sleep(0.12)  # longer than until the first look, and shorter than until it is killed
+print("served", flush=True)
 time.sleep(2)
-print("served")
 """
 
 
@@ -190,6 +192,19 @@ def test_a_shard_that_listens_without_its_package_ends_the_run(tmp_path, kind, c
     events = json_lines(log.read_text())
     assert "nonce" not in str(events)
     assert events[-1]["event"] == ("stopped" if code else "active")
+
+
+def test_what_a_program_leaves_behind_ends_with_it_if_nothing_was_guarded(tmp_path):
+    """A shard that was still loading when its launcher ended."""
+    pytest.importorskip("elftools", reason="needs the extra `run`")
+    guard = standard(TinyModel())["head"].package.save(tmp_path / "guard.gguf")
+    late = f"import time; time.sleep(2); open({str(tmp_path / 'served')!r}, 'w')"
+    script = f'{sys.executable} -S -c "$0" & sleep 0.3'
+    run = [*CLI, "run", "--package", str(guard), "--", "sh", "-c", script, late]
+    done = subprocess.run(run, capture_output=True, text=True, check=False)
+    assert done.returncode == 78, done.stderr
+    time.sleep(2.5)
+    assert not (tmp_path / "served").exists()
 
 
 def test_a_service_without_its_package_is_not_made(

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from steerbridge.errors import DataError, Problem, UnsupportedFeature
+from steerbridge.serving import Picture
 from steerbridge_llama_cpp._tracker import RequestTracker
 from steerbridge_llama_cpp.native import RUNTIME
 
@@ -112,9 +113,9 @@ class MediaPrompts:
         handler._init_mtmd_context(llama)
         self.marker: str = handler._mtmd_cpp.mtmd_default_marker().decode()
 
-    def evaluate(self, text: str, images: Sequence[Path | bytes]) -> list[int]:
+    def evaluate(self, text: str, images: Sequence[Path | Picture]) -> list[int]:
         """Clear the cache and evaluate a rendered prompt, whose markers stand for the images
-        (files, or their bytes).
+        (files, or decoded ones).
 
         Returns its token ids (0 for the rows of an image). Given these, `Llama.generate`
         continues without evaluating anything again.
@@ -134,7 +135,7 @@ class MediaPrompts:
                 self._evaluate(chunk)
         return list(map(int, self.llama.input_ids[: self.llama.n_tokens]))
 
-    def tokens(self, text: str, images: Sequence[Path | bytes]) -> list[int]:
+    def tokens(self, text: str, images: Sequence[Path | Picture]) -> list[int]:
         """The token ids that `evaluate` returns, without evaluating anything.
 
         Raises:
@@ -145,18 +146,21 @@ class MediaPrompts:
             chunks = self._chunks(text, images, stack)
             return [id for chunk in each_chunk(mtmd, chunks) for id in self._ids(chunk)]
 
-    def _bitmap(self, mtmd: Any, image: Path | bytes, stack: contextlib.ExitStack) -> Any:
-        content = image if isinstance(image, bytes) else image.read_bytes()
-        try:
-            bitmap = self.handler._create_bitmap_from_bytes(content)
-        except ValueError as error:
-            where = image if isinstance(image, Path) else None
-            raise DataError(Problem("image", "one that libmtmd reads", str(error)), where) from None
+    def _bitmap(self, mtmd: Any, image: Path | Picture, stack: contextlib.ExitStack) -> Any:
+        if isinstance(image, Picture):
+            pixels = (ctypes.c_uint8 * len(image.rgb)).from_buffer_copy(image.rgb)
+            bitmap = mtmd.mtmd_bitmap_init(image.width, image.height, pixels)
+        else:
+            try:
+                bitmap = self.handler._create_bitmap_from_bytes(image.read_bytes())
+            except ValueError as error:
+                problem = Problem("image", "one that libmtmd reads", str(error))
+                raise DataError(problem, image) from None
         stack.callback(mtmd.mtmd_bitmap_free, bitmap)
         return bitmap
 
     def _chunks(
-        self, text: str, images: Sequence[Path | bytes], stack: contextlib.ExitStack
+        self, text: str, images: Sequence[Path | Picture], stack: contextlib.ExitStack
     ) -> Any:
         mtmd = self.handler._mtmd_cpp
         bitmaps = [self._bitmap(mtmd, image, stack) for image in images]

@@ -19,6 +19,7 @@ from steerbridge.errors import DataError, Problem, UnsupportedFeature
 from steerbridge.fingerprint import ModelFacts
 from steerbridge.package import SteeringPackage
 from steerbridge.runtime import Generation, Progress
+from steerbridge.serving import Question, chat_messages, template_errors
 from steerbridge.spec import SPEC_VERSION, ImageMean, LinearProbe, Reading, SteeringSpec
 from steerbridge.stats import log_probability
 from steerbridge.tensors import Tensor
@@ -126,26 +127,33 @@ class LlamaCppModel:
         self.llama.reset()  # the same batches whatever the cache held
         return self.render(prompt)
 
-    def evaluated_chat(
-        self, messages: Sequence[dict[str, Any]], images: Sequence[bytes] = (), prompt: str = ""
-    ) -> list[int]:
-        """Token ids for `Llama.generate`: of a chat, or of a prompt used verbatim.
+    def evaluated(self, question: Question) -> list[int]:
+        """Token ids of a question, for `Llama.generate`.
 
-        Without images nothing is evaluated yet, so that cached prefixes are used. Parts of the
-        type `image` in the messages stand for the images, in order.
+        Without pictures nothing is evaluated yet, so that cached prefixes are used.
 
         Raises:
-            UnsupportedFeature: images without a vision tower, a chat without a template.
-            DataError: an image that cannot be read, a prompt that does not fit the context.
+            UnsupportedFeature: pictures without a vision tower, a chat without a template.
+            DataError: messages that the template does not take, a prompt that does not fit.
         """
-        if not messages:
-            return list(self.llama.tokenize(prompt.encode(), special=True))
-        text = self._rendered([{**m, "content": self._flat(m["content"])} for m in messages])
-        if images:
-            return self._images.evaluate(text.prompt, images)
-        return list(
-            self.llama.tokenize(text.prompt.encode(), add_bos=not text.added_special, special=True)
-        )
+        if question.pictures:
+            return self._images.evaluate(self.written(question)[0], question.pictures)
+        return self.tokens(question)
+
+    def written(self, question: Question) -> tuple[str, bool]:
+        """The text of a question, markers in it for pictures, and whether it begins with the
+        token that the tokenizer would add."""
+        if not question.messages:
+            return question.prompt, False
+        messages = [{**m, "content": self._flat(m["content"])} for m in chat_messages(question)]
+        with template_errors():
+            text = self._rendered(messages)
+        return text.prompt + question.prefill, bool(text.added_special)
+
+    def tokens(self, question: Question) -> list[int]:
+        """Token ids of a question without pictures."""
+        text, begun = self.written(question)
+        return list(self.llama.tokenize(text.encode(), add_bos=not begun, special=True))
 
     def _flat(self, content: Any) -> str:
         """The text of a message, a marker for each image."""
@@ -196,13 +204,14 @@ class LlamaCppModel:
         """The text of tokens; `Llama.detokenize` drops every token of more than 32 bytes."""
         return b"".join(map(self.piece, tokens)).decode("utf-8", "replace")
 
-    def piece(self, token: int) -> bytes:
-        """The bytes of a token, possibly part of a character; empty for a special token."""
+    def piece(self, token: int, special: bool = False) -> bytes:
+        """The bytes of a token, possibly part of a character; empty for a special token, unless
+        `special` asks for its name."""
         size = 32
         while True:
             buffer = ctypes.create_string_buffer(size)
             vocab = self.llama._model.vocab
-            length = llama_cpp.llama_token_to_piece(vocab, token, buffer, size, 0, False)
+            length = llama_cpp.llama_token_to_piece(vocab, token, buffer, size, 0, special)
             if length >= 0:
                 return buffer.raw[:length]
             size = -length  # the size it needs
@@ -252,7 +261,12 @@ class LlamaCppModel:
 
     def log_probability(self, token: int) -> float:
         """Of a token, from the logits of the last row."""
-        return log_probability(self.llama._ctx.get_logits_ith(-1)[: self.llama.n_vocab()], token)
+        return log_probability(self.last_logits, token)
+
+    @property
+    def last_logits(self) -> Any:
+        """The logits [V] of the last row."""
+        return self.llama._ctx.get_logits_ith(-1)[: self.llama.n_vocab()]
 
     # -------------------------------------------------------- capture
 

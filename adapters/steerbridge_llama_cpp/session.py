@@ -7,7 +7,7 @@ not patched. The requests are followed by a `RequestTracker` (see `_tracker.py`)
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any, Final
 
 import llama_cpp
@@ -30,7 +30,10 @@ class Session(Attachment):
 
     Attributes are those of `steerbridge.runtime.Attachment`. A `Llama` runs one request at a
     time, so `current` belongs to its `generate()` call, in whichever thread that runs.
+    `between_batches` is called after every batch; what it raises ends the request.
     """
+
+    between_batches: Callable[[], None] | None = None
 
     def __init__(
         self,
@@ -99,6 +102,11 @@ class Session(Attachment):
         llama._ctx = llama._stack.enter_context(contextlib.closing(context))
         return context
 
+    def _after_batch(self) -> None:
+        self._tracker.after_batch()
+        if self.between_batches is not None:
+            self.between_batches()
+
     def _new_context(self, steered: bool) -> Any:
         llama = self._llama
         options = {
@@ -110,7 +118,7 @@ class Session(Attachment):
             SteeredContext(
                 self._package,
                 ignore=self._ignore,
-                after_batch=self._tracker.after_batch,
+                after_batch=self._after_batch,
                 keep_rows=self._tracker.keeps_rows,
                 **options,
             )

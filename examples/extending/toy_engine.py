@@ -12,16 +12,23 @@ from typing import Any
 from steerbridge import SteeringPackage
 from steerbridge.errors import UnsupportedFeature
 from steerbridge.serving import (
+    Check,
     Emit,
     Ended,
+    Prompt,
     Question,
     Sampling,
     Token,
     chat_messages,
-    check_room,
+    check_sampling,
+    room,
 )
 from steerbridge.stats import log_probability
 from toy_runtime import NAME, Guard, ToyModel
+
+# The fields of Sampling that this engine does not do.
+SAMPLING = ("temperature", "repetition_penalty", "frequency_penalty", "presence_penalty")
+SAMPLING += ("logit_bias", "json_schema", "top_logprobs")
 
 
 class ToyEngine:
@@ -43,20 +50,30 @@ class ToyEngine:
         self.name = self._model.facts.name
         self.context = min(context, self._model.context) if context else self._model.context
 
-    def answer(self, question: Question, sampling: Sampling, emit: Emit) -> Ended:
+    def prompt(self, question: Question) -> Prompt:
         """See `Engine`."""
-        if question.images or sampling.temperature or sampling.repetition_penalty != 1:
-            raise UnsupportedFeature(NAME, "images and sampling", "temperature 0")
+        if question.pictures:
+            raise UnsupportedFeature(NAME, "pictures")
         tokenizer = self._model.tokenizer
         text = question.prompt
         if question.messages:
-            text = tokenizer.render(chat_messages(question))
+            text = tokenizer.render(chat_messages(question)) + question.prefill
         ids = tokenizer.encode(text)
-        check_room(len(ids), sampling, self.context)
+        return Prompt(text, tuple(Token(id, tokenizer.decode([id])) for id in ids))
+
+    def answer(self, question: Question, sampling: Sampling, emit: Emit, check: Check) -> Ended:
+        """See `Engine`."""
+        check_sampling(NAME, sampling, *SAMPLING)
+        tokenizer = self._model.tokenizer
+        ids = [token.id for token in self.prompt(question).tokens]
+        limit = room(len(ids), sampling, self.context)
         guard = Guard(self.package, len(ids)) if question.steered else None
         outcome = None
-        for id, logits in self._model.answer(ids, guard, sampling.max_new_tokens):
+        for id, logits in self._model.answer(ids, guard, max(limit, 1)):
+            check()
             outcome = guard.outcome if guard else None  # known before the first token
+            if not limit:
+                break
             ends = id == tokenizer.end
             token = Token(id, tokenizer.decode([id]), ends, log_probability(logits, id))
             if not emit(token, outcome):

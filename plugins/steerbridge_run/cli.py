@@ -18,6 +18,7 @@ from steerbridge.fingerprint import text_sha256
 from steerbridge.package import SteeringPackage, load
 from steerbridge_run import preload, programs, supervisor, watchdog
 
+UNREAD_SECONDS = 0.3  # until what a program said before its end is read
 UNGUARDED = 78  # exit code: nothing was answered, because it would not have been guarded
 
 Command = Annotated[list[str], typer.Argument(help="The program and its arguments, after --.")]
@@ -73,6 +74,8 @@ def run(
         guard.start()
         code = supervisor.run(command, environment)
         guard.close()
+        if not listener.is_active(UNREAD_SECONDS):
+            watchdog.kill_all()  # what it left behind may still load a model
         listener.close()
     if listener.stopped:
         sys.exit(UNGUARDED)

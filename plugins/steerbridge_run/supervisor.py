@@ -164,6 +164,13 @@ class Supervisor:
             self._log = None
             note(f"the log is given up: {error}")
 
+    def is_active(self, seconds: float) -> bool:
+        """Whether a process has said that a model is guarded; waits so long for it."""
+        end = time.monotonic() + seconds
+        while not self.active and time.monotonic() < end:
+            time.sleep(0.01)
+        return self.active > 0
+
     def close(self, seconds: float = 2.0) -> None:
         """Read the events sent before the program ended."""
         self._socket.shutdown(socket.SHUT_RDWR)  # accept() still returns what has connected

@@ -75,7 +75,7 @@ class Watchdog:
     stop: Callable[[str], None]
     _kinds: dict[tuple[int, int, int], str] = field(default_factory=dict)
     _seen: dict[int, frozenset[str]] = field(default_factory=dict)
-    _listening: dict[int, int] = field(default_factory=dict)  # looks at a shard
+    _listening: dict[int, int] = field(default_factory=dict)  # looks at a shard, which is stopped
     _closed: threading.Event = field(default_factory=threading.Event)
 
     def start(self) -> None:
@@ -86,6 +86,8 @@ class Watchdog:
     def close(self) -> None:
         """Look no more."""
         self._closed.set()
+        for pid in list(self._listening):
+            self._go_on(pid)
 
     def _watch(self) -> None:
         while not self._closed.wait(SECONDS):
@@ -118,15 +120,25 @@ class Watchdog:
 
     def _shard_fault(self, pid: int) -> str:
         """Why a shard of TGI must end; empty if it need not, or is none."""
-        if self.attached(pid) or not _SHARD.search(_command(pid)) or not _listens(pid):
+        if self.attached(pid):
+            self._go_on(pid)
             return ""
-        self._listening[pid] = looks = self._listening.get(pid, 0) + 1
+        if not _SHARD.search(_command(pid)) or not _listens(pid):
+            return ""
+        looks = self._listening.get(pid, 0) + 1
+        if looks == 1:  # it answers nobody while what it said before may still have to be read
+            _signal(pid, signal.SIGSTOP)
+        self._listening[pid] = looks
         if looks < _LOOKS:
             return ""
         return (
             f"process {pid} ({_name(pid)}) serves a model of TGI without the package: install "
             "steerbridge into the server's environment, and start it without `-S`"
         )
+
+    def _go_on(self, pid: int) -> None:
+        if self._listening.pop(pid, 0):
+            _signal(pid, signal.SIGCONT)
 
     def _kind(self, path: str) -> str:
         """`model`, `guard` (the preload), `hidden` (llama.cpp that cannot be hooked), or empty."""
@@ -202,5 +214,9 @@ def _name(pid: int) -> str:
 def kill_all() -> None:
     """Kill every process that this one started, and those that they started."""
     for pid in descendants(os.getpid()):
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.kill(pid, signal.SIGKILL)
+        _signal(pid, signal.SIGKILL)
+
+
+def _signal(pid: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.kill(pid, number)

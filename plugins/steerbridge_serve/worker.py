@@ -1,79 +1,102 @@
-"""One thread owns the model; jobs wait for it in a bounded queue."""
+"""One thread owns the model; jobs wait for it in a queue.
+
+A job is queued, running, ended or cancelled. Whatever happens to it, the last of its events says
+how it ended, so nobody waits for ever. Who may queue is decided before (`admission.py`).
+"""
 
 from __future__ import annotations
 
 import asyncio
-import queue
+import enum
 import threading
-from collections.abc import AsyncIterator
+import time
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from steerbridge.errors import SteerbridgeError
 from steerbridge.runtime import Outcome
-from steerbridge.serving import Ended, Engine, Question, Sampling, Token
-
-
-class Overloaded(SteerbridgeError):
-    """The queue is full; try again later."""
+from steerbridge.serving import Cancelled, Engine, Prompt, Question, Sampling, Token
+from steerbridge_serve.text import Text
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A token, and the outcome once it is known."""
+    """A token, the text that can be sent after it, and the outcome once it is known."""
 
     token: Token
+    text: str
     outcome: Outcome | None
 
 
-Event = Step | Ended | BaseException
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """The end of an answer.
+
+    Attributes:
+        reason: `eos_token`, `length` or `stop_sequence`.
+        text: what was held back until now.
+        tokens: of the answer, the one that ended it included.
+        prompt_ns, answer_ns: nanoseconds until the first token, and from there to the last.
+    """
+
+    reason: str
+    text: str
+    prompt_tokens: int
+    tokens: int
+    outcome: Outcome | None
+    prompt_ns: int
+    answer_ns: int
 
 
-@dataclass(slots=True)
+class State(enum.Enum):
+    QUEUED = "queued"
+    RUNNING = "running"
+    ENDED = "ended"
+    CANCELLED = "cancelled"
+
+
+Event = Step | Finish | Prompt | BaseException
+
+
+@dataclass(slots=True, eq=False)
 class Job:
-    """A request in progress. Its events are read on the event loop that created it."""
+    """One answer, or with `sampling` None only the prompt's tokens. Its events are read on the
+    event loop that created it."""
 
-    question: Question
-    sampling: Sampling
+    ask: Callable[[], Question]  # called on the model's thread: it decodes pictures
+    sampling: Sampling | None
+    text: Text = field(default_factory=lambda: Text((), includes=False))
+    state: State = State.QUEUED
+    outcome: Outcome | None = None
+    tokens: int = 0
     _loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
     _events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
-    _cancelled: threading.Event = field(default_factory=threading.Event)
-
-    def cancel(self) -> None:
-        """Cancel: the job stops at its next token, or never starts."""
-        self._cancelled.set()
-
-    @property
-    def cancelled(self) -> bool:
-        return self._cancelled.is_set()
 
     def put(self, event: Event) -> None:
-        """Add an event; called on the worker's thread."""
-        self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+        """Add an event; called on the model's thread."""
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
 
-    async def events(self) -> AsyncIterator[Step | Ended]:
-        """The steps, then `Ended`.
+    async def event(self) -> Step | Finish | Prompt:
+        """The next event.
 
-        Raises: what the engine raised.
+        Raises: what the engine raised; Cancelled.
         """
-        while True:
-            event = await self._events.get()
-            if isinstance(event, BaseException):
-                raise event
-            yield event
-            if isinstance(event, Ended):
-                return
+        event = await self._events.get()
+        if isinstance(event, BaseException):
+            raise event
+        return event
 
 
 class Worker:
-    """Answers jobs one at a time.
+    """Answers jobs one at a time, in the order in which they came."""
 
-    Args:
-        waiting: jobs that may wait while one is answered.
-    """
-
-    def __init__(self, engine: Engine, waiting: int) -> None:
-        self.engine, self.size = engine, waiting
-        self._queue: queue.Queue[Job | None] = queue.Queue(waiting)
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._jobs: deque[Job] = deque()
+        self._changed = threading.Condition()
+        self._closing = False
+        self._running: Job | None = None
         self._thread = threading.Thread(target=self._run, name="steerbridge-model", daemon=True)
         self._thread.start()
 
@@ -83,35 +106,83 @@ class Worker:
 
     @property
     def waiting(self) -> int:
-        return self._queue.qsize()
+        return len(self._jobs)
 
     def submit(self, job: Job) -> None:
-        """Queue a job.
+        """Queue a job. While the worker closes, it is cancelled instead."""
+        with self._changed:
+            self._jobs.append(job)
+            if self._closing:
+                self._cancel(job)
+            self._changed.notify()
 
-        Raises:
-            Overloaded: the queue is full.
-        """
-        try:
-            self._queue.put_nowait(job)
-        except queue.Full:
-            raise Overloaded("the queue is full") from None
+    def cancel(self, job: Job) -> None:
+        """End a job: at once if it waits, at the next token or batch of its prompt if it runs."""
+        with self._changed:
+            self._cancel(job)
 
     def close(self) -> None:
-        """End the thread after the queued jobs."""
-        self._queue.put(None)
+        """Cancel all jobs and end the thread."""
+        with self._changed:
+            self._closing = True
+            for job in [*self._jobs, *([self._running] if self._running else [])]:
+                self._cancel(job)
+            self._changed.notify()
         self._thread.join()
 
+    def _cancel(self, job: Job) -> None:
+        if job.state is State.QUEUED:
+            self._jobs.remove(job)
+            job.put(Cancelled())
+        if job.state in (State.QUEUED, State.RUNNING):
+            job.state = State.CANCELLED
+
     def _run(self) -> None:
-        while (job := self._queue.get()) is not None:
-            if not job.cancelled:
-                self._answer(job)
+        while (job := self._next()) is not None:
+            try:
+                event: Event = self._answered(job)
+            except BaseException as error:  # told to the client; the next job is not affected
+                event = error
+            with self._changed:
+                self._running = None
+                if job.state is State.RUNNING:
+                    job.state = State.ENDED
+            job.put(event)
 
-    def _answer(self, job: Job) -> None:
+    def _next(self) -> Job | None:
+        with self._changed:
+            while not self._jobs and not self._closing:
+                self._changed.wait()
+            if not self._jobs:
+                return None
+            job = self._running = self._jobs.popleft()
+            job.state = State.RUNNING
+            return job
+
+    def _answered(self, job: Job) -> Event:
+        question = job.ask()
+        if job.sampling is None:
+            return self.engine.prompt(question)
+        begun = first = time.perf_counter_ns()
+
+        def check() -> None:
+            if job.state is State.CANCELLED:
+                raise Cancelled
+
         def emit(token: Token, outcome: Outcome | None) -> bool:
-            job.put(Step(token, outcome))
-            return not job.cancelled
+            nonlocal first
+            if not job.tokens:
+                first = time.perf_counter_ns()
+            job.tokens += 1
+            job.outcome = outcome
+            job.put(Step(token, job.text.add(token), outcome))
+            check()
+            return not job.text.stopped
 
-        try:
-            job.put(self.engine.answer(job.question, job.sampling, emit))
-        except Exception as error:  # reported to the client; the next job is not affected
-            job.put(error)
+        check()
+        ended = self.engine.answer(question, job.sampling, emit, check)
+        job.outcome = ended.outcome
+        rest = job.text.end()
+        reason = "stop_sequence" if job.text.stopped else ended.finish
+        times = (first - begun, time.perf_counter_ns() - first)
+        return Finish(reason, rest, ended.prompt_tokens, job.tokens, ended.outcome, *times)

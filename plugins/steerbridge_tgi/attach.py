@@ -29,7 +29,6 @@ _FLAT: Final = "FlashCausalLM"
 # These lay out batches in a way that `rows` does not support, or do not run at all.
 _REFUSED: Final = ("Mamba", "Seq2SeqLM", "IdeficsCausalLM", "TransformersFlashVlmCausalLM")
 _STATIC_ROWS: Final = 1024  # of an eager pass; larger passes do not use the static buffer
-_LENGTH: Final = 0  # FINISH_REASON_LENGTH of the server's protocol
 _RPCS: Final = ("Prefill", "Decode", "FilterBatch", "ClearCache")
 
 
@@ -213,7 +212,7 @@ def _wrap_padded(gates: Gates, model: Any, reporter: Reporter) -> None:
         # It runs the forward pass first, then samples.
         model.forward = functools.partial(forward, batch)
         try:
-            return _noting_lengths(gates, original(batch))
+            return _noting_lengths(gates, model, batch, original(batch))
         finally:
             del model.forward
 
@@ -243,17 +242,24 @@ def _wrap_flat(gates: Gates, model: Any, reporter: Reporter) -> None:
 
     @functools.wraps(generates)
     def generate_token(batch: Any) -> Any:
-        return _noting_lengths(gates, generates(batch))
+        return _noting_lengths(gates, model, batch, generates(batch))
 
     model.forward, model.generate_token = forward, generate_token
 
 
-def _noting_lengths(gates: Gates, result: Any) -> Any:
-    """What `generate_token` returned; requests that ended for length may go on as others."""
-    for generation in result[0]:
-        text = generation.generated_text
-        if text is not None and text.finish_reason == _LENGTH:
-            gates.ended_for_length(generation.request_id, text.text, text.generated_tokens)
+def _noting_lengths(gates: Gates, model: Any, batch: Any, result: Any) -> Any:
+    """What `generate_token` returned; requests that ended for length may go on as others.
+
+    The result names only the requests that this rank tells the router of. Each rank must know all.
+    """
+    each = zip(batch.requests, batch.stopping_criterias, batch.all_input_ids, strict=True)
+    for request, criteria, ids in each:
+        count = criteria.current_tokens
+        if count and count >= criteria.max_new_tokens:  # the server's own condition
+            whole = ids[:, 0] if isinstance(ids, torch.Tensor) else ids
+            start = len(whole) - count
+            text, _, _ = model.decode_token(whole, start - 1, start, skip_special_tokens=True)
+            gates.ended_for_length(request.id, text, count)
     return result
 
 

@@ -116,7 +116,7 @@ class ServeDriver:
     @contextmanager
     def open(self, files: Files, package: SteeringPackage | None) -> Iterator[Running]:
         command: list[object] = [*CLI, "serve", "--model", files.gguf, "--runtime", "llama.cpp"]
-        command += ["--context", CONTEXT]
+        command += ["--context", CONTEXT, "--raw-prompts", "--show-scores"]
         if files.mmproj is not None:
             command += ["--mmproj", files.mmproj]
         with ExitStack() as stack:

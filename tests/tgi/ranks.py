@@ -28,6 +28,11 @@ def perturbed(llama):
     return llama
 
 
+def request(id: int, prompt: list[int]) -> flash.Request:
+    slots = list(range(1 + 64 * id, 64 * (id + 1)))
+    return flash.Request(id, prompt, slots, most=2)
+
+
 def main() -> None:
     rank, folder = int(sys.argv[1]), Path(sys.argv[2])
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
@@ -37,12 +42,13 @@ def main() -> None:
     model.world_size, model.rank, model.process_group = 2, rank, dist.group.WORLD
     gates = attach(flash.service(model), str(folder / "guard.gguf"))
     prompts = json.loads((folder / "prompts.json").read_text())
-    work = []
-    for i, prompt in enumerate(prompts):
-        slots = list(range(1 + 64 * i, 64 * (i + 1)))
-        work.append(flash.Work(flash.Request(i, prompt, slots), len(prompt)))
-    flash.step(model, work)
-    outcomes = [gates._requests[i].outcome for i in range(len(prompts))]
+    requests = [request(i, prompt) for i, prompt in enumerate(prompts)]
+    flash.step(model, [flash.Work(r, len(r.prompt)) for r in requests])
+    flash.step(model, [flash.Work(r, 1) for r in requests])
+    # The router sends what ended for length again, as new requests.
+    again = [request(len(prompts) + r.id, r.prompt + r.answer) for r in requests]
+    flash.step(model, [flash.Work(r, len(r.prompt)) for r in again])
+    outcomes = [gates._requests[r.id].outcome for r in (*requests, *again)]
     print(
         json.dumps([[v.score for o in outcomes for v in o.verdicts], [o.fired for o in outcomes]])
     )

@@ -2,7 +2,10 @@
 // Text of a model or a person only ever becomes textContent.
 
 const at = (id) => document.getElementById(id);
-const messages = []; // of the conversation, as the server takes them
+let limit = 512; // tokens of an answer
+const KEPT = "steerbridge.chat"; // in the tab's own storage: it survives a reload
+// A turn: { words, picture, answers: [{ title, text, steering, finish }], error }.
+let turns = [];
 let picture = null; // data: URL that goes with the next message
 let stopping = null; // AbortController of the answer under way
 
@@ -33,11 +36,12 @@ async function card() {
   }
   const info = await answer.json();
   const steering = info.steering;
+  limit = Math.min(limit, Math.floor(info.max_total_tokens / 2));
   at("model").textContent = `${info.model_id}, guarded by ${steering.name}`;
   const facts = [["made for", steering.base_model]];
   for (const probe of steering.probes) {
-    const rule = `fires when the score is ${probe.comparator} ${probe.threshold.toFixed(4)}`;
-    facts.push([`probe ${probe.probe}`, `${rule}; reads ${probe.readings.join(", ")}`]);
+    const rule = steering.scores ? `fires when the score is ${probe.comparator} ${probe.threshold.toFixed(4)}; ` : "";
+    facts.push([`probe ${probe.probe}`, `${rule}reads ${probe.readings.join(", ")}`]);
   }
   facts.push(["acts by", steering.interventions.join(", ")], ["context", `${info.max_total_tokens} tokens`]);
   at("facts").replaceChildren(...facts.flatMap(([name, value]) => [make("dt", "", name), make("dd", "", value)]));
@@ -75,95 +79,179 @@ async function* events(body, signal) {
   throw new Error("the answer broke off");
 }
 
-function verdict(list, steering) {
-  const lines = steering.verdicts.map((v) => {
+function verdict(v) {
+  const line = make("li");
+  line.append(make("strong", v.fired ? "fired" : "calm", v.fired ? "fired" : "quiet"));
+  if (v.unjudged) {
+    line.append(make("span", "", `${v.probe}: not judged, so it counts as fired (${v.unjudged})`));
+  } else if (v.score === undefined) { // without --show-scores
+    line.append(make("span", "", v.probe));
+  } else {
     const score = v.score === null ? "not finite" : v.score.toFixed(4);
-    const line = make("li");
-    line.append(
-      make("strong", v.fired ? "fired" : "calm", v.fired ? "fired" : "quiet"),
-      make("span", "", `${v.probe}: ${score} (threshold ${v.comparator} ${v.threshold.toFixed(4)})`),
-    );
+    line.append(make("span", "", `${v.probe}: ${score} (threshold ${v.comparator} ${v.threshold.toFixed(4)})`));
     if (v.score !== null && v.score >= 0 && v.score <= 1) {
       const meter = make("meter");
       meter.value = v.score;
       meter.setAttribute("aria-label", `score of ${v.probe}`);
       line.append(meter);
     }
-    return line;
-  });
-  list.replaceChildren(...lines);
+  }
+  return line;
 }
 
-async function answer(box, body, signal) {
-  const text = make("p", "text"), list = make("ul", "verdict");
-  box.append(text, list);
-  let shown = false;
-  for await (const event of events({ ...body, stream: true }, signal)) {
-    if (event.steering && !shown) {
-      verdict(list, event.steering);
-      shown = true;
-      box.querySelector("h2").textContent = event.steering.rules.length ? "steered" : "left alone";
-      box.querySelector("h2").classList.add(event.steering.rules.length ? "fired" : "calm");
-    }
-    text.textContent += event.choices[0]?.delta?.content ?? "";
+const fired = (answer) => Boolean(answer?.steering?.rules.length);
+const ENDS = { stop: "The answer is whole.", length: "The answer was cut at its limit." };
+
+// ---------------------------------------------------------------- what is shown
+
+function show() {
+  at("chat").replaceChildren(...turns.map(shownTurn));
+  at("hint").hidden = turns.length > 0;
+  try {
+    sessionStorage.setItem(KEPT, JSON.stringify({ system: at("system").value, turns }));
+  } catch { /* pictures may be more than a tab can keep */ }
+}
+
+function shownTurn(turn, index) {
+  const article = make("article", "turn"), question = make("div", "question");
+  if (turn.picture) {
+    const image = make("img");
+    image.src = turn.picture;
+    image.alt = "The picture of this message";
+    question.append(image);
   }
-  return text.textContent;
+  question.append(make("p", "text", turn.words));
+  const boxes = make("div", "answers");
+  boxes.append(...turn.answers.map((answer) => shownAnswer(answer, index === turns.length - 1)));
+  article.append(question, boxes);
+  if (turn.error) {
+    const left = isSent(turn) ? "" : " (not part of the chat)";
+    article.append(make("p", "fired", turn.error + left));
+  } else if (!isSent(turn) && !stopping) {
+    article.append(make("p", "note", "This turn is left out of what is sent next."));
+  }
+  return article;
+}
+
+function shownAnswer(answer, last) {
+  const box = make("section", "answer"), list = make("ul", "verdict");
+  const title = make("h2", "", answer.title);
+  if (answer.steering) {
+    title.textContent = fired(answer) ? "steered" : "left alone";
+    title.classList.add(fired(answer) ? "fired" : "calm");
+    list.append(...answer.steering.verdicts.map(verdict));
+  }
+  box.append(title, make("p", "text", answer.text), list);
+  if (answer.steering?.dropped_turns) box.append(make("p", "note", "Refused turns were left out of the prompt."));
+  if (answer.steering?.untrained_form) {
+    const form = answer.steering.untrained_form;
+    box.append(make("p", "note", `The guard was not trained on prompts of this form (${form}).`));
+  }
+  if (!answer.finish) return box;
+  box.append(make("p", "note", ENDS[answer.finish] ?? `It ended: ${answer.finish}.`));
+  const row = make("div", "row");
+  row.append(button("Copy", () => copy(answer.text)));
+  if (last) row.append(button("Regenerate", regenerate));
+  box.append(row);
+  return box;
+}
+
+function button(name, act) {
+  const element = make("button", "", name);
+  element.type = "button";
+  element.addEventListener("click", act);
+  return element;
+}
+
+async function copy(text) {
+  try {
+    await navigator.clipboard.writeText(text);
+    say("Copied.");
+  } catch {
+    say("The browser does not let this page copy.");
+  }
+}
+
+// ---------------------------------------------------------------- what is sent
+
+// A turn that a rule fired on would fire again with every later one.
+function isSent(turn) {
+  return Boolean(turn.answers[0]?.finish) && !fired(turn.answers[0]);
+}
+
+function asked(turn) {
+  if (!turn.picture) return { role: "user", content: turn.words };
+  const parts = [{ type: "image_url", image_url: { url: turn.picture } }, { type: "text", text: turn.words }];
+  return { role: "user", content: parts };
+}
+
+function messages() {
+  const system = at("system").value.trim();
+  const before = turns.slice(0, -1).filter(isSent);
+  return [
+    ...(system ? [{ role: "system", content: system }] : []),
+    ...before.flatMap((turn) => [asked(turn), { role: "assistant", content: turn.answers[0].text }]),
+    asked(turns.at(-1)),
+  ];
+}
+
+async function answer(turn, title, body) {
+  const told = { title, text: "", steering: null, finish: null };
+  turn.answers.push(told);
+  show();
+  const box = () => at("chat").lastElementChild.querySelectorAll(".answer")[turn.answers.indexOf(told)];
+  box().scrollIntoView({ block: "nearest" });
+  for await (const event of events({ ...body, stream: true }, stopping.signal)) {
+    const choice = event.choices[0];
+    const first = told.steering === null && event.steering !== null;
+    told.steering = event.steering;
+    told.text += choice?.delta?.content ?? "";
+    told.finish = choice?.finish_reason ?? told.finish;
+    if (first) box().replaceWith(shownAnswer(told, true));
+    box().querySelector(".text").textContent = told.text;
+  }
+}
+
+async function answerLast() {
+  const turn = turns.at(-1);
+  const beside = at("unsteered").checked && !at("unsteered-row").hidden;
+  turn.answers = [];
+  turn.error = null;
+  busy(new AbortController());
+  try {
+    const body = { messages: messages(), temperature: turn.again ? 1 : 0, max_tokens: limit };
+    await answer(turn, "answer", body);
+    if (beside) await answer(turn, "unsteered", { ...body, steering: false });
+    say("Done.");
+  } catch (error) {
+    turn.error = error.name === "AbortError" ? "Stopped." : `Error: ${error.message}`;
+    say(turn.error);
+  } finally {
+    busy(null);
+    show();
+  }
 }
 
 async function send() {
   const words = at("prompt").value.trim();
   if (!words || stopping) return;
-  const beside = at("unsteered").checked && !at("unsteered-row").hidden;
-  const content = picture
-    ? [{ type: "image_url", image_url: { url: picture } }, { type: "text", text: words }]
-    : words;
-  messages.push({ role: "user", content });
-  const turn = make("article", "turn"), question = make("div", "question");
-  if (picture) {
-    const image = make("img");
-    image.src = picture;
-    image.alt = "The picture of this message";
-    question.append(image);
-  }
-  question.append(make("p", "text", words));
-  const boxes = make("div", "answers");
-  turn.append(question, boxes);
-  at("chat").append(turn);
-  const body = { messages: [...messages], temperature: 0, max_tokens: 256 };
+  turns.push({ words, picture, answers: [], error: null, again: false });
   at("prompt").value = "";
   choose(null);
-  busy(new AbortController());
-  try {
-    const said = await answer(opened(boxes, "answer"), body, stopping.signal);
-    messages.push({ role: "assistant", content: said });
-    if (beside) {
-      await answer(opened(boxes, "unsteered"), { ...body, steering: false }, stopping.signal);
-    }
-    say("Done.");
-  } catch (error) {
-    const told = error.name === "AbortError" ? "Stopped." : `Error: ${error.message}`;
-    const answered = messages.at(-1)?.role !== "user";
-    if (!answered) messages.pop();
-    say(told);
-    turn.append(make("p", "fired", answered ? told : `${told} (not part of the chat)`));
-  } finally {
-    busy(null);
-  }
+  await answerLast();
 }
 
-function opened(boxes, title) {
-  const box = make("section", "answer");
-  box.append(make("h2", "", title));
-  boxes.append(box);
-  box.scrollIntoView({ block: "nearest" });
-  return box;
+// Another answer: the first one was the likeliest.
+async function regenerate() {
+  if (stopping) return;
+  turns.at(-1).again = true;
+  await answerLast();
 }
 
 function busy(controller) {
   stopping = controller;
   if (controller) say("Answering…");
   at("chat").setAttribute("aria-busy", String(controller !== null));
-  at("hint").hidden = at("chat").childElementCount > 0;
   at("send").hidden = controller !== null;
   at("stop").hidden = controller === null;
   if (!controller) at("prompt").focus();
@@ -199,10 +287,19 @@ at("prompt").addEventListener("keydown", (event) => {
 at("stop").addEventListener("click", () => stopping?.abort());
 at("clear").addEventListener("click", () => {
   stopping?.abort();
-  messages.length = 0;
-  at("chat").replaceChildren();
-  at("hint").hidden = false;
+  turns = [];
+  show();
   say("New chat.");
 });
+at("system").addEventListener("change", show);
 at("key").addEventListener("change", card);
+try {
+  const kept = JSON.parse(sessionStorage.getItem(KEPT));
+  if (kept) {
+    at("system").value = kept.system;
+    at("system-row").open = kept.system !== "";
+    turns = kept.turns;
+  }
+} catch { /* nothing that this page kept */ }
+show();
 card();

@@ -1,6 +1,6 @@
 """TGI's old client, `text-generation`, in its own environment: prints what it brought as JSON.
 
-python old_client.py URL < JSON    {"prompts": [...], "chats": [...], "new": 8}
+python text_generation_client.py URL < JSON    {"prompts": [...], "chats": [...], "new": 8}
 """
 
 import json
