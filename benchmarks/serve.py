@@ -1,10 +1,12 @@
-"""`make bench-serve`: `steerbridge serve` under load, and beside llama-cpp-python's own server.
+"""`make bench-serve`: `steerbridge serve` under load, under attack, and beside another server.
 
 64 clients ask at once for five minutes, harmful and harmless prompts in a random order, half of
-them as streams. Every verdict is compared with that of the same prompt alone. Then the same small
-load (harmless prompts, two clients) runs in turn against our server and two of theirs, each with
-the same GGUF file: `throughput_ratio` is ours over theirs; the keys beside it are those of
-`ratios.py`.
+them as streams. Every verdict is compared with that of the same prompt alone. Then 1,000 clients
+leave at random moments (`abandoned`: memory before and after, seconds until the queue is free), and
+each of `hostile.CASES` is tried (`hostile`: status, seconds, MiB above idle). Then the same small
+load (harmless prompts, two clients) runs in turn against our server and two of llama-cpp-python's,
+each with the same GGUF file: `throughput_ratio` is ours over theirs; the keys beside it are those
+of `ratios.py`.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 import guards
+import hostile
 import ratios
 from common import CACHE, ROOT, arguments, finish, resident, say
 from steerbridge import corpus_examples, smollm2
@@ -40,6 +43,7 @@ def main() -> None:
     guards.add_option(parser)
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--seconds", type=int, default=300)
+    parser.add_argument("--leaving", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=8)
     options = parser.parse_args()
     guard = guards.chosen(options)
@@ -47,14 +51,19 @@ def main() -> None:
     prompts = [e.text for e in corpus_examples("test") if e.kind in kinds]
     ours = [sys.executable, "-m", "steerbridge.cli", "serve", "--package", guard.path]
     ours += ["--waiting", WAITING]
+    environment = {"STEERBRIDGE_API_KEY": hostile.KEY}
     theirs = [sys.executable, "-m", "llama_cpp.server", "--model", smollm2(), "--n_ctx", 4096]
     theirs += ["--verbose", "false"]
-    with running("steerbridge", ours) as server:
+    with running("steerbridge", ours, environment) as server:
         url = server.url
         alone = {prompt: ask(url, prompt) for prompt in prompts}
         say(f"{sum(a['fired'] for a in alone.values())} of {len(prompts)} prompts fire")
         result = load(url, server.pid, alone, options.clients, options.seconds)
         say(str(result))
+        result["abandoned"] = hostile.abandoned(server, prompts, options.leaving)
+        say(str(result["abandoned"]))
+        result["hostile"] = hostile.attacked(server)
+        say(str(result["hostile"]))
         quiet = [p for p in prompts if not alone[p]["fired"]][:16]
         with running("plain", theirs) as plain, running("control", theirs) as control:
             urls = {"plain": plain.url, "control": control.url, "steered": url}
@@ -62,8 +71,12 @@ def main() -> None:
     finish({"guard": str(guard), **result})
 
 
-def running(name: str, command: Sequence[object]) -> Any:
-    return servers.running(command, CACHE / f"serve-{name}.txt", ready="/v1/models")
+def running(
+    name: str, command: Sequence[object], environment: Mapping[str, str] | None = None
+) -> Any:
+    ready = "/health" if environment else "/v1/models"
+    output = CACHE / f"serve-{name}.txt"
+    return servers.running(command, output, ready=ready, environment=environment)
 
 
 def load(
@@ -131,7 +144,7 @@ def ask(url: str, prompt: str, stream: bool = False) -> dict[str, Any]:
     request = urllib.request.Request(
         url + "/v1/chat/completions",
         json.dumps(body).encode(),
-        {"Content-Type": "application/json"},
+        {"Content-Type": "application/json", "Authorization": f"Bearer {hostile.KEY}"},
     )
     with urllib.request.urlopen(request, timeout=600) as response:
         if not stream:

@@ -56,7 +56,7 @@ class Limits:
     waiting: int = 64
     per_client: int = 0
     rate: int = 0
-    held_bodies: int = 8
+    held_bodies: int = 4
     read_seconds: float = 30
     send_seconds: float = 30
 
@@ -128,7 +128,8 @@ class Admission:
             else:
                 await self._app(scope, receive, answer)
         except Refused as refused:
-            await _drain(receive)
+            if not answer.is_read:
+                await _drain(receive)
             await refused.trouble.response(scope["path"])(scope, receive, answer)
         finally:
             self._metrics.requests.labels(answer.status).inc()
@@ -190,8 +191,12 @@ class Admission:
         self._inside += 1
         self._of_client[client] += 1
         try:
-            await self._read(receive, body)
-            await self._answered(scope, receive, answer, bytes(body.content))
+            await self._read(receive, body, int(Headers(scope=scope).get("content-length", "0")))
+            answer.is_read = True
+            if sum(map(body.content.count, b",[{")) > self._limits.values:
+                text = f"body: expected {self._limits.values} values at most"
+                raise Refused(413, "validation", text)
+            await self._answered(scope, receive, answer, body)
         except _Gone:
             answer.status = "cancelled"
         finally:
@@ -201,35 +206,43 @@ class Admission:
             if not self._of_client[client]:
                 del self._of_client[client]
 
-    async def _read(self, receive: Receive, body: _Body) -> None:
-        """Read a body, and count it."""
+    async def _read(self, receive: Receive, body: _Body, length: int) -> None:
+        """Read a body. It is counted as long as it says to be, before any of it is there."""
+        self._hold(body, length)
         try:
             async with asyncio.timeout(self._limits.read_seconds):
-                while not body.whole:
+                more = True
+                while more:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         raise _Gone
-                    self._held += body.add(message)
-                    if len(body.content) > self._limits.body_bytes:
-                        raise self._too_large()
-                    if self._held > self._limits.held_bodies * self._limits.body_bytes:
-                        text = "too much is waiting to be answered"
-                        raise Refused(429, "overloaded", text, **{"Retry-After": "1"})
+                    part = message.get("body", b"")
+                    self._hold(body, body.size + len(part) - body.counted)
+                    body.add(part)
+                    more = message.get("more_body", False)
         except TimeoutError:
             text = f"body: expected all of it within {self._limits.read_seconds:.0f} seconds"
             raise Refused(408, "validation", text) from None
-        if sum(map(body.content.count, b",[{")) > self._limits.values:
-            text = f"body: expected {self._limits.values} values at most"
-            raise Refused(413, "validation", text)
 
-    async def _answered(self, scope: Scope, receive: Receive, answer: _Answer, body: bytes) -> None:
+    def _hold(self, body: _Body, size: int) -> None:
+        """Count more bytes of a body, if it is not too large and they are not too many."""
+        if size <= 0:
+            return
+        if body.counted + size > self._limits.body_bytes:
+            raise self._too_large()
+        if self._held + size > self._limits.held_bodies * self._limits.body_bytes:
+            text = "too much is waiting to be answered"
+            raise Refused(429, "overloaded", text, **{"Retry-After": "1"})
+        self._held += size
+        body.grow(size)
+
+    async def _answered(self, scope: Scope, receive: Receive, answer: _Answer, body: _Body) -> None:
         """Have the application answer while the client is there."""
         runs: list[Callable[[], None]] = []
         headers = MutableHeaders(scope=scope)
         headers["content-type"] = "application/json"  # no other kind of body is known here
-        given = _Given(body)
         inner = {**scope, RUNS: runs}
-        task = asyncio.ensure_future(self._app(inner, given.receive, answer))
+        task = asyncio.ensure_future(self._app(inner, body.receive, answer))
         watch = asyncio.create_task(_left(receive))
         try:
             await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
@@ -253,33 +266,34 @@ class _Gone(Exception):
     """The client left."""
 
 
-@dataclass(slots=True)
 class _Body:
-    content: bytearray = field(default_factory=bytearray)
-    counted: int = 0
-    whole: bool = False
+    """A body in the making. It has one place: parts that came and went would leave holes."""
 
-    def add(self, message: Message) -> int:
-        """Add a part; returns its bytes."""
-        part = message.get("body", b"")
-        self.content += part
-        self.counted += len(part)
-        self.whole = not message.get("more_body", False)
-        return len(part)
+    def __init__(self) -> None:
+        self.content = bytearray()
+        self.counted = self.size = 0
+        self._is_given = False
 
+    def grow(self, size: int) -> None:
+        """Make room for more."""
+        self.counted += size
+        if self.content:
+            self.content.extend(bytes(size))
+        else:
+            self.content = bytearray(size)  # pages that nobody writes take no memory
 
-class _Given:
-    """Gives the application a body that was read; then nothing more comes."""
-
-    def __init__(self, body: bytes) -> None:
-        self._body: bytes | None = body
+    def add(self, part: bytes) -> None:
+        """Add a part, for which there is room."""
+        self.content[self.size : self.size + len(part)] = part
+        self.size += len(part)
 
     async def receive(self) -> Message:
-        """See ASGI."""
-        if self._body is None:
+        """See ASGI: the body as the application receives it; then nothing more comes."""
+        if self._is_given:
             await asyncio.Event().wait()  # until the application's task is cancelled
-        body, self._body = self._body, None
-        return {"type": "http.request", "body": body, "more_body": False}
+        self._is_given = True
+        given, self.content = self.content, bytearray()
+        return {"type": "http.request", "body": given, "more_body": False}
 
 
 class _Answer:
@@ -287,7 +301,8 @@ class _Answer:
 
     def __init__(self, send: Send, seconds: float) -> None:
         self._send, self._seconds = send, seconds
-        self.status: str = "cancelled"
+        self.status = "cancelled"
+        self.is_read = False  # the whole body
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":

@@ -127,7 +127,9 @@ class _Ollama(Body):
 class OllamaChat(_Ollama):
     """The body of POST /api/chat."""
 
-    messages: list[OllamaMessage] = Field(default_factory=list, description="none: it is ready")
+    messages: Annotated[list[OllamaMessage], Field(fail_fast=True)] = Field(
+        default_factory=list, description="none: it is ready"
+    )
 
     @property
     def asked(self) -> Asked | None:

@@ -59,7 +59,10 @@ class ImagePart(Body):
     image_url: ImageUrl
 
 
-Content = str | list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
+Parts = Annotated[
+    list[Annotated[TextPart | ImagePart, Field(discriminator="type")]], Field(fail_fast=True)
+]
+Content = str | Parts
 
 
 class ChatMessage(Body):
@@ -85,6 +88,10 @@ class ChatMessage(Body):
         """The message, its pictures as they are in their files."""
         role = "system" if self.role == "developer" else self.role
         return Turn(role, parts(self.content))
+
+
+Messages = Annotated[list[ChatMessage], Field(fail_fast=True)]
+"""The first one that is wrong is enough: each error costs much more than a message."""
 
 
 def parts(content: Content | None) -> tuple[str | bytes, ...]:
@@ -220,7 +227,7 @@ class Completed(Sampled):
 class ChatCompletion(Completed):
     """The body of POST /v1/chat/completions."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: Messages = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
@@ -301,7 +308,7 @@ class Moderation(Body):
     """The body of POST /v1/moderations."""
 
     input: Annotated[list[str], Field(min_length=1, max_length=64)] | Content | None = None
-    messages: list[ChatMessage] | None = Field(
+    messages: Messages | None = Field(
         None, min_length=1, description="ours: a whole chat, in place of input"
     )
     HARMLESS: ClassVar[Mapping[str, str]] = {"model": ONE_MODEL}
