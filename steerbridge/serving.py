@@ -294,5 +294,6 @@ def likeliest(
         return ()
     values = np.asarray(logits, np.float64)
     total = np.logaddexp.reduce(values)
-    ids = np.argsort(-values, kind="stable")[:count].tolist()
+    ids = np.argpartition(-values, count - 1)[:count]
+    ids = ids[np.argsort(-values[ids], kind="stable")].tolist()
     return tuple(Alternative(id, piece(id), float(values[id] - total)) for id in ids)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import time
+
 import pytest
 
 import helpers
@@ -165,3 +169,28 @@ def test_no_limit_means_the_rest_of_the_context(opened):
     ids, ended = tokens(engine, asked, Sampling(None, temperature=0.0))
     assert ended.finish == "eos_token" or len(ids) == room
     right(opened)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "object", "properties": {f"p{n}": {} for n in range(900)}},
+        {"type": "string", "minLength": 1_000_000},
+        {"anyOf": [{"type": "string"}] * 500},
+        {"enum": []},
+        {"$ref": "https://example.com/x.json"},
+        {"type": "string", "pattern": "^(a+)+$"},
+        {"type": "string", "description": "x" * 20_000},
+    ],
+    ids=["many", "long", "same", "nothing", "elsewhere", "pattern", "large"],
+)
+def test_schemas_cost_little_and_end_nothing(schema, smollm2_path):
+    from llama_cpp import Llama
+
+    from steerbridge_llama_cpp.engine import grammar
+
+    vocabulary = Llama(str(smollm2_path), vocab_only=True, verbose=False)
+    start = time.monotonic()
+    with contextlib.suppress(DataError):
+        grammar(json.dumps(schema), vocabulary._model.vocab)
+    assert time.monotonic() - start < 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -96,3 +97,27 @@ def test_a_client_that_left_frees_the_model(busy):
     cancelled = [line for line in text.splitlines() if 'requests_total{status="cancelled"}' in line]
     assert float(cancelled[0].split()[-1]) >= 1
     assert time.monotonic() - start < 10  # 400 tokens take longer
+
+
+def test_connections_of_one_address_are_bounded(busy):
+    """And one on which nothing comes is closed: `HEAD_SECONDS`."""
+    from steerbridge_serve.cli import CONNECTIONS
+
+    port = int(busy.url.rpartition(":")[2])
+    opened = [socket.create_connection(("127.0.0.1", port)) for _ in range(CONNECTIONS + 20)]
+    try:
+        refused = 0
+        for one in opened[-20:]:
+            one.settimeout(2)
+            try:
+                refused += one.recv(1) == b""
+            except ConnectionResetError:
+                refused += 1
+            except TimeoutError:
+                pass
+        assert refused >= 20 - 5  # the test's own connections before may still be counted
+    finally:
+        for one in opened:
+            one.close()
+    time.sleep(0.5)
+    assert requests.get(f"{busy.url}/health", timeout=10).status_code == 200

@@ -33,6 +33,7 @@ from steerbridge_llama_cpp.llama import steer
 from steerbridge_llama_cpp.model import LlamaCppModel, open_model
 from steerbridge_llama_cpp.native import RUNTIME
 
+SCHEMA_BYTES: Final = 1 << 14
 GRAMMAR_BYTES: Final = 1 << 16
 
 
@@ -144,6 +145,9 @@ def grammar(schema: str, vocab: Any) -> LlamaGrammar:
     Raises:
         DataError: it cannot be expressed as one, or refers to what is elsewhere.
     """
+    want = f"one of {SCHEMA_BYTES} bytes at most"
+    if len(schema.encode()) > SCHEMA_BYTES:
+        raise DataError(Problem("json_schema", want, str(len(schema.encode()))))
     want = "a JSON Schema that llama.cpp makes a grammar of"
     try:
         made = LlamaGrammar.from_json_schema(schema, verbose=False)

@@ -167,7 +167,9 @@ class Admission:
         return False
 
     def _knows_key(self, headers: Mapping[str, str]) -> bool:
-        sent = headers.get("authorization", "").removeprefix("Bearer ")
+        scheme, _, sent = headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer":
+            sent = ""
         return not self._key or hmac.compare_digest(sent.encode(), self._key.encode())
 
     def _too_large(self) -> Refused:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ipaddress
 import os
+from collections import Counter
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, ClassVar, Final
 
 import typer
 import uvicorn
@@ -27,12 +28,29 @@ HEAD_SECONDS: Final = 15
 END_SECONDS: Final = 5
 
 
+CONNECTIONS: Final = 512  # of one address, those of a proxy in front included
+
+
 class Impatient(H11Protocol):
-    """Closes a connection on which no request came in time; uvicorn would wait for ever."""
+    """Closes a connection on which no request came in time, which uvicorn would keep for ever, and
+    those of an address that has too many."""
+
+    _open: ClassVar[Counter[str]] = Counter()
+    _address = ""
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        self._address = (transport.get_extra_info("peername") or ("",))[0]
+        self._open[self._address] += 1
+        if self._open[self._address] > CONNECTIONS:
+            transport.abort()
         self.loop.call_later(HEAD_SECONDS, self._close_if_silent)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._open[self._address] -= 1
+        if not self._open[self._address]:
+            del self._open[self._address]
 
     def _close_if_silent(self) -> None:
         if self.cycle is None and not self.transport.is_closing():
