@@ -193,4 +193,4 @@ def test_schemas_cost_little_and_end_nothing(schema, smollm2_path):
     start = time.monotonic()
     with contextlib.suppress(DataError):
         grammar(json.dumps(schema), vocabulary._model.vocab)
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 10

@@ -113,7 +113,7 @@ def test_closing_ends_every_job_with_an_event(queued):
         await asyncio.sleep(0.05)
         engine.go.release()
         await closing
-        assert time.monotonic() - start < 2
+        assert time.monotonic() - start < 10
         for one in jobs:
             assert isinstance((await events(one))[-1], Cancelled)
         late = job("late")

@@ -54,9 +54,18 @@ def exported(model, folder) -> Path:
 
 @contextlib.contextmanager
 def shard(
-    model: Path, folder: Path, guard: Path | None, options: Sequence[str] = (), **settings: str
+    model: Path,
+    folder: Path,
+    guard: Path | None,
+    options: Sequence[str] = (),
+    script: Path | None = None,
+    **settings: str,
 ) -> Iterator[tuple[Path, Path]]:
-    """A running shard: its socket, and the file with the plugin's events. `guard` None: without us.
+    """A running shard: its socket, and the file with the plugin's events.
+
+    Args:
+        guard: None: without us.
+        script: in place of the server's own program.
 
     Raises:
         RuntimeError: it did not start; with what it printed.
@@ -67,6 +76,8 @@ def shard(
     program = [str(Path(PYTHON).parent / "text-generation-server")]
     if guard:  # Steerbridge is on PYTHONPATH, so its `.pth` file is not read
         program = [PYTHON, "-m", "steerbridge_tgi"]
+    if script:
+        program = [PYTHON, str(script)]
     command = [*before, *program, "serve", str(model), "--uds-path", str(name), *options]
     environment = {**os.environ, **SETTINGS, **settings}
     with output.open("wb") as sink:
