@@ -194,3 +194,26 @@ def test_schemas_cost_little_and_end_nothing(schema, smollm2_path):
     with contextlib.suppress(DataError):
         grammar(json.dumps(schema), vocabulary._model.vocab)
     assert time.monotonic() - start < 10
+
+
+def test_pictures_arrive_alike_in_both_runtimes(tmp_path, demo_files):
+    """Pixels that were decoded once: answers and verdicts are those of the files."""
+    import steerbridge_demo
+    from steerbridge import load
+    from steerbridge_hf.engine import HfEngine
+    from steerbridge_serve.pictures import decode
+
+    path, prompts, answers = helpers.drawn_guard(tmp_path, demo_files, NEW)
+    guard, options = load(path), {"mmproj": demo_files["mmproj_f32"]}
+    opener = registry.runtime("llama.cpp").load_engine()
+    engines = [
+        opener(demo_files["text_f32"], guard, context=512, **options),
+        HfEngine(steerbridge_demo.open_hf(), guard, "demo", 512, ()),
+    ]
+    for prompt, wanted in zip(prompts, answers, strict=True):
+        [picture] = decode([prompt.images[0].read_bytes()], 1_000_000)
+        asked = Question((Message("user", (Part(picture=picture), Part(text=prompt.text))),))
+        for engine in engines:
+            ids, ended = tokens(engine, asked)
+            assert ids == wanted.tokens, engine.name
+            assert ended.outcome.fired == prompt.harmful
