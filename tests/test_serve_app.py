@@ -339,6 +339,17 @@ def test_pictures_are_bounded_in_number_pixels_and_form(plain):
     assert time.monotonic() - start < 10
 
 
+def test_a_picture_in_a_begun_answer_is_not_ignored(open_to_all):
+    """Such an answer goes on as text: the picture had no effect, and no error."""
+    begun = {"role": "assistant", "content": shown(picture())["messages"][0]["content"]}
+    image = base64.b64encode(picture()).decode()
+    other = {"role": "assistant", "content": "Sure", "images": [image]}
+    for path, last in ((CHAT, begun), ("/api/chat", other)):
+        answer = open_to_all.post(path, {"messages": [*USER, last]})
+        assert answer.status_code == 422
+        assert "begins with text" in answer.text
+
+
 # ---------------------------------------------------------------- who is let in
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +29,20 @@ class Turn:
     @property
     def text(self) -> str:
         return "".join(part for part in self.parts if isinstance(part, str))
+
+
+def begun(turns: tuple[Turn, ...]) -> tuple[tuple[Turn, ...], str]:
+    """The turns of a chat, and the beginning of an answer with which it may end.
+
+    Raises:
+        DataError: that beginning has pictures.
+    """
+    *before, last = turns
+    if last.role != "assistant":
+        return turns, ""
+    if any(isinstance(part, bytes) for part in last.parts):
+        raise DataError(Problem("messages", "an answer that begins with text", "a picture in it"))
+    return tuple(before), last.text
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,16 +134,14 @@ class RefusedTurns:
     """
 
     _known: OrderedDict[bytes, None] = field(default_factory=OrderedDict)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def add(self, turns: Sequence[Turn], answer: str) -> None:
         """Remember that this answer to a chat was steered."""
         *_, digest = _digests([*turns, Turn("assistant", (answer,))])
-        with self._lock:
-            self._known[digest] = None
-            self._known.move_to_end(digest)
-            if len(self._known) > REFUSED_TURNS:
-                self._known.popitem(last=False)
+        self._known[digest] = None
+        self._known.move_to_end(digest)
+        if len(self._known) > REFUSED_TURNS:
+            self._known.popitem(last=False)
 
     def without(self, turns: Sequence[Turn]) -> tuple[tuple[Turn, ...], int]:
         """The turns without refused ones, and how many of these there were."""

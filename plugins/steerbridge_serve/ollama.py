@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse
 from pydantic import Field
 
 from steerbridge.serving import JSON_OBJECT, Sampling
-from steerbridge_serve.asked import Asked, Turn
+from steerbridge_serve.asked import Asked, Turn, begun
 from steerbridge_serve.body import (
     Body,
     Refusal,
@@ -140,10 +140,8 @@ class OllamaChat(_Ollama):
         """
         if not self.messages:
             return None
-        turns = tuple(message.turn for message in self.messages)
-        if turns[-1].role == "assistant":
-            return self._asked(turns=turns[:-1], prefill=turns[-1].text)
-        return self._asked(turns=turns)
+        turns, prefill = begun(tuple(message.turn for message in self.messages))
+        return self._asked(turns=turns, prefill=prefill)
 
 
 class OllamaGenerate(_Ollama):

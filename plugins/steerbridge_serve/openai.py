@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse
 from pydantic import Field, model_validator
 
 from steerbridge.serving import JSON_OBJECT, Sampling, Token
-from steerbridge_serve.asked import Asked, Turn
+from steerbridge_serve.asked import Asked, Turn, begun
 from steerbridge_serve.body import (
     Body,
     Refusal,
@@ -112,10 +112,7 @@ def parts(content: Content | None) -> tuple[str | bytes, ...]:
 
 def turns(messages: Sequence[ChatMessage]) -> tuple[tuple[Turn, ...], str]:
     """The turns of a chat, and the beginning of an answer with which it may end."""
-    turns = tuple(message.turn for message in messages)
-    if turns[-1].role == "assistant":
-        return turns[:-1], turns[-1].text
-    return turns, ""
+    return begun(tuple(message.turn for message in messages))
 
 
 # ---------------------------------------------------------------- bodies
@@ -376,7 +373,9 @@ def raw_logprobs(tokens: Sequence[Token]) -> dict[str, Any]:
     """`logprobs` of a raw completion's choice."""
     texts = [token.text.decode(errors="replace") for token in tokens]
     offsets = [sum(map(len, texts[:i])) for i in range(len(texts))]
-    tops = [{one.text.decode(errors="replace"): one.logprob for one in t.top} for t in tokens]
+    tops = [
+        {one.text.decode(errors="replace"): finite(one.logprob) for one in t.top} for t in tokens
+    ]
     return {
         "tokens": texts,
         "token_logprobs": [finite(token.logprob) for token in tokens],
