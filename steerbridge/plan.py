@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from steerbridge.spec import HeadMatrix, ScoreStrength, SteeringSpec
+from steerbridge.spec import HeadMatrix, Say, ScoreStrength, SteeringSpec, sites_read
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,17 +28,19 @@ class Stop:
     """Everything to do at one depth (see `SteeringSpec.depth`), in this order."""
 
     depth: int
-    readings: tuple[tuple[int, int], ...]  # (probe, reading) indices; equal ones once
-    probes: tuple[int, ...]  # complete with these readings
-    rules: tuple[int, ...]  # decided by these probes
-    acts: tuple[Act, ...]
+    readings: tuple[tuple[int, int], ...] = ()  # (probe, reading) indices; equal ones once
+    rows: tuple[tuple[int, int], ...] = ()  # (probe, site) indices of token readings
+    probes: tuple[int, ...] = ()  # complete with these readings
+    rules: tuple[int, ...] = ()  # decided by these probes
+    acts: tuple[Act, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """The stops of a spec by depth, the rules that need no probe, and the head's depth.
 
-    Probes may share readings: `source` says for each (probe, reading) which one was taken.
+    Probes may share readings: `source` says for each (probe, reading) which one was taken. Logits
+    are the stop behind the head.
     """
 
     stops: tuple[Stop, ...]
@@ -46,10 +48,16 @@ class Plan:
     unconditional: tuple[int, ...]  # rules that hold before anything is read
     head_depth: int
 
+    @property
+    def logits_depth(self) -> int:
+        """The depth at which `say` acts."""
+        return self.head_depth + 1
+
 
 def plan(spec: SteeringSpec) -> Plan:
     """Lay out a sound spec (`spec.problems` is empty)."""
     readings: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    rows: dict[int, list[tuple[int, int]]] = defaultdict(list)
     probes: dict[int, list[int]] = defaultdict(list)
     first: dict[str, tuple[int, int]] = {}
     source: dict[tuple[int, int], tuple[int, int]] = {}
@@ -58,12 +66,15 @@ def plan(spec: SteeringSpec) -> Plan:
             source[i, j] = first.setdefault(str(reading), (i, j))
             if source[i, j] == (i, j):
                 readings[spec.depth(reading.site)].append((i, j))
+        if probe.token_reading is not None:
+            for j, site in enumerate(probe.token_reading.sites):
+                rows[spec.depth(site)].append((i, j))
         probes[_probe_depth(spec, i)].append(i)
     rules = _rules_by_depth(spec)
     acts = _acts_by_depth(spec)
-    depths = sorted({*readings, *acts, *(d for d in rules if d >= 0)})
+    depths = sorted({*readings, *rows, *acts, *(d for d in rules if d >= 0)})
     stops = tuple(
-        Stop(d, *(tuple(part.get(d, ())) for part in (readings, probes, rules, acts)))  # type: ignore[arg-type]
+        Stop(d, *(tuple(part.get(d, ())) for part in (readings, rows, probes, rules, acts)))  # type: ignore[arg-type]
         for d in depths
     )
     head = spec.base_model.num_layers + 1
@@ -76,7 +87,7 @@ def plan(spec: SteeringSpec) -> Plan:
 
 
 def _probe_depth(spec: SteeringSpec, index: int) -> int:
-    return max(spec.depth(r.site) for r in spec.probes[index].readings)
+    return max(map(spec.depth, sites_read(spec.probes[index])))
 
 
 def rule_probes(spec: SteeringSpec, index: int) -> tuple[int, ...]:
@@ -102,8 +113,9 @@ def _acts_by_depth(spec: SteeringSpec) -> dict[int, list[Act]]:
     for r, rule in enumerate(spec.rules):
         for id in rule.interventions:
             x = spec.interventions[index[id]]
-            if isinstance(x, HeadMatrix):
-                by_depth[spec.base_model.num_layers + 1].append(Act(r, index[id], None))
+            if isinstance(x, HeadMatrix | Say):
+                behind = 1 if isinstance(x, HeadMatrix) else 2  # the head, then its logits
+                by_depth[spec.base_model.num_layers + behind].append(Act(r, index[id], None))
                 continue
             for t, target in enumerate(x.targets):
                 by_depth[spec.depth(target.site)].append(Act(r, index[id], t))

@@ -12,12 +12,13 @@ import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from steerbridge.package import SteeringPackage
+from steerbridge.running import Window, running_scores
 from steerbridge.spec import (
     AddVector,
     ConstantStrength,
@@ -37,8 +38,11 @@ from steerbridge.spec import (
     PromptMean,
     Reading,
     Rule,
+    Say,
+    Sigmoid,
     Softmax,
     SteeringSpec,
+    TokenReading,
     sites,
 )
 from steerbridge.tensors import Tensor
@@ -52,8 +56,11 @@ AnySite = LayerInput | LayerOutput | HeadInput
 class Verdict:
     """What one probe said about one request.
 
-    `unjudged` says why the probe could not be judged: it then counts as fired, and its score is
-    NaN.
+    Attributes:
+        score: NaN if the probe could not be judged, or while its scope has no rows.
+        unjudged: why the probe could not be judged; it then counts as fired.
+        fired_in: where it fired; empty if it did not.
+        row: of a token reading: the row at which it fired, from the first of the sequence on.
     """
 
     probe: str
@@ -62,6 +69,8 @@ class Verdict:
     comparator: str
     fired: bool
     unjudged: str = ""
+    fired_in: Literal["", "prompt", "answer"] = ""
+    row: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +78,7 @@ class Action:
     """An intervention that a rule switched on, and how strongly it acts."""
 
     rule: str
-    intervention: HeadMatrix | AddVector | ProjectOut
+    intervention: HeadMatrix | AddVector | ProjectOut | Say
     strength: float
 
 
@@ -247,12 +256,21 @@ def verdict(probe: Probe, value: float) -> Verdict:
     if not math.isfinite(value):
         return unjudged(probe, NOT_FINITE)
     fired = fires_at(probe, value)
-    return Verdict(probe.id, float(value), probe.threshold, probe.comparator, fired)
+    return Verdict(
+        probe.id,
+        float(value),
+        probe.threshold,
+        probe.comparator,
+        fired,
+        fired_in="prompt" if fired else "",
+    )
 
 
 def unjudged(probe: Probe, reason: str) -> Verdict:
-    """The verdict of a probe that could not be judged: it counts as fired."""
-    return Verdict(probe.id, math.nan, probe.threshold, probe.comparator, True, reason)
+    """The verdict of a probe that could not judge the prompt: it counts as fired."""
+    return Verdict(
+        probe.id, math.nan, probe.threshold, probe.comparator, True, reason, fired_in="prompt"
+    )
 
 
 NOT_FINITE: Final = "its states or logits are not finite"
@@ -293,6 +311,93 @@ def verdicts(package: SteeringPackage, inputs: Mapping[str, ArrayLike]) -> tuple
     )
 
 
+# ---------------------------------------------------------------- readings over tokens
+
+
+def window(reading: TokenReading) -> Window:
+    """Which rows a token reading counts, and over how many a running score is the mean."""
+    return Window(reading.window, reading.skip, reading.scope)
+
+
+def counted(
+    reading: TokenReading, rows: int, image_rows_T: NDArray[np.bool_] | None
+) -> NDArray[np.bool_]:
+    """Which of the first rows [T] of a sequence are of the reading's kind."""
+    images = np.zeros(rows, np.bool_) if image_rows_T is None else image_rows_T
+    return {"all": np.ones(rows, np.bool_), "text": ~images, "image": images}[reading.rows]
+
+
+def row_logits(probe: Probe, tensors: Tensors, x_TI: ArrayLike) -> NDArray[np.float32]:
+    """ln(p / (1 - p)) of harm for each row [T] of inputs [T, I], before standardisation."""
+    y = logits(probe, tensors, x_TI)
+    with np.errstate(all="ignore"):
+        return np.asarray(_harm(probe, y), np.float32)
+
+
+def _harm(probe: Probe, y_TC: Float64) -> Float64:
+    if isinstance(probe, MlpProbe) and isinstance(probe.output, Softmax):
+        harmful = probe.output.classes.index(probe.output.harmful)
+        others = np.delete(y_TC, harmful, axis=1)
+        return np.asarray(y_TC[:, harmful] - np.logaddexp.reduce(others, axis=1))
+    low = isinstance(probe, MlpProbe) and isinstance(probe.output, Sigmoid)
+    if low and probe.output.harmful_when == "low":  # type: ignore[union-attr]
+        return -y_TC[:, 0]
+    return y_TC[:, 0]
+
+
+def row_inputs(
+    reading: TokenReading, hidden_at: Callable[[AnySite], NDArray[np.floating]]
+) -> Float64:
+    """The inputs [T, S*D] of a token reading; `hidden_at(site)` gives states [T, D]."""
+    states = [np.asarray(hidden_at(site), np.float64) for site in reading.sites]
+    return np.concatenate(states, axis=1)
+
+
+def judge_rows(
+    probe: Probe,
+    logits_T: NDArray[np.float32],
+    sound_T: NDArray[np.bool_],
+    counted_T: NDArray[np.bool_],
+    end: int | None,
+) -> Verdict:
+    """The verdict of a token reading on the rows of one sequence.
+
+    Args:
+        logits_T: of each row, as `row_logits` gives them.
+        sound_T: whether its states and its outputs are finite.
+        counted_T: rows of the reading's kind.
+        end: the row of the prompt's end; None while all rows are the prompt's.
+    """
+    assert probe.token_reading is not None
+    over = window(probe.token_reading)
+    scores = running_scores(over, logits_T, counted_T, end)
+    known = ~np.isnan(scores)
+    highest = float(running_score(scores[known].max())) if known.any() else math.nan
+    crossed = known & fires(probe, running_score(scores))
+    broken = over.in_scope(counted_T, end) & ~sound_T
+    reason = NOT_FINITE if broken.any() else ""
+    fired = crossed | broken
+    row = int(np.flatnonzero(fired)[0]) if fired.any() else None
+    place: Literal["", "prompt", "answer"] = ""
+    if row is not None:
+        place = "prompt" if end is None or row <= end else "answer"
+    return Verdict(
+        probe.id,
+        math.nan if reason else highest,
+        probe.threshold,
+        probe.comparator,
+        row is not None,
+        reason,
+        place,
+        row,
+    )
+
+
+def running_score(logits: ArrayLike) -> Float64:
+    """Running scores as probabilities of harm: what thresholds are compared with."""
+    return _sigmoid(np.asarray(logits, np.float64))
+
+
 # ---------------------------------------------------------------- rules
 
 
@@ -305,6 +410,18 @@ def actions(spec: SteeringSpec, verdicts: Sequence[Verdict]) -> tuple[Action, ..
         if holds(rule, by_id)
         for id in rule.interventions
     )
+
+
+def begins(rule: Rule, verdicts: Mapping[str, Verdict], end: int) -> int | None:
+    """The first row that a rule changes: the prompt's end, or the later row at which its condition
+    held; None if it never did."""
+    if not holds(rule, verdicts):
+        return None
+    if rule.condition is None:
+        return end
+    fired = [verdicts[id] for id in rule.condition.probes if verdicts[id].fired]
+    rows = [end if verdict.row is None else max(end, verdict.row) for verdict in fired]
+    return min(rows) if rule.condition.type == "any" else max(rows)
 
 
 def holds(rule: Rule, verdicts: Mapping[str, Verdict]) -> bool:
@@ -335,6 +452,8 @@ def apply(
 ) -> Float64:
     """Hidden states [T, D] (or [D]) after the intervention acted at `site`."""
     h = np.asarray(h_TD, np.float64)
+    if isinstance(intervention, Say):
+        return h
     if isinstance(intervention, HeadMatrix):
         if not isinstance(site, HeadInput):
             return h
@@ -372,6 +491,40 @@ def steer(acting: Sequence[Action], tensors: Tensors, site: AnySite, h_TD: Array
         if any(depth_equal(site, s) for s in sites(action.intervention)):
             h = apply(action.intervention, tensors, site, h, action.strength)
     return h
+
+
+# ---------------------------------------------------------------- forced answers
+
+UNSAID: Final = -30_000.0
+"""The logit of every token but the one to be said; float16 holds it."""
+
+
+def script(say: Say, ids: Sequence[int], end: int) -> tuple[int, ...]:
+    """What is said by a rule that begins at the last of these rows.
+
+    Args:
+        ids: of the rows up to and with the one at which the rule begins; -1: not a token.
+        end: the row of the prompt's end.
+    """
+    marks = say.reasoning
+    if marks is not None and _last(ids, marks.open) > _last(ids, marks.close):
+        return (*marks.close, *say.header, *say.tokens)
+    return (*say.header, *say.tokens) if len(ids) == end + 1 else say.tokens
+
+
+def _last(ids: Sequence[int], part: Sequence[int]) -> int:
+    """Where `part` last ends in `ids`; 0 if it is not there."""
+    for stop in range(len(ids), len(part) - 1, -1):
+        if tuple(ids[stop - len(part) : stop]) == tuple(part):
+            return stop
+    return 0
+
+
+def said(script: Sequence[int], row: int, size: int) -> NDArray[np.float32]:
+    """Logits [V] at row `row` since the rule began; behind the last token, the last again."""
+    forced = np.full(size, UNSAID, np.float32)
+    forced[script[min(row, len(script) - 1)]] = 0
+    return forced
 
 
 # ---------------------------------------------------------------- awareness

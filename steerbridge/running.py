@@ -36,6 +36,11 @@ class Window:
     skip: int = 0
     scope: Scope = "both"
 
+    @property
+    def least(self) -> int:
+        """Rows in scope that a running score needs."""
+        return min(self.size, LEAST)
+
     def in_scope(self, counted_T: NDArray[np.bool_], end: int | None) -> NDArray[np.bool_]:
         """Which of the rows are in scope.
 
@@ -57,17 +62,19 @@ def running_scores(
     """The running score [T] at each row; NaN at rows that have none.
 
     The mean of the last `window.size` logits in scope, each float32, summed in float64 from the
-    oldest to the newest. There must be `LEAST` of them, or a whole window; at the prompt's end a
-    shorter prompt has the mean of what there is.
+    oldest to the newest. There must be `LEAST` of them, or a whole window; a shorter prompt has the
+    mean of what there is at its end, whatever kind of row that is.
     """
     logits = np.asarray(logits_T, np.float32)
     inside = np.flatnonzero(window.in_scope(np.asarray(counted_T, np.bool_), end))
     scores = np.full(len(logits), np.nan)
     means, counts = _means(logits[inside], window.size)
-    known = counts >= min(window.size, LEAST)
-    if end is not None and window.scope != "answer" and (last := inside <= end).any():
-        known[np.flatnonzero(last)[-1]] = True
+    known = counts >= window.least
     scores[inside[known]] = means[known]
+    if end is not None and window.scope != "answer":
+        until = np.searchsorted(inside, end, side="right")
+        if 0 < until < window.least:
+            scores[end] = means[until - 1]
     return scores
 
 
@@ -163,7 +170,8 @@ class Rows:
 
     def _score(self, row: int) -> float:
         """The running score at a row, afresh from the logits."""
-        if not self._is_inside(row):
+        at_end = row == self.end and self.window.scope != "answer"
+        if not self._is_inside(row) and not at_end:
             return math.nan
         inside: list[float] = []
         for before in range(row, -1, -1):
@@ -171,7 +179,8 @@ class Rows:
                 inside.append(self._logits[before])
             if len(inside) == self.window.size:
                 break
-        if len(inside) < min(self.window.size, LEAST) and not self._is_last_of_prompt(row):
+        short = len(inside) < self.window.least
+        if not inside or (short and not at_end) or not (short or self._is_inside(row)):
             return math.nan
         total = 0.0
         for logit in reversed(inside):
@@ -183,9 +192,3 @@ class Rows:
             return False
         in_prompt = self.end is None or row <= self.end
         return self.window.scope == "both" or in_prompt == (self.window.scope == "prompt")
-
-    def _is_last_of_prompt(self, row: int) -> bool:
-        """Whether it is the last row in scope up to the prompt's end."""
-        if self.end is None or row > self.end or self.window.scope == "answer":
-            return False
-        return not any(self._is_inside(after) for after in range(row + 1, self.end + 1))

@@ -13,6 +13,7 @@ from steerbridge.spec import (
     LowRankMatrix,
     Probe,
     Rule,
+    Say,
 )
 
 
@@ -37,7 +38,7 @@ def describe(package: SteeringPackage) -> str:
 
 
 def _probe(probe: Probe) -> str:
-    where = " + ".join(map(str, probe.readings))
+    where = " + ".join(map(str, probe.readings)) or str(probe.token_reading)
     when = f"fires when score {probe.comparator} {probe.threshold:.6g}"
     return f"{probe.id}: {probe.type} on {where}; {when}"
 
@@ -52,6 +53,8 @@ def _intervention(x: Intervention, package: SteeringPackage) -> str:
         )
         formula = f"h + {x.eps:g} {'U V' if low else 'W'} h"
         return f"{x.id}: head_matrix ({shape}) at head_input, {formula}, {x.position}"
+    if isinstance(x, Say):
+        return f"{x.id}: say {x.text!r} ({len(x.tokens)} tokens) at logits, {x.position}"
     sign = "+" if isinstance(x, AddVector) else "-"
     what = "v" if isinstance(x, AddVector) else "(v.h) v"
     where = ", ".join(str(t.site) for t in x.targets)

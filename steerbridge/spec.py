@@ -2,8 +2,9 @@
 
 The models say what one field may hold; `problems()` says how fields must agree. Fields
 that decide whether a request is steered have no default: leaving one out is an error,
-never a quiet choice. Unknown fields are kept, so that a newer minor version survives a
-load and a save.
+never a quiet choice. Unknown fields of probes, interventions, rules and calibrations are
+refused, because any of them may change what is steered; elsewhere they are kept, so that a
+newer minor version survives a load and a save.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from steerbridge.errors import Problem
 
-SPEC_VERSION = "1.0"
+SPEC_VERSION = "1.1"
 SUPPORTED_MAJOR = 1
 MAX_ACTS = 1 << 16  # targets of all interventions of all rules together
 
@@ -27,6 +28,7 @@ TensorName = Annotated[
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Size = Annotated[int, Field(ge=1, le=1 << 24)]
 Layer = Annotated[int, Field(ge=0, le=1 << 16)]
+TokenId = Annotated[int, Field(ge=0, lt=1 << 24)]
 Comparator = Literal[">", ">=", "<", "<="]
 
 
@@ -48,10 +50,16 @@ class _Model(BaseModel):
         return self.model_dump(mode="json", exclude_unset=True)
 
 
+class _Deciding(_Model):
+    """A part that decides what is steered: nothing of it may be passed over."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
 # ---------------------------------------------------------------- sites and readings
 
 
-class LayerInput(_Model):
+class LayerInput(_Deciding):
     """The residual stream entering decoder block `layer`, before its norm.
 
     `layer` = number of blocks means the stream entering the final norm.
@@ -64,7 +72,7 @@ class LayerInput(_Model):
         return f"layer_input[{self.layer}]"
 
 
-class LayerOutput(_Model):
+class LayerOutput(_Deciding):
     """The residual stream leaving decoder block `layer` (= `layer_input[layer + 1]`)."""
 
     stream: Literal["layer_output"]
@@ -74,7 +82,7 @@ class LayerOutput(_Model):
         return f"layer_output[{self.layer}]"
 
 
-class HeadInput(_Model):
+class HeadInput(_Deciding):
     """The vector that the output embedding multiplies, after the final norm."""
 
     stream: Literal["head_input"]
@@ -87,7 +95,7 @@ LayerSite: TypeAlias = Annotated[LayerInput | LayerOutput, Field(discriminator="
 Site: TypeAlias = Annotated[LayerInput | LayerOutput | HeadInput, Field(discriminator="stream")]
 
 
-class PromptEnd(_Model):
+class PromptEnd(_Deciding):
     """The last token of the rendered prompt, or the one `-offset` tokens before it."""
 
     type: Literal["prompt_end"]
@@ -97,7 +105,7 @@ class PromptEnd(_Model):
         return f"prompt_end{self.offset or ''}"
 
 
-class PromptMean(_Model):
+class PromptMean(_Deciding):
     """The mean over all tokens of the prompt, image tokens included, padding not."""
 
     type: Literal["prompt_mean"]
@@ -106,7 +114,7 @@ class PromptMean(_Model):
         return self.type
 
 
-class ImageMean(_Model):
+class ImageMean(_Deciding):
     """The mean over the image tokens of the request."""
 
     type: Literal["image_mean"]
@@ -118,7 +126,7 @@ class ImageMean(_Model):
 Position: TypeAlias = Annotated[PromptEnd | PromptMean | ImageMean, Field(discriminator="type")]
 
 
-class Reading(_Model):
+class Reading(_Deciding):
     """One vector that a probe reads: a place in the network and a place in the prompt."""
 
     site: Site
@@ -128,26 +136,51 @@ class Reading(_Model):
         return f"{self.site} @ {self.position}"
 
 
+class TokenReading(_Deciding):
+    """Every row of a request in scope, each scored by itself; the probe's score is the largest
+    running score, a mean over the last `window` of them.
+
+    A row's vectors at the sites are concatenated in order. Rows are counted from the first one of
+    the sequence on, virtual tokens included, padding not; the first `skip` are left out, and so are
+    those of another kind than `rows`. `answer` begins empty behind the prompt's end; `both` runs
+    across it.
+    """
+
+    sites: Annotated[tuple[LayerInput, ...], Field(min_length=1, max_length=4)]
+    scope: Literal["prompt", "answer", "both"]
+    window: Annotated[int, Field(ge=1, le=1 << 12)]
+    skip: Annotated[int, Field(ge=0, le=1 << 20)]
+    rows: Literal["all", "text", "image"]
+
+    def __str__(self) -> str:
+        sites = ", ".join(map(str, self.sites))
+        kind = "" if self.rows == "all" else f"{self.rows} "
+        where = {"prompt": "prompt", "answer": "answer", "both": "prompt and answer"}[self.scope]
+        skipped = f", without the first {self.skip}" if self.skip else ""
+        return f"{sites} @ {kind}rows of {where}, {self.window} at a time{skipped}"
+
+
 # ---------------------------------------------------------------- probes
 
 
-class _Probe(_Model):
+class _Probe(_Deciding):
     id: Identifier
-    readings: Annotated[tuple[Reading, ...], Field(min_length=1, max_length=64)]
+    readings: Annotated[tuple[Reading, ...], Field(max_length=64)] = ()
+    token_reading: TokenReading | None = None
     input_mean: TensorName | None = None
     input_scale: TensorName | None = None
     comparator: Comparator
     threshold: float
 
 
-class DenseLayer(_Model):
+class DenseLayer(_Deciding):
     """y = weight x + bias, weight [out, in], bias [out]."""
 
     weight: TensorName
     bias: TensorName
 
 
-class Softmax(_Model):
+class Softmax(_Deciding):
     """The score is the probability of the class named `harmful`."""
 
     type: Literal["softmax"]
@@ -155,7 +188,7 @@ class Softmax(_Model):
     harmful: str
 
 
-class Sigmoid(_Model):
+class Sigmoid(_Deciding):
     """The score is sigmoid(y) when a high y means harm, 1 - sigmoid(y) when a low y does."""
 
     type: Literal["sigmoid"]
@@ -194,19 +227,19 @@ Probe: TypeAlias = Annotated[MlpProbe | LinearProbe | CosineProbe, Field(discrim
 # ---------------------------------------------------------------- interventions and rules
 
 
-class _Intervention(_Model):
+class _Intervention(_Deciding):
     id: Identifier
     position: Literal["from_prompt_end", "all_positions"]
 
 
-class DenseMatrix(_Model):
+class DenseMatrix(_Deciding):
     """W as one tensor [d, d]."""
 
     form: Literal["dense"]
     matrix: TensorName
 
 
-class LowRankMatrix(_Model):
+class LowRankMatrix(_Deciding):
     """W = u v with u [d, r] and v [r, d]."""
 
     form: Literal["low_rank"]
@@ -222,7 +255,39 @@ class HeadMatrix(_Intervention):
     weight: Annotated[DenseMatrix | LowRankMatrix, Field(discriminator="form")]
 
 
-class Target(_Model):
+class Reasoning(_Deciding):
+    """Token ids that open a block of reasoning, and those that close it."""
+
+    open: Annotated[tuple[TokenId, ...], Field(min_length=1, max_length=64)]
+    close: Annotated[tuple[TokenId, ...], Field(min_length=1, max_length=64)]
+
+
+class Say(_Deciding):
+    """Row j since the rule began gets the logit 0 for token j, and -30,000 for all others; behind
+    the last token, the last again.
+
+    Attributes:
+        text: what the tokens say, for people; compared with the tokenizer.
+        header: ids said first, at the prompt's end and behind a block of reasoning that is closed:
+            the marks by which a template begins the answer itself.
+        tokens: ids of the text, ending in the one that ends the turn.
+        reasoning: marks of a block of reasoning; a rule that begins inside one closes it first.
+    """
+
+    id: Identifier
+    type: Literal["say"]
+    text: str
+    header: Annotated[tuple[TokenId, ...], Field(max_length=64)] = ()
+    tokens: Annotated[tuple[TokenId, ...], Field(min_length=1, max_length=1 << 12)]
+    reasoning: Reasoning | None = None
+
+    @property
+    def position(self) -> Literal["from_prompt_end"]:
+        """Where it acts, as the others say it."""
+        return "from_prompt_end"
+
+
+class Target(_Deciding):
     """A vector [d] and the layer site where it acts."""
 
     site: LayerSite
@@ -246,26 +311,27 @@ class ProjectOut(_Intervention):
 
 
 Intervention: TypeAlias = Annotated[
-    HeadMatrix | AddVector | ProjectOut, Field(discriminator="type")
+    HeadMatrix | AddVector | ProjectOut | Say, Field(discriminator="type")
 ]
 
 
-class Condition(_Model):
+class Condition(_Deciding):
     """Holds when any, or all, of the named probes fired."""
 
     type: Literal["any", "all"]
     probes: Annotated[tuple[Identifier, ...], Field(min_length=1)]
 
 
-class ConstantStrength(_Model):
+class ConstantStrength(_Deciding):
     """The interventions act `value` times as strongly as they say."""
 
     type: Literal["constant"]
     value: float
 
 
-class ScoreStrength(_Model):
-    """The interventions act `scale` times the probe's score; a non-finite score counts as 1."""
+class ScoreStrength(_Deciding):
+    """The interventions act `scale` times the probe's score where the rule begins; a score that is
+    not finite, or not there yet, counts as 1."""
 
     type: Literal["score"]
     probe: Identifier
@@ -275,8 +341,12 @@ class ScoreStrength(_Model):
 Strength: TypeAlias = Annotated[ConstantStrength | ScoreStrength, Field(discriminator="type")]
 
 
-class Rule(_Model):
-    """If the condition holds (null: always), apply the interventions in order."""
+class Rule(_Deciding):
+    """Once the condition holds (null: always), apply the interventions in order.
+
+    It begins at the prompt's end, or at the later row at which a token reading makes it hold, and
+    goes on to the end of the request.
+    """
 
     id: Identifier
     condition: Condition | None
@@ -300,7 +370,7 @@ class BaseModelInfo(_Model):
     chat_template_sha256: Sha256 | None = None
 
 
-class Calibration(_Model):
+class Calibration(_Deciding):
     """Thresholds re-fitted on the hidden states of a named runtime and quantisation."""
 
     runtime: str
@@ -343,7 +413,7 @@ class SteeringSpec(_Model):
         """Return the probe named `id` (KeyError if there is none)."""
         return {p.id: p for p in self.probes}[id]
 
-    def intervention(self, id: str) -> HeadMatrix | AddVector | ProjectOut:
+    def intervention(self, id: str) -> HeadMatrix | AddVector | ProjectOut | Say:
         """Return the intervention named `id` (KeyError if there is none)."""
         return {x.id: x for x in self.interventions}[id]
 
@@ -380,11 +450,20 @@ class SteeringSpec(_Model):
         ]
 
 
-def sites(intervention: HeadMatrix | AddVector | ProjectOut) -> tuple[Any, ...]:
-    """The sites where an intervention acts."""
+def sites(intervention: HeadMatrix | AddVector | ProjectOut | Say) -> tuple[Any, ...]:
+    """The sites where an intervention acts; none for `say`, which acts on logits."""
     if isinstance(intervention, HeadMatrix):
         return (HeadInput(stream="head_input"),)
+    if isinstance(intervention, Say):
+        return ()
     return tuple(target.site for target in intervention.targets)
+
+
+def sites_read(probe: MlpProbe | LinearProbe | CosineProbe) -> tuple[Any, ...]:
+    """The sites that a probe reads, in order."""
+    if probe.token_reading is not None:
+        return probe.token_reading.sites
+    return tuple(reading.site for reading in probe.readings)
 
 
 # ---------------------------------------------------------------- rules across fields
@@ -393,6 +472,7 @@ def sites(intervention: HeadMatrix | AddVector | ProjectOut) -> tuple[Any, ...]:
 def problems(spec: SteeringSpec) -> list[Problem]:
     """Every rule across fields that the spec breaks; empty for a sound spec."""
     return [
+        *_version_problems(spec),
         *_duplicate_ids(spec),
         *_probe_problems(spec),
         *_intervention_problems(spec),
@@ -400,6 +480,17 @@ def problems(spec: SteeringSpec) -> list[Problem]:
         *_count_problems(spec),
         *_calibration_problems(spec),
     ]
+
+
+def _version_problems(spec: SteeringSpec) -> Iterator[Problem]:
+    """What came with 1.1 says so, for readers that know 1.0 only."""
+    if spec.spec_version.partition(".")[2] == "0" and (
+        any(probe.token_reading is not None for probe in spec.probes)
+        or any(isinstance(x, Say) for x in spec.interventions)
+    ):
+        yield Problem(
+            "spec_version", "1.1 or later for token readings and `say`", spec.spec_version
+        )
 
 
 def _duplicate_ids(spec: SteeringSpec) -> Iterator[Problem]:
@@ -420,6 +511,10 @@ def _site_problem(spec: SteeringSpec, site: Any, field: str) -> Iterator[Problem
 
 def _probe_problems(spec: SteeringSpec) -> Iterator[Problem]:
     for i, probe in enumerate(spec.probes):
+        if bool(probe.readings) == (probe.token_reading is not None):
+            both = "both" if probe.readings else "neither"
+            yield Problem(f"probes[{i}]", "either readings or a token_reading", both)
+        yield from _token_problems(spec, probe, f"probes[{i}]")
         for j, reading in enumerate(probe.readings):
             field = f"probes[{i}].readings[{j}]"
             yield from _site_problem(spec, reading.site, f"{field}.site")
@@ -437,10 +532,44 @@ def _probe_problems(spec: SteeringSpec) -> Iterator[Problem]:
                 )
 
 
+def _token_problems(spec: SteeringSpec, probe: Probe, field: str) -> Iterator[Problem]:
+    """A running score is a mean of logits, so there must be a logit that grows with harm."""
+    if probe.token_reading is None:
+        return
+    last = spec.base_model.num_layers - 1
+    for j, site in enumerate(probe.token_reading.sites):
+        if not 1 <= site.layer <= last:
+            where = f"{field}.token_reading.sites[{j}]"
+            yield Problem(where, f"layer_input[1] .. layer_input[{last}]", str(site))
+    if len(set(probe.token_reading.sites)) != len(probe.token_reading.sites):
+        yield Problem(f"{field}.token_reading.sites", "each site once", str(probe.token_reading))
+    if isinstance(probe, CosineProbe) or (
+        isinstance(probe, LinearProbe) and probe.link == "identity"
+    ):
+        want = "a linear or mlp probe with a sigmoid or softmax, for a token_reading"
+        yield Problem(f"{field}.type", want, probe.type)
+    if probe.comparator not in (">", ">="):
+        yield Problem(f"{field}.comparator", "> or >=, for a token_reading", probe.comparator)
+
+
 def _intervention_problems(spec: SteeringSpec) -> Iterator[Problem]:
     for i, intervention in enumerate(spec.interventions):
+        if isinstance(intervention, Say):
+            yield from _say_problems(spec, intervention, f"interventions[{i}]")
         for j, site in enumerate(sites(intervention)):
             yield from _site_problem(spec, site, f"interventions[{i}].targets[{j}].site")
+
+
+def _say_problems(spec: SteeringSpec, say: Say, field: str) -> Iterator[Problem]:
+    marks = say.reasoning
+    for part, ids in (
+        ("header", say.header),
+        ("tokens", say.tokens),
+        ("reasoning", (*marks.open, *marks.close) if marks else ()),
+    ):
+        if ids and max(ids) >= spec.base_model.vocab_size:
+            want = f"token ids below {spec.base_model.vocab_size}"
+            yield Problem(f"{field}.{part}", want, str(max(ids)))
 
 
 def _rule_problems(spec: SteeringSpec) -> Iterator[Problem]:
@@ -469,7 +598,7 @@ def _rule_problems(spec: SteeringSpec) -> Iterator[Problem]:
 
 def _count_problems(spec: SteeringSpec) -> Iterator[Problem]:
     """What all rules do must be countable: rules, their interventions and targets multiply."""
-    size = {x.id: len(list(sites(x))) for x in spec.interventions}
+    size = {x.id: max(1, len(sites(x))) for x in spec.interventions}
     acts = sum(size.get(id, 0) for rule in spec.rules for id in rule.interventions)
     if acts > MAX_ACTS:
         yield Problem("rules", f"{MAX_ACTS} targets at most", str(acts))
@@ -479,9 +608,10 @@ def _order_problems(
     spec: SteeringSpec, field: str, read: list[Any], acting: list[Any]
 ) -> Iterator[Problem]:
     """A decision must be known before it acts: later sites only, from the prompt end on."""
-    if not read:
+    read_sites = [site for probe in read for site in sites_read(probe)]
+    if not read_sites:
         return
-    deepest = max((r.site for probe in read for r in probe.readings), key=spec.depth)
+    deepest = max(read_sites, key=spec.depth)
     for intervention in acting:
         if intervention.position != "from_prompt_end":
             yield Problem(
@@ -519,9 +649,11 @@ def tensor_shapes(spec: SteeringSpec) -> Iterator[tuple[str, str, tuple[int | st
     """
     d = spec.base_model.hidden_size
     for i, probe in enumerate(spec.probes):
-        yield from _probe_shapes(f"probes[{i}]", probe, d * len(probe.readings))
+        yield from _probe_shapes(f"probes[{i}]", probe, d * len(sites_read(probe)))
     for i, x in enumerate(spec.interventions):
         field = f"interventions[{i}]"
+        if isinstance(x, Say):
+            continue
         if not isinstance(x, HeadMatrix):
             for j, target in enumerate(x.targets):
                 yield f"{field}.targets[{j}].vector", target.vector, (d,)

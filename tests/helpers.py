@@ -20,7 +20,7 @@ from steerbridge.data import Example
 from steerbridge.fingerprint import ModelFacts
 from steerbridge.package import SteeringPackage, parse
 from steerbridge.runtime import Generation, LoadedModel
-from steerbridge.spec import Reading
+from steerbridge.spec import SPEC_VERSION, Reading, tensor_shapes
 from steerbridge.tensors import Tensor
 
 FACTS = ModelFacts("llama", hidden_size=16, num_layers=4, vocab_size=64, name="tiny")
@@ -83,13 +83,14 @@ def reading(at: str, position: dict[str, Any] = END) -> dict[str, Any]:
 
 
 def linear_probe(id: str = "p", **fields: Any) -> dict[str, Any]:
+    """A probe on layer 2, linear unless `fields` says otherwise."""
+    linear = {"weight": f"{id}.w", "bias": 0.0, "link": "identity"}
+    read = {} if "token_reading" in fields else {"readings": [reading("layer_input[2]")]}
     return {
         "id": id,
         "type": "linear",
-        "readings": [reading("layer_input[2]")],
-        "weight": f"{id}.w",
-        "bias": 0.0,
-        "link": "identity",
+        **read,
+        **(linear if fields.get("type", "linear") == "linear" else {}),
         "comparator": ">",
         "threshold": 0.0,
         **fields,
@@ -131,7 +132,7 @@ def rule(probes: list[str] | None, acts: list[str], **fields: Any) -> dict[str, 
 
 def raw_spec(facts: ModelFacts = FACTS, **fields: Any) -> dict[str, Any]:
     return {
-        "spec_version": "1.0",
+        "spec_version": SPEC_VERSION,
         "name": "test",
         "base_model": facts.info().model_dump(exclude_unset=True),
         "probes": [linear_probe()],
@@ -148,8 +149,6 @@ def package(
 
     `free` is the size of ranks and hidden layers.
     """
-    from steerbridge.spec import tensor_shapes
-
     spec = parse(raw_spec(facts, **fields))
     rng = np.random.default_rng(seed)
     tensors: dict[str, Tensor] = {}

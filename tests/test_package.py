@@ -73,7 +73,7 @@ def test_a_failed_save_leaves_the_old_package(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["one.gguf"]
 
 
-@pytest.mark.parametrize("missing", ["comparator", "threshold", "link", "readings", "weight"])
+@pytest.mark.parametrize("missing", ["comparator", "threshold", "link", "weight"])
 def test_a_field_that_decides_has_no_default(missing):
     probe = helpers.linear_probe()
     del probe[missing]

@@ -32,24 +32,48 @@ readings = st.builds(
 )
 
 
+token_readings = st.fixed_dictionaries(
+    {
+        "sites": st.lists(st.integers(1, LAYERS - 1), min_size=1, max_size=3, unique=True).map(
+            lambda layers: [helpers.site(f"layer_input[{n}]") for n in layers]
+        ),
+        "scope": st.sampled_from(["prompt", "answer", "both"]),
+        "window": st.integers(1, 4096),
+        "skip": st.integers(0, 9),
+        "rows": st.sampled_from(["all", "text", "image"]),
+    }
+)
+
+
 @st.composite
 def probes(draw, id):
-    common = {
-        "readings": draw(st.lists(readings, min_size=1, max_size=3)),
-        "comparator": draw(st.sampled_from([">", ">=", "<", "<="])),
-        "threshold": draw(finite),
-        "bias": draw(finite),
-        "link": draw(st.sampled_from(["identity", "sigmoid"])),
-    }
+    common = {"threshold": draw(finite), "bias": draw(finite)}
+    if draw(st.booleans()):
+        common |= {
+            "readings": draw(st.lists(readings, min_size=1, max_size=3)),
+            "comparator": draw(st.sampled_from([">", ">=", "<", "<="])),
+            "link": draw(st.sampled_from(["identity", "sigmoid"])),
+        }
+    else:
+        common |= {
+            "token_reading": draw(token_readings),
+            "comparator": draw(st.sampled_from([">", ">="])),
+            "link": "sigmoid",
+        }
     if draw(st.booleans()):
         common |= {"input_mean": f"{id}.mean", "input_scale": f"{id}.scale"}
-    if draw(st.booleans()):
-        common["x_unknown"] = draw(json_values)
     return helpers.linear_probe(id, **common)
+
+
+tokens = st.lists(st.integers(0, helpers.FACTS.vocab_size - 1), min_size=1, max_size=5)
 
 
 @st.composite
 def interventions(draw, id):
+    if draw(st.booleans()):
+        marks = {"open": draw(tokens), "close": draw(tokens)}
+        says = {"id": id, "type": "say", "text": "No.", "tokens": draw(tokens)}
+        return says | draw(st.sampled_from([{}, {"header": draw(tokens)}, {"reasoning": marks}]))
     if draw(st.booleans()):
         low = {"form": "low_rank", "u": f"{id}.u", "v": f"{id}.v"}
         dense = {"form": "dense", "matrix": f"{id}.W"}

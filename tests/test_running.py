@@ -94,6 +94,7 @@ def test_drafts_cuts_copies_and_shifts(window, data):
         # A short prompt has the mean of what there is, at its end only.
         (Window(16), 1, [None, 1.5, None, 2.5, 3.0, 3.5]),
         (Window(16, scope="prompt"), 2, [None, None, 2.0, None, None, None]),
+        (Window(16, skip=1), 0, [None, None, None, None, 3.5, 4.0]),
         # The answer starts empty at the prompt's end.
         (Window(2, scope="answer"), 2, [None, None, None, None, 4.5, 5.5]),
         (Window(2, scope="answer"), None, [None] * 6),
@@ -112,6 +113,11 @@ def test_sums_go_from_the_oldest_to_the_newest_in_float64():
     for value in values.tolist():
         total += value
     assert last == total / 5
+
+
+def test_the_end_of_a_short_prompt_may_be_a_row_of_another_kind():
+    found = running_scores(Window(8), [1.0, 3, 9], [True, True, False], 2)
+    assert [None if math.isnan(v) else v for v in found] == [None, None, 2.0]
 
 
 def test_other_rows_are_neither_scored_nor_counted():

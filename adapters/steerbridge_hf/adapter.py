@@ -35,7 +35,7 @@ from steerbridge_hf import passes
 from steerbridge_hf.observed import OBSERVED, Call
 from steerbridge_hf.request import Requests, Step
 from steerbridge_hf.sites import RUNTIME, facts, learned_positions, locate, media_tokens
-from steerbridge_torch import Ledger, Weights, quantisation
+from steerbridge_torch import Ledger, RowLogits, Weights, quantisation
 
 _OWNER: Final = "_steerbridge_session"  # on the model: which session steers it
 _STEERED: Final = "_steerbridge_steered"  # on a cache: its states were rewritten (kept by copies)
@@ -93,9 +93,16 @@ class Session(Attachment):
         self._plan = plan(self._package.spec)
         # The head is always watched: logits that did not pass it were not guarded.
         planned = {stop.depth: stop for stop in self._plan.stops}
-        planned.setdefault(self._plan.head_depth, Stop(self._plan.head_depth, (), (), (), ()))
+        planned.setdefault(self._plan.head_depth, Stop(self._plan.head_depth))
+        self._depths = frozenset(planned)
+        planned.pop(self._plan.logits_depth, None)  # the model's own results
         self._stops = planned
         self._weights = Weights(self._package, self._sites.model.device)
+        self._logits = {
+            i: RowLogits(probe, self._weights)
+            for i, probe in enumerate(self._package.spec.probes)
+            if probe.token_reading is not None
+        }
         self._handles: list[Any] = []
         self._replaced: dict[str, Any] = {}
         self._here = _Here()  # each thread generates for its own requests
@@ -221,11 +228,19 @@ class Session(Attachment):
             yield
             if not requests.decided():
                 raise RowMappingLost("the request ended before its prompt was evaluated")
+            requests.finish(requests.watched + 1, None, 0)
             self._finish(requests)
 
     def _requests(self, mask: Tensor, ids: Tensor | None, **more: Any) -> Requests:
         return Requests(
-            self._package, self._plan, self._weights, mask, ids, media=self._media, **more
+            self._package,
+            self._plan,
+            self._weights,
+            mask,
+            ids,
+            media=self._media,
+            logits=self._logits,
+            **more,
         )
 
     def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -235,6 +250,7 @@ class Session(Attachment):
             requests = self._here.requests
             if requests is None or not requests.decided():
                 raise HookLost("generation ended without a verdict: the hooks did not run")
+            self._here.call.finish(result)
             self._finish(requests)
         return result
 
@@ -252,6 +268,8 @@ class Session(Attachment):
             )
             self._open(call, before or 0)
             return result
+        if name == "prepare_inputs_for_generation":
+            call.next_pass(args[0] if args else kwargs["input_ids"])
         result = original(*args, **kwargs)
         if name == "_expand_inputs_for_generation":
             ids, model_kwargs = result
@@ -265,7 +283,12 @@ class Session(Attachment):
     def _open(self, call: Call, cached: int) -> None:
         assert call.mask is not None
         call.requests = self._here.requests = self._requests(
-            call.mask, call.ids, given=cached, copies=call.copies, drafts=call.assisted
+            call.mask,
+            call.ids,
+            given=cached,
+            copies=call.copies,
+            drafts=call.assisted,
+            beams=call.beams,
         )
 
     def _refuse_continuous_batching(self, original: Any, *args: Any, **kwargs: Any) -> Any:
@@ -306,7 +329,7 @@ class Session(Attachment):
         if here.bare is not None:
             here.bare.check(cache, requests)
         requests.begin(step)
-        here.step, here.ledger = step, Ledger(self._stops)
+        here.step, here.ledger = step, Ledger(self._depths)
 
     def _at_site(self, stop: Stop, module: nn.Module, h: Tensor) -> Tensor | None:
         step, requests = self._here.step, self._here.requests
@@ -326,13 +349,20 @@ class Session(Attachment):
 
     def _after_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> None:
+    ) -> Any:
         step, requests = self._here.step, self._here.requests
         self._here.step = None
         if step is None or requests is None:
             raise HookLost("the hook that announces forward passes is gone")
+        if self._plan.logits_depth in self._depths:
+            output = passes.with_logits(output, lambda logits: requests.said(logits, step))
+            self._here.ledger.report(self._plan.logits_depth)
         self._here.ledger.check()
         requests.end(step)
+        self._note_cache(requests, step, output)
+        return output
+
+    def _note_cache(self, requests: Requests, step: Step, output: Any) -> None:
         cache = passes.cache_among(output if isinstance(output, tuple) else output.values())
         if cache is None:
             return

@@ -30,8 +30,10 @@ OBSERVED: Final = (
     "_prepare_cache_for_generation",
     "_get_logits_processor",
     "_get_stopping_criteria",
+    "prepare_inputs_for_generation",
 )
 _ASSISTED: Final = (GenerationMode.ASSISTED_GENERATION,)
+_BEAMS: Final = (GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE)
 # Each runs passes of this model that belong to no request, or changes the prompt behind its mask.
 _REFUSED: Final = (
     ("guidance_scale", (None, 1)),
@@ -49,7 +51,7 @@ class Call:
         self.mask: Tensor | None = None
         self.copies = 1
         self.given = 0
-        self.assisted = False
+        self.assisted = self.beams = False
         self._embeds: Tensor | None = None
 
     def expanded(self, ids: Tensor, kwargs: dict[str, Any], copies: int) -> None:
@@ -67,7 +69,7 @@ class Call:
         for name, idle in _REFUSED:
             if (value := getattr(config, name, None)) not in idle:
                 raise UnsupportedFeature(RUNTIME, f"{name}={value}")
-        self.assisted = mode in _ASSISTED
+        self.assisted, self.beams = mode in _ASSISTED, mode in _BEAMS
         prompt = self._embeds if self._embeds is not None else self.ids
         if prompt is None or prompt.shape[1] == 0:
             raise UnsupportedFeature(RUNTIME, "generate() without a prompt")
@@ -96,7 +98,19 @@ class Call:
     def guarded_criteria(self, criteria: Iterable[Any]) -> StoppingCriteriaList:
         """The stopping criteria, behind the same check."""
         guard = [_StopGuard(self)] if self.assisted else []
-        return StoppingCriteriaList([*guard, *criteria])
+        return _Ends(self, [*guard, *criteria])
+
+    def next_pass(self, ids: Tensor) -> None:
+        """The ids [B, T] of the rows up to the last that the next pass evaluates."""
+        if self.requests is not None and self.beams and self.requests.tokens.reads_answers:
+            self.requests.rearrange(ids.detach().cpu())
+
+    def finish(self, result: Any) -> None:
+        """What `generate` returned."""
+        assert self.requests is not None
+        sequences = result if isinstance(result, Tensor) else result.sequences
+        skipped = self.requests.prompt - self.given
+        self.requests.finish(skipped + sequences.shape[1], sequences, skipped)
 
     def check(self, tokens: int) -> None:
         """Raise HookLost unless every column before token number `tokens` was watched."""
@@ -107,6 +121,21 @@ class Call:
                 "a forward pass ran without the steering hooks; if the model was compiled "
                 "before steer(), call torch.compiler.reset() and steer before compiling"
             )
+
+
+class _Ends(StoppingCriteriaList):
+    """Stopping criteria that tell which answers are complete: what follows is padding."""
+
+    def __init__(self, call: Call, criteria: Iterable[Any]) -> None:
+        super().__init__(criteria)
+        self._call = call
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+        done = super().__call__(input_ids, scores, **kwargs)
+        requests = self._call.requests
+        if requests is not None and not self._call.beams and len(done) == requests.rows:
+            requests.ended |= done.cpu()
+        return done
 
 
 class _Guard(LogitsProcessor):

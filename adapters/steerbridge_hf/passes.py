@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
-from steerbridge.errors import RowMappingLost, UnsupportedFeature
+from steerbridge.errors import HookLost, RowMappingLost, UnsupportedFeature
 from steerbridge.plan import Stop
 from steerbridge_hf.request import Requests, Step
 from steerbridge_hf.sites import RUNTIME, Sites, ordinary_tokens
@@ -63,16 +63,20 @@ def step_of(given: Mapping[str, Any], requests: Requests) -> Step:
             f"{start + width}"
         )
     evaluates = start < requests.prompt or not requests.decided()
+    live = None
+    if isinstance(mask, Tensor) and mask.dim() == 2 and requests.tokens.reads_answers:
+        live = mask[:, start:].detach().cpu().bool()
     if evaluates:
         _refuse_packed(given, requests, start, width)
     columns = torch.arange(start, start + width)
     return Step(
         start,
         width,
-        ids.detach().cpu() if ids is not None and evaluates else None,
+        ids.detach().cpu() if ids is not None and (evaluates or requests.speech.listens) else None,
         columns,
         _kept(given.get("logits_to_keep", 0), columns),
         cached=start > 0,
+        live=live,
     )
 
 
@@ -106,6 +110,25 @@ def _kept(logits_to_keep: int | Tensor, columns: Tensor) -> Tensor:
             raise RowMappingLost("logits_to_keep per row: columns of the head are not known")
         return columns[logits_to_keep.cpu()]
     return columns[-logits_to_keep:] if logits_to_keep else columns
+
+
+def with_logits(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """What a model gives, with other logits.
+
+    Raises:
+        HookLost: it holds none.
+    """
+    if isinstance(output, tuple):
+        at = next((i for i, v in enumerate(output) if isinstance(v, Tensor) and v.dim() == 3), None)
+        if at is None:
+            raise HookLost("the model gives no logits, which a rule has to force")
+        return (*output[:at], change(output[at]), *output[at + 1 :])
+    logits = getattr(output, "logits", None)
+    if not isinstance(logits, Tensor) or logits.dim() != 3:
+        raise HookLost("the model gives no logits, which a rule has to force")
+    if (changed := change(logits)) is not logits:
+        output["logits"] = changed
+    return output
 
 
 class Bare:

@@ -8,8 +8,9 @@ columns of passes go on from one another, and those of the prompt are its tokens
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,13 +18,13 @@ from torch import Tensor
 from steerbridge import reference
 from steerbridge.errors import RowMappingLost, UnsupportedFeature
 from steerbridge.package import SteeringPackage
-from steerbridge.plan import Plan, Stop
+from steerbridge.plan import Plan, Stop, rule_probes
 from steerbridge.runtime import Outcome
 from steerbridge.spec import ImageMean, Position, PromptEnd, PromptMean, Reading
+from steerbridge_hf.rows import NO_IMAGE_ROWS, Layout, TokenRows
+from steerbridge_hf.said import Speech
 from steerbridge_hf.sites import RUNTIME
-from steerbridge_torch import Judged, Weights, decide, kernels, outcome
-
-NO_IMAGE_ROWS: Final = "which rows are an image's is not known: the prompt has no token ids"
+from steerbridge_torch import NEVER, Judged, RowLogits, Weights, begins, kernels, strengths
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,7 @@ class Step:
         columns: [Q] all columns of this pass, on the CPU.
         head: those that the output embedding sees.
         cached: whether it goes on from a cache.
+        live: [B, Q] rows that are somebody's, as far as a mask says; None: all.
     """
 
     start: int
@@ -43,6 +45,7 @@ class Step:
     columns: Tensor
     head: Tensor
     cached: bool
+    live: Tensor | None = None
 
     @property
     def stop(self) -> int:
@@ -81,7 +84,10 @@ class Requests:
             cache of the first pass holds.
         copies: rows for each prompt (beams, several samples).
         media: ids of tokens that stand for rows of an image.
-        drafts: whether tokens behind the prompt may be evaluated together with it.
+        drafts: whether tokens behind the prompt may be evaluated together with it, and be taken
+            back.
+        beams: whether rows change places.
+        logits: of probes with token readings, by index.
     """
 
     package: SteeringPackage
@@ -93,18 +99,28 @@ class Requests:
     copies: int = 1
     media: tuple[int, ...] = ()
     drafts: bool = False
+    beams: bool = False
+    logits: Mapping[int, RowLogits] = field(default_factory=dict)
     watched: int = 0  # columns up to here passed through every hook
     read: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # [B, D]
     short: dict[int, Tensor] = field(default_factory=dict)  # probe -> rows that are too short
     judged: dict[int, Judged] = field(default_factory=dict)
     strengths: dict[int, Tensor] = field(default_factory=dict)  # [B]; 0 where it did not fire
-    held: dict[int, Tensor] = field(default_factory=dict)  # [B] bool
+    begins: dict[int, Tensor] = field(default_factory=dict)  # [B] columns
     active: dict[int, Tensor] = field(default_factory=dict)  # rows with a rule that holds
+    ended: Tensor = field(init=False)  # [B] bool: answers that are complete
+    survived: int = 0  # columns up to here are not taken back
+    tokens: TokenRows = field(init=False)
+    speech: Speech = field(init=False)
+    layout: Layout = field(init=False)
     ends: Tensor = field(init=False)  # [B] column of each prompt's last token
     padded: bool = field(init=False)
     first_end: int = field(init=False)
     last_end: int = field(init=False)
     begun: bool = False
+    _paths: Tensor | None = None  # [B, T] ids so far, of beams
+    _of_paths: dict[tuple[int, ...], Outcome] = field(default_factory=dict)
+    _told: tuple[Outcome, ...] | None = None
     _found: dict[tuple[Any, ...], Rows | Column | Mean] = field(
         default_factory=dict
     )  # of this pass
@@ -112,6 +128,9 @@ class Requests:
     def __post_init__(self) -> None:
         if not bool(self.mask.any(dim=1).all()):
             raise RowMappingLost("a row of the batch holds padding only: it has no prompt end")
+        self.ended = torch.zeros(self.rows, dtype=torch.bool)
+        self.tokens = TokenRows(self.package.spec, self.logits)
+        self.speech = Speech(self.package.spec, self.plan)
         self._find_ends()
         for rule in self.plan.unconditional:
             self._decide(rule)
@@ -125,6 +144,8 @@ class Requests:
             self.ends = torch.full((self.rows,), last)
         ends = self.ends.tolist()
         self.first_end, self.last_end = min(ends), max(ends)
+        for rule in self.begins:  # those without a condition
+            self._decide(rule)
 
     @property
     def rows(self) -> int:
@@ -145,13 +166,18 @@ class Requests:
             RowMappingLost: they are not, or not the prompt's.
             UnsupportedFeature: right padding with a prompt in chunks.
         """
-        self._found = {}
+        self._found, self._told = {}, None
         if not self.begun:
             self._reconcile(step)
             self.begun = True
             self.watched = step.start
             self._check_cached_prefix(step.start)
         self._check_columns(step)
+        if step.start < self.prompt:
+            known = not self.media or self.ids is not None
+            self.layout = Layout(self.mask, self.ends, self._images() if known else None)
+        if self.speech.listens:
+            self.speech.hear(step.start, step.ids, self.prompt)
         inside = step.start < self.prompt and self.first_end < step.stop
         if inside and not self.decided() and not self.closes(step):
             raise UnsupportedFeature(
@@ -221,12 +247,67 @@ class Requests:
         self.watched = step.stop
         if step.stop >= self.prompt and not self.decided():
             raise RowMappingLost("the prompt ended without a verdict")
+        self.survived = max(self.prompt, step.start if self.given is None else step.stop)
+        if self.drafts:
+            self.survived = max(self.prompt, step.start + 1)
+        if self._paths is not None and self.decided():
+            for row, path in enumerate(self._paths.tolist()):
+                self._of_paths[tuple(path)] = self._outcome(row)
+
+    def rearrange(self, ids: Tensor) -> None:
+        """Beams: the token ids [B, T] of each row, up to the last that the next pass evaluates. A
+        row goes on from any that had the ids before its last one.
+
+        Raises:
+            RowMappingLost: no row had.
+        """
+        if self._paths is not None:
+            before = ids[:, : self._paths.shape[1]]
+            same = (before[:, None] == self._paths[None]).all(dim=2)  # [B, B]
+            own = torch.arange(self.rows) // self.copies
+            same &= own[:, None] == own[None]
+            if not bool(same.any(dim=1).all()):
+                raise RowMappingLost("a beam goes on from a sequence that was not evaluated")
+            stay = same.diagonal()
+            parents = torch.where(stay, torch.arange(self.rows), same.int().argmax(dim=1))
+            if not bool(stay.all()):
+                self.tokens.reorder(parents)
+                self.speech.reorder(parents)
+        self._paths = ids
+
+    def finish(self, columns: int, sequences: Tensor | None, skipped: int) -> None:
+        """The answers are complete.
+
+        Args:
+            columns: of prompts and answers; nothing was evaluated behind the last token of these.
+            sequences: [N, T] what beam search returned.
+            skipped: columns of the prompt that are not in it.
+        """
+        self.survived = max(self.prompt, min(self.watched, columns - 1))
+        if not self.beams or sequences is None:
+            return
+        each = len(sequences) * self.copies // self.rows  # returned for each prompt
+        self._told = tuple(
+            self._of_path(ids, skipped, i // each * self.copies)
+            for i, ids in enumerate(sequences.tolist())
+        )
+
+    def _of_path(self, ids: list[int], skipped: int, row: int) -> Outcome:
+        """The outcome of a sequence: that of the longest part of it that was evaluated."""
+        if self._paths is None:
+            return self._outcome(row)
+        for stop in range(len(ids), self.prompt - skipped - 1, -1):
+            if (found := self._of_paths.get(tuple(ids[:stop]))) is not None:
+                return found
+        raise RowMappingLost("generate() returned a sequence that was not evaluated")
 
     def closes(self, step: Step) -> bool:
         """True if this pass holds the prompt end of every row, and so completes every reading."""
         return step.start <= self.first_end and self.last_end < step.stop
 
     def _check_cached_prefix(self, start: int) -> None:
+        if start and bool(self.mask[:, :start].any()):
+            self.tokens.check_cached(start)
         checked: dict[Position, Tensor] = {}
         for index, probe in enumerate(self.package.spec.probes):
             for reading in probe.readings:
@@ -265,12 +346,42 @@ class Requests:
         if step.start < self.prompt and not self.decided():
             for probe, reading in stop.readings:
                 self._read(probe, reading, h, step, columns)
-            if self.closes(step):
-                for probe in stop.probes:
+            for probe in stop.probes if self.closes(step) else ():
+                if probe not in self.logits:
                     self._judge(probe)
-                for rule in stop.rules:
-                    self._decide(rule)
+        if stop.rows:
+            self._take_rows(stop, h, step)
+        ends = self.closes(step)
+        for rule in stop.rules:
+            if ends or (rule in self.begins and self._follows_rows(rule)):
+                self._decide(rule)
         return self._act(stop, h, columns) if stop.acts and self.active else h
+
+    def _take_rows(self, stop: Stop, h: Tensor, step: Step) -> None:
+        """Token readings: the pass's rows at one site, and the probes that are complete here."""
+        layout = self.layout
+        read = {
+            probe: self.tokens.wanted(probe, step.start, step.stop, layout)
+            for probe, _ in stop.rows
+        }
+        for probe, site in stop.rows:
+            if read[probe]:
+                self.tokens.take(probe, site, h)
+        live = ~self.ended[:, None].expand(-1, step.width)
+        if step.live is not None:
+            live = live & step.live
+        for probe in stop.probes:
+            reading = self.package.spec.probes[probe].token_reading
+            if reading is not None and read[probe]:
+                inside = layout.in_scope(reading, step.columns, live)
+                at_end = step.columns[None] == self.ends[:, None]
+                self.tokens.close(probe, step.start, inside, at_end)
+
+    def _follows_rows(self, rule: int) -> bool:
+        """Whether rows behind the prompt's end may change what a rule does."""
+        return self.tokens.reads_answers and any(
+            probe in self.logits for probe in rule_probes(self.package.spec, rule)
+        )
 
     def _read(self, probe: int, index: int, h: Tensor, step: Step, columns: Tensor) -> None:
         position = self.package.spec.probes[probe].readings[index].position
@@ -338,11 +449,25 @@ class Requests:
         if index in self.short:
             short = self.short[index].tolist()
             reasons = [reference.TOO_SHORT if s else unknown for s in short]
-        self.judged[index] = Judged.of(scores, finite, reasons)
+        self.judged[index] = Judged.of(probe, scores, finite, self.ends, reasons)
+
+    def _judged(self, until: Tensor) -> dict[int, Judged]:
+        """What the probes say of the rows in front of the columns `until` [B]."""
+        of_rows = {i: self.tokens.judged(i, self.layout, until) for i in self.logits}
+        return {**self.judged, **of_rows}
 
     def _decide(self, index: int) -> None:
-        held, strengths = decide(self.package.spec, index, self.judged, self.rows)
-        self.held[index], self.strengths[index] = held, strengths
+        spec, everything = self.package.spec, torch.full_like(self.ends, NEVER)
+        needed = rule_probes(spec, index)
+        judged = {i: j for i, j in self._judged(everything).items() if i in needed}
+        begin = begins(spec, index, judged, self.ends)
+        at_begin = {
+            i: self.tokens.scores_at(i, begin) if i in self.logits else j.scores
+            for i, j in judged.items()
+        }
+        self.begins[index] = begin
+        self.strengths[index] = strengths(spec, index, at_begin, self.rows)
+        held = begin < NEVER
         self.active.pop(index, None)
         if bool(held.any()):
             self.active[index] = held.nonzero()[:, 0]
@@ -356,7 +481,7 @@ class Requests:
             if rows is None:
                 continue
             intervention = spec.interventions[act.intervention]
-            where = columns[None] >= self.ends[rows][:, None]  # [R, Q]
+            where = columns[None] >= self.begins[act.rule][rows][:, None]  # [R, Q]
             if intervention.position == "all_positions":
                 where = torch.ones_like(where)
             if not bool(where.any()):
@@ -370,12 +495,17 @@ class Requests:
             changed[device_rows] = torch.where(where.to(h.device)[..., None], new, old)
         return changed
 
+    def said(self, logits: Tensor, step: Step) -> Tensor:
+        """The logits [B, H, V] of a pass, those of rows that `say` acts on forced."""
+        return self.speech.forced(logits, step.head, self.layout, self.begins, self.ids)
+
     # -------------------------------------------------------- results
 
     def decided(self) -> bool:
-        """True once every probe has judged and every rule is decided."""
+        """True once every probe has judged the prompt and every rule is decided."""
         spec = self.package.spec
-        return len(self.judged) == len(spec.probes) and len(self.held) == len(spec.rules)
+        pooled = len(spec.probes) - len(self.logits)
+        return len(self.judged) == pooled and len(self.begins) == len(spec.rules)
 
     def acts_on_layers(self) -> bool:
         """True if a rule that holds for some row writes before the head."""
@@ -387,8 +517,17 @@ class Requests:
         )
 
     def outcomes(self) -> tuple[Outcome, ...]:
-        """One outcome per prompt (rows made from one prompt share it)."""
-        return tuple(
-            outcome(self.package.spec, self.judged, self.held, row)
-            for row in range(0, self.rows, self.copies)
-        )
+        """One outcome for each answer: of what survived so far."""
+        if self._told is None:
+            rows = range(0, self.rows, self.copies if self.beams else 1)
+            self._told = tuple(map(self._outcome, rows))
+        return self._told
+
+    def _outcome(self, row: int) -> Outcome:
+        spec = self.package.spec
+        until = (self.ends + 1).clamp(min=self.survived)
+        judged = self._judged(until)
+        ends = int(self.ends[row])
+        verdicts = tuple(judged[i].verdict(p, row, ends) for i, p in enumerate(spec.probes))
+        held = [rule.id for i, rule in enumerate(spec.rules) if self.begins[i][row] < until[row]]
+        return Outcome(verdicts, tuple(held))

@@ -4,8 +4,19 @@ Kernels score probes and rewrite rows; decisions say which rules hold; the ledge
 site of a pass was reached once. Nothing here knows a library of models.
 """
 
-from steerbridge_torch.decisions import Judged, decide, outcome
+from steerbridge_torch.decisions import Judged, begins, strengths
 from steerbridge_torch.kernels import Weights, quantisation
 from steerbridge_torch.ledger import Ledger
+from steerbridge_torch.tokens import NEVER, RowLogits, RowScores
 
-__all__ = ["Judged", "Ledger", "Weights", "decide", "outcome", "quantisation"]
+__all__ = [
+    "NEVER",
+    "Judged",
+    "Ledger",
+    "RowLogits",
+    "RowScores",
+    "Weights",
+    "begins",
+    "quantisation",
+    "strengths",
+]

@@ -1,4 +1,4 @@
-"""From scores to decisions, in torch: which rules hold, their strengths, and the outcome.
+"""From scores to decisions, in torch: where rules begin, their strengths, and the outcome.
 
 Shapes: B requests that are decided together.
 """
@@ -8,15 +8,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from steerbridge import reference
-from steerbridge.plan import rule_probes
 from steerbridge.reference import Verdict
-from steerbridge.runtime import Outcome
 from steerbridge.spec import ConstantStrength, Probe, SteeringSpec
+from steerbridge_torch.tokens import NEVER
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,16 +24,31 @@ class Judged:
     """What a probe says of B requests.
 
     Args:
-        scores: [B] on the CPU; NaN where a request could not be judged.
-        reasons: [B] why it could not, or empty.
+        scores: [B] on the CPU; NaN where a request could not be judged, or has no score yet.
+        fired: [B] columns at which it fired, `NEVER` where it did not.
+        reasons: [B] why a request could not be judged, or empty.
+        rows: of a token reading: [B] the rows of the columns in `fired`.
     """
 
     scores: Tensor
+    fired: Tensor
     reasons: tuple[str, ...]
+    rows: Tensor | None = None
 
     @classmethod
-    def of(cls, scores: Tensor, finite: Tensor, reasons: Sequence[str] = ()) -> Judged:
-        """Of the results of `kernels.judge`, and reasons that were known before."""
+    def of(
+        cls,
+        probe: Probe,
+        scores: Tensor,
+        finite: Tensor,
+        ends: Tensor,
+        reasons: Sequence[str] = (),
+    ) -> Judged:
+        """Of the results of `kernels.judge`, and reasons that were known before.
+
+        Args:
+            ends: [B] columns of the prompts' ends, where a pooled reading fires.
+        """
         known = list(reasons) or [""] * len(scores)
         for row, sound in enumerate(finite.tolist()):
             if not sound and not known[row]:
@@ -42,47 +57,55 @@ class Judged:
         if any(known):
             unjudged = torch.tensor([bool(reason) for reason in known], dtype=torch.bool)
             told = told.masked_fill(unjudged, math.nan)
-        return cls(told, tuple(known))
+        fires = torch.tensor([reference.fires_at(probe, score) for score in told.tolist()])
+        return cls(told, torch.where(fires, ends, NEVER), tuple(known))
 
-    def verdict(self, probe: Probe, row: int) -> Verdict:
-        """The verdict on one request."""
-        if self.reasons[row]:
-            return reference.unjudged(probe, self.reasons[row])
-        return reference.verdict(probe, float(self.scores[row]))
+    def verdict(self, probe: Probe, request: int, end: int) -> Verdict:
+        """The verdict on one request.
+
+        Args:
+            end: the column of its prompt's end.
+        """
+        fired = int(self.fired[request])
+        place: Literal["", "prompt", "answer"] = "prompt" if fired <= end else "answer"
+        return Verdict(
+            probe.id,
+            float(self.scores[request]),
+            probe.threshold,
+            probe.comparator,
+            fired < NEVER,
+            self.reasons[request],
+            place if fired < NEVER else "",
+            int(self.rows[request]) if self.rows is not None and fired < NEVER else None,
+        )
 
 
-def decide(
-    spec: SteeringSpec, rule: int, judged: Mapping[int, Judged], requests: int
-) -> tuple[Tensor, Tensor]:
-    """For which requests a rule holds ([B] bool), and its strength ([B] float32).
-
-    A request that a probe could not judge fires it; a strength that follows such a score takes 1.
+def begins(spec: SteeringSpec, rule: int, judged: Mapping[int, Judged], ends_B: Tensor) -> Tensor:
+    """The first column [B] that a rule changes; `NEVER` where it does not hold.
 
     Args:
         rule: its index in the spec.
         judged: of each probe that the rule needs, by index.
-        requests: B.
+        ends_B: columns of the prompts' ends.
     """
-    chosen = spec.rules[rule]
-    needed = {spec.probes[i].id: i for i in rule_probes(spec, rule)}
-    held = torch.ones(requests, dtype=torch.bool)
-    if chosen.condition is not None:
-        fired = [
-            [reference.fires_at(spec.probes[i], score) for score in judged[i].scores.tolist()]
-            for i in map(needed.__getitem__, chosen.condition.probes)
-        ]
-        combine = any if chosen.condition.type == "any" else all
-        held = torch.tensor([combine(row) for row in zip(*fired, strict=True)])
-    if isinstance(chosen.strength, ConstantStrength):
-        return held, torch.full((requests,), chosen.strength.value, dtype=torch.float32)
-    value = judged[needed[chosen.strength.probe]].scores
-    finite = torch.where(torch.isfinite(value), value, torch.ones_like(value))
-    return held, (chosen.strength.scale * finite).float()
+    condition = spec.rules[rule].condition
+    if condition is None:
+        return ends_B
+    index = {probe.id: i for i, probe in enumerate(spec.probes)}
+    fired = torch.stack([judged[index[id]].fired for id in condition.probes])
+    found = fired.min(dim=0) if condition.type == "any" else fired.max(dim=0)
+    return torch.maximum(found.values, ends_B)
 
 
-def outcome(
-    spec: SteeringSpec, judged: Mapping[int, Judged], held: Mapping[int, Tensor], row: int
-) -> Outcome:
-    """The outcome of one of the requests, once every probe has judged them."""
-    verdicts = tuple(judged[i].verdict(probe, row) for i, probe in enumerate(spec.probes))
-    return Outcome(verdicts, tuple(r.id for i, r in enumerate(spec.rules) if bool(held[i][row])))
+def strengths(spec: SteeringSpec, rule: int, scores: Mapping[int, Tensor], requests: int) -> Tensor:
+    """How strongly a rule acts [B] (float32); a score that is not finite counts as 1.
+
+    Args:
+        scores: [B] of the probe that the strength follows, by its index.
+    """
+    strength = spec.rules[rule].strength
+    if isinstance(strength, ConstantStrength):
+        return torch.full((requests,), strength.value, dtype=torch.float32)
+    index = {probe.id: i for i, probe in enumerate(spec.probes)}
+    value = scores[index[strength.probe]]
+    return (strength.scale * torch.where(torch.isfinite(value), value, 1.0)).float()

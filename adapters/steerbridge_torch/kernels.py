@@ -62,7 +62,7 @@ def _method(settings: Any) -> str:
     return "" if method == "gguf" else method
 
 
-def _exact(kernel: Kernel) -> Kernel:
+def exact(kernel: Kernel) -> Kernel:
     """Run a kernel outside autocast, which would compute its products in half precision."""
 
     @functools.wraps(kernel)
@@ -98,7 +98,7 @@ class Weights:
         return self._copies[key]
 
 
-@_exact
+@exact
 def judge(
     probe: Any, weights: Weights, x_BI: Tensor, missing_B: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -174,18 +174,18 @@ def _cosine(probe: CosineProbe, weights: Weights, x: Tensor) -> Tensor:
     return torch.where(norms == 0, torch.zeros_like(dots), dots / norms)
 
 
-_ACTIVATIONS = {"relu": torch.relu, "tanh": torch.tanh, "gelu": functional.gelu}
+ACTIVATIONS = {"relu": torch.relu, "tanh": torch.tanh, "gelu": functional.gelu}
 
 
 def _mlp(probe: MlpProbe, weights: Weights, x: Tensor) -> Tensor:
     for i, layer in enumerate(probe.layers):
         if i:
-            x = _ACTIVATIONS[probe.activation](x)
+            x = ACTIVATIONS[probe.activation](x)
         x = functional.linear(x, weights(layer.weight, x.device), weights(layer.bias, x.device))
     return x
 
 
-@_exact
+@exact
 def apply(
     intervention: Any, target: int | None, weights: Weights, h: Tensor, strength: Tensor
 ) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from steerbridge.errors import UnsupportedFeature
 from steerbridge.package import SteeringPackage, load
 from steerbridge.plan import Stop
-from steerbridge.spec import HeadMatrix, ImageMean, PromptEnd, Reading
+from steerbridge.spec import HeadMatrix, ImageMean, PromptEnd, Reading, Say, TokenReading
 from steerbridge_tgi import rows
 from steerbridge_tgi.gates import Arguments, Gates
 from steerbridge_tgi.reporter import Reporter
@@ -83,7 +83,12 @@ def _check(package: SteeringPackage, model: Any, layout: str) -> None:
     for probe in spec.probes:
         for reading in probe.readings:
             _check_reading(spec, probe.id, reading, model, layout, cached)
-    layers = [x.id for x in spec.interventions if not isinstance(x, HeadMatrix)]
+        if probe.token_reading is not None:
+            _check_rows(probe.id, probe.token_reading, model, cached)
+    for x in spec.interventions:
+        if isinstance(x, Say) and x.reasoning is not None:
+            raise UnsupportedFeature(RUNTIME, f"{x.id}: a sentence behind a block of reasoning")
+    layers = [x.id for x in spec.interventions if not isinstance(x, HeadMatrix | Say)]
     if layers and cached:
         raise UnsupportedFeature(
             RUNTIME,
@@ -100,6 +105,19 @@ def _check(package: SteeringPackage, model: Any, layout: str) -> None:
     speculates = bool(getattr(model, "speculate", 0)) or bool(_speculation())
     if "VlmCausalLM" in [kind.__name__ for kind in type(model).__mro__] and speculates:
         raise UnsupportedFeature(RUNTIME, "speculation for models with images")
+
+
+def _check_rows(probe: str, reading: TokenReading, model: Any, cached: bool) -> None:
+    if reading.scope != "prompt":
+        raise UnsupportedFeature(
+            RUNTIME, f"{probe}: {reading}: rows of answers, in graphs that were captured"
+        )
+    if cached:
+        raise UnsupportedFeature(
+            RUNTIME, f"{probe}: {reading} needs rows that a cached prefix skips", "PREFIX_CACHING=0"
+        )
+    if reading.rows != "all" and type(model).__name__ == "MllamaCausalLM":
+        raise UnsupportedFeature(RUNTIME, f"{probe}: {reading}: images are not rows in this model")
 
 
 def _check_reading(
@@ -157,9 +175,10 @@ def _share(model: Any) -> Callable[[Tensor], Tensor]:
 def _hook(gates: Gates, model: Any) -> None:
     sites = locate(model)
     watched = {stop.depth: stop for stop in gates.plan.stops}
+    watched.pop(gates.plan.logits_depth, None)  # what `forward` returns
     # The head is always watched: logits that did not pass it were not guarded.
     head = gates.plan.head_depth
-    watched.setdefault(head, Stop(head, (), (), (), ()))
+    watched.setdefault(head, Stop(head))
     for depth, stop in watched.items():
         module = sites.at_depth(depth)
         # Before all other hooks: those of a sharded module transform its input.
@@ -221,7 +240,9 @@ def _wrap_padded(gates: Gates, model: Any, reporter: Reporter) -> None:
     def forward(batch: Any, *args: Any, **kwargs: Any) -> Any:
         size = batch.input_ids.numel()
         with _passing(gates, model, reporter, rows.padded(batch), size, size, None):
-            return original_forward(*args, **kwargs)
+            logits, *more = original_forward(*args, **kwargs)
+            said = gates.said(logits.reshape(size, -1))
+            return said.view(logits.shape), *more
 
     model.generate_token = generate_token
 
@@ -236,7 +257,8 @@ def _wrap_flat(gates: Gates, model: Any, reporter: Reporter) -> None:
         parts = rows.flattened(batch)
         size = sum(part.count for part in parts)
         with _passing(gates, model, reporter, parts, size, parts[-1].head.stop, images.taken()):
-            return original(batch, *args, **kwargs)
+            logits, *more = original(batch, *args, **kwargs)
+            return gates.said(logits), *more
 
     generates = model.generate_token
 

@@ -27,7 +27,8 @@ from steerbridge.spec import ImageMean, PromptEnd, Reading
 from steerbridge_tgi.continued import Continued, Verdict, text_of
 from steerbridge_tgi.rows import HEALTH, Part
 from steerbridge_tgi.sites import Stream
-from steerbridge_torch import Judged, Ledger, decide, kernels, outcome
+from steerbridge_tgi.tokens import PromptRows
+from steerbridge_torch import NEVER, Judged, Ledger, RowLogits, begins, kernels, strengths
 
 Share = Callable[[Tensor], Tensor]  # rank 0's values, on every rank
 Key = tuple[int, int]  # (probe, reading)
@@ -45,6 +46,7 @@ class State:
     before: Verdict | None
     read: dict[Key, Tensor] = field(default_factory=dict)  # a row [D], or a sum of rows
     images: Tensor | int = 0  # how many of its rows were an image's
+    scores: PromptRows = field(default_factory=PromptRows)
     outcome: Outcome | None = None
 
 
@@ -58,8 +60,14 @@ class Pass:
     head_rows: int
     images: Tensor | None
     ledger: Ledger
+    totals: dict[int, Any] = field(default_factory=dict)  # of probes that read every row
     judged: dict[int, Judged] = field(default_factory=dict)  # [E]
     held: dict[int, Tensor] = field(default_factory=dict)  # [E]
+
+    @property
+    def ends(self) -> Tensor:
+        """Rows [E] of the prompts' ends."""
+        return torch.tensor([(part.prompt or 0) - 1 for part in self.ending])
 
     @property
     def prompts(self) -> bool:
@@ -90,6 +98,11 @@ class Gates:
         self._weights = kernels.Weights(package)
         for name in package.tensors:
             self._weights(name, device)  # no copies are allowed during graph capture
+        self._logits = {
+            i: RowLogits(probe, self._weights)
+            for i, probe in enumerate(package.spec.probes)
+            if probe.token_reading is not None
+        }
         self._static = torch.zeros(len(package.spec.rules), rows, device=device)
         self._steers = False  # some strength in the static buffer is not 0
         self._requests: dict[int, State] = {}
@@ -108,7 +121,8 @@ class Gates:
         Raises:
             RowMappingLost: rows of a request without a verdict, or not the request's next rows.
         """
-        ledger = Ledger({stop.depth for stop in self.plan.stops} | {self.plan.head_depth})
+        stops = {stop.depth for stop in self.plan.stops} - {self.plan.logits_depth}
+        ledger = Ledger(stops | {self.plan.head_depth})
         own = tuple(part for part in parts if part.request != HEALTH)
         now = Pass(own, rows, head_rows, images, ledger)
         for part in now.parts:
@@ -143,15 +157,17 @@ class Gates:
         state.rows += part.count
 
     def _unconditional(self) -> dict[int, float]:
-        strengths = {}
-        for rule in self.plan.unconditional:
-            _, strength = decide(self._package.spec, rule, {}, 1)
-            strengths[rule] = float(strength[0])
-        return strengths
+        spec = self._package.spec
+        return {rule: float(strengths(spec, rule, {}, 1)[0]) for rule in self.plan.unconditional}
 
     def _check_cached(self, part: Part) -> None:
         assert part.prompt is not None
         for probe in self._package.spec.probes:
+            if probe.token_reading is not None:
+                raise RowMappingLost(
+                    f"request {part.request}: {probe.id} reads the rows of a cached prefix of "
+                    f"{part.position} tokens"
+                )
             for reading in probe.readings:
                 position = reading.position
                 end = position.offset if isinstance(position, PromptEnd) else -part.prompt
@@ -193,10 +209,16 @@ class Gates:
         verdicts = []
         for e, part in enumerate(now.ending):
             state = self._requests[part.request]
-            judged = outcome(self._package.spec, now.judged, now.held, e)
+            judged = self._outcome(now, e, state.rows - 1)
             state.outcome, state.read = state.before.outcome if state.before else judged, {}
             verdicts.append((part.request, state.outcome))
         return verdicts
+
+    def _outcome(self, now: Pass, e: int, end: int) -> Outcome:
+        spec = self._package.spec
+        verdicts = (now.judged[i].verdict(p, e, end) for i, p in enumerate(spec.probes))
+        held = (rule.id for i, rule in enumerate(spec.rules) if bool(now.held[i][e]))
+        return Outcome(tuple(verdicts), tuple(held))
 
     def ended_for_length(self, request: int, answer: str, tokens: int) -> None:
         """The router may ask for the rest of an answer of so many tokens as a new request."""
@@ -233,7 +255,7 @@ class Gates:
         now.ledger.report(stop.depth)
         if stop.depth == self.plan.head_depth and stream.count != now.head_rows:
             raise RowMappingLost(f"expected {now.head_rows} rows at the head, found {stream.count}")
-        if now.ending or (now.prompts and stop.readings):
+        if now.ending or (now.prompts and (stop.readings or stop.rows)):
             self._decide(now, stop, stream)
         if stop.acts and any(self._strengths_of(p) for p in now.parts):
             return self._act(stop, stream, now)
@@ -249,17 +271,56 @@ class Gates:
                 if part.prompt is not None:
                     for key in stop.readings:
                         self._read(now, part, key, rows, at_head)
+        if stop.rows and now.prompts:
+            self._read_rows(now, stop, stream)
         if not now.ending:
             return
+        spec = self._package.spec
         for probe in stop.probes:
-            now.judged[probe] = self._judge(now, probe)
+            judge = self._judge_rows if probe in self._logits else self._judge
+            now.judged[probe] = judge(now, probe)
         for rule in stop.rules:
-            held, strengths = decide(self._package.spec, rule, now.judged, len(now.ending))
-            now.held[rule] = held
+            now.held[rule] = held = begins(spec, rule, now.judged, now.ends) < NEVER
+            scores = {probe: judged.scores for probe, judged in now.judged.items()}
+            strength = strengths(spec, rule, scores, len(now.ending))
             for e, part in enumerate(now.ending):
                 state = self._requests[part.request]
                 if held[e] and state.before is None:
-                    state.strengths[rule] = float(strengths[e])
+                    state.strengths[rule] = float(strength[e])
+
+    def _read_rows(self, now: Pass, stop: Stop, stream: Stream) -> None:
+        """Token readings: all rows of the pass at one site, then those of prompts one by one."""
+        rows = stream.rows()
+        if len(rows) != now.rows:
+            raise RowMappingLost(f"expected {now.rows} rows in the pass, found {len(rows)}")
+        for probe, site in stop.rows:
+            more, sound = self._logits[probe].part(site, rows[None])
+            total, before = now.totals.get(probe, (0, True))
+            now.totals[probe] = total + more, before & sound
+        for probe in stop.probes:
+            if probe not in self._logits:
+                continue
+            total, sound = now.totals.pop(probe)
+            logits, finite = self._logits[probe].logits(total)
+            for part in now.parts:
+                if part.prompt is not None:
+                    state = self._requests[part.request]
+                    state.scores.add(
+                        probe,
+                        self._package.spec.probes[probe],
+                        part,
+                        logits[0],
+                        (sound & finite)[0],
+                        now.images,
+                    )
+
+    def _judge_rows(self, now: Pass, index: int) -> Judged:
+        """What a probe with a token reading says of the E prompts."""
+        known = [self._requests[part.request].scores.known(index) for part in now.ending]
+        shared = self._share(torch.tensor(known, dtype=torch.float64, device=self._static.device))
+        scores, sound, fired = shared.cpu().unbind(dim=1)
+        reasons = tuple("" if good else reference.NOT_FINITE for good in sound.tolist())
+        return Judged(scores, fired.long(), reasons, fired.long())
 
     def _read(self, now: Pass, part: Part, key: Key, rows: Tensor, at_head: bool) -> None:
         assert part.prompt is not None
@@ -298,7 +359,7 @@ class Gates:
         x_EI = torch.stack(inputs)
         scores, finite = kernels.judge(probe, self._weights, x_EI, missing.to(x_EI.device))
         shared = self._share(torch.stack([scores, finite.to(scores.dtype)]))
-        return Judged.of(shared[0], shared[1] > 0, reasons)
+        return Judged.of(probe, shared[0], shared[1] > 0, now.ends, reasons)
 
     def _reason(self, probe: Any, part: Part) -> str:
         assert part.prompt is not None
@@ -321,6 +382,33 @@ class Gates:
         return torch.full((width,), value, device=self._static.device)
 
     # -------------------------------------------------------- acts
+
+    def said(self, logits: Tensor) -> Tensor:
+        """The logits [H, V] of a pass, those of rows that `say` acts on forced."""
+        now, spec = self._now, self._package.spec
+        stops = [stop for stop in self.plan.stops if stop.depth == self.plan.logits_depth]
+        if now is None or not stops:
+            return logits
+        rows, tokens = list[int](), list[int]()
+        for part in now.parts:
+            held = () if part.goes_on else self._strengths_of(part)
+            acts = [spec.interventions[a.intervention] for a in stops[0].acts if a.rule in held]
+            if not acts:
+                continue
+            state = self._requests[part.request]
+            begin = (state.before.prompt if state.before else state.rows) - 1
+            script = (*acts[0].header, *acts[0].tokens)  # type: ignore[union-attr]
+            last = part.position + part.count
+            for row, number in zip(part.head, range(last - len(part.head), last), strict=True):
+                rows.append(row)
+                tokens.append(script[min(max(0, number - begin), len(script) - 1)])
+        if not rows:
+            return logits
+        at = torch.tensor(rows, device=logits.device)
+        changed = logits.clone()
+        changed[at] = reference.UNSAID
+        changed[at, torch.tensor(tokens, device=logits.device)] = 0
+        return changed
 
     def _act(self, stop: Stop, stream: Stream, now: Pass | None) -> Arguments | None:
         """Rewrite the rows of requests whose rule holds. Without a pass (graph capture), the

@@ -53,6 +53,8 @@ class Reporter:
                 "threshold": v.threshold,
                 "fired": v.fired,
                 **({"unjudged": v.unjudged} if v.unjudged else {}),
+                **({"fired_in": v.fired_in} if v.fired_in else {}),
+                **({} if v.row is None else {"row": v.row}),
             }
             for v in outcome.verdicts
         ]

@@ -17,8 +17,8 @@ HEALTH: Final = 2**64 - 1  # the request id of the router's own check
 class Part:
     """The rows of one request in one pass.
 
-    `first` and `count` are a range of the pass's rows; `position` is that of the first row in the
-    prompt.
+    `first` and `count` are a range of the pass's rows; `position` is that of the first row in its
+    sequence.
     `prompt` is the prompt's length in tokens, None for rows of an answer. `head` are the rows
     whose logits are sampled from, among those that reach the output embedding. `source` is the
     request as the router sent it.
@@ -52,7 +52,8 @@ def padded(batch: Any) -> list[Part]:
         count = batch.input_lengths[i] if batch.past_key_values is None else 1
         prompt = count if batch.past_key_values is None else None
         head = range(last, last + 1)
-        parts.append(Part(request.id, last + 1 - count, count, 0, prompt, head, request))
+        position = batch.input_lengths[i] - count
+        parts.append(Part(request.id, last + 1 - count, count, position, prompt, head, request))
     return parts
 
 

@@ -17,10 +17,18 @@ import numpy as np
 
 from steerbridge import reference
 from steerbridge.package import SteeringPackage, parse
-from steerbridge.spec import CosineProbe, LinearProbe, MlpProbe, Probe, tensor_shapes
+from steerbridge.spec import (
+    SPEC_VERSION,
+    CosineProbe,
+    LinearProbe,
+    MlpProbe,
+    Probe,
+    Softmax,
+    tensor_shapes,
+)
 from steerbridge.tensors import Tensor
-from steerbridge.testing.model import LAYERS, TinyModel
-from steerbridge.testing.oracle import Expected, answer, judge, plain
+from steerbridge.testing.model import EOS, LAYERS, TinyModel
+from steerbridge.testing.oracle import Expected, Guard, answer, plain
 from steerbridge.testing.vision import PICTURES
 
 Json = dict[str, Any]
@@ -70,6 +78,31 @@ def linear(
         "threshold": 0.0,
         **more,
     }
+
+
+def rows_of(
+    *sites: str, scope: str = "both", window: int = 4, skip: int = 1, rows: str = "all"
+) -> Json:
+    """A token reading as JSON."""
+    chosen = sites or ("layer_input[1]", "layer_input[2]")
+    return {
+        "sites": [site(at) for at in chosen],
+        "scope": scope,
+        "window": window,
+        "skip": skip,
+        "rows": rows,
+    }
+
+
+def of_rows(probe: Json, **reading: Any) -> Json:
+    """A probe that reads tokens in place of what it read."""
+    kept = {key: value for key, value in probe.items() if key != "readings"}
+    return {**kept, "token_reading": rows_of(*reading.pop("sites", ()), **reading)}
+
+
+def says(text: str = "No.", id: str = "s", **more: Any) -> Json:
+    """A forced answer."""
+    return {"id": id, "type": "say", "text": text, "tokens": [*text.encode(), EOS], **more}
 
 
 def mlp(activation: str = "relu", output: Json | None = None, layers: int = 2) -> Json:
@@ -135,22 +168,32 @@ def rule(
 
 @dataclass(frozen=True)
 class Case:
-    """A package for the tiny model, and prompts that its rules hold for, and others."""
+    """A package for the tiny model, and prompts that its rules hold for, and others.
+
+    Args:
+        new: tokens of an answer after which it is said which prompts these are.
+    """
 
     model: TinyModel
     package: SteeringPackage
     prompts: tuple[str, ...]
+    new: int = 1
     _answers: dict[tuple[str, int], Expected] = field(default_factory=dict, compare=False)
 
     @cached_property
     def fired(self) -> list[str]:
         """Prompts for which a rule holds."""
-        return [p for p in self.prompts if self.expected(p, 1).outcome.rules]  # type: ignore[union-attr]
+        return [p for p in self.prompts if self.holds(p)]
 
     @cached_property
     def quiet(self) -> list[str]:
         """Prompts for which none holds."""
-        return [p for p in self.prompts if p not in self.fired]
+        return [p for p in self.prompts if not self.holds(p)]
+
+    def holds(self, prompt: str) -> bool:
+        """Whether a rule holds for a prompt."""
+        outcome = self.expected(prompt, self.new).outcome
+        return outcome is not None and bool(outcome.rules)
 
     def expected(self, prompt: str, new: int = NEW) -> Expected:
         """The right answer to a prompt, computed once."""
@@ -161,21 +204,13 @@ class Case:
 
     def sound(self, prompt: str, new: int = NEW) -> bool:
         """True if rounding cannot change the right answer, and steering is seen in its tokens."""
-        ids, outcome = self.model.encode(prompt), self.expected(prompt, 1).outcome
-        assert outcome is not None
-        far = all(
-            abs(v.score - v.threshold) > DISTANCE * max(1.0, abs(v.threshold))
-            for v in outcome.verdicts
-            if not v.unjudged
-        )
-        if not far:
-            return False
         expected = self.expected(prompt, new)
-        if expected.margin < MARGIN:
+        if expected.distance <= DISTANCE or expected.margin < MARGIN or not expected.settled:
             return False
-        unsteered = plain(self.model, ids, new)
+        assert expected.outcome is not None
+        unsteered = plain(self.model, self.model.encode(prompt), new)
         differs = unsteered.tokens != expected.tokens
-        return unsteered.margin > MARGIN and differs == bool(outcome.rules)
+        return unsteered.margin > MARGIN and differs == bool(expected.outcome.rules)
 
 
 def case(
@@ -193,11 +228,13 @@ def case(
         prompts: what to choose from; none: `count` random texts.
     """
     prompts = prompts or prompts_of(seed, count)
+    scopes = [p.get("token_reading", {}).get("scope", "prompt") for p in probes]
+    new = 1 if set(scopes) <= {"prompt"} else NEW
     if rules is None:
         rules = [rule([p["id"] for p in probes], [i["id"] for i in interventions])]
     spec = parse(
         {
-            "spec_version": "1.0",
+            "spec_version": SPEC_VERSION,
             "name": "conformance",
             "base_model": model.facts.info().model_dump(exclude_unset=True),
             "probes": list(probes),
@@ -206,10 +243,40 @@ def case(
         }
     )
     tensors = _tensors(spec, np.random.default_rng(seed))
-    package = _centred(model, SteeringPackage(spec, tensors), prompts)
-    package = _with_thresholds(model, package, prompts)
-    whole = Case(model, package, tuple(prompts))
-    return Case(model, package, tuple(p for p in prompts if whole.sound(p)))
+    package = _centred(model, SteeringPackage(spec, tensors), prompts, new)
+    package = _with_thresholds(model, package, prompts, new)
+    whole = Case(model, package, tuple(prompts), new)
+    return Case(model, package, tuple(p for p in prompts if whole.sound(p)), new)
+
+
+MARK: Final = "#"  # in no prompt of `prompts_of`
+
+
+def marked(model: TinyModel, window: int) -> Case:
+    """A case whose probe finds `MARK` in a prompt: a linear map of two blocks' outputs, fitted
+    to random texts."""
+    probe = of_rows(linear(), scope="prompt", window=window)
+    made = case(model, [probe], seed=31, count=2)
+    rng = np.random.default_rng(32)
+    letters = list(_LETTERS + MARK * 4)
+    ids = [model.encode("".join(rng.choice(letters, size=40))) for _ in range(60)]
+    states = [model.forward(row)[0] for row in ids]
+    x = np.concatenate([np.hstack([s[1], s[2]])[1:] for s in states]).astype(np.float64)
+    y = np.where(np.concatenate([row[1:] for row in ids]) == ord(MARK), 1.0, -1.0)
+    share = (y > 0).mean()
+    by_class = np.where(y > 0, 0.5 / share, 0.5 / (1 - share))[:, None]
+    inputs = np.concatenate([x, np.ones((len(x), 1))], axis=1)
+    system = inputs.T @ (by_class * inputs) + 1e-6 * len(x) * np.eye(inputs.shape[1])
+    fitted = 4 * np.linalg.solve(system, inputs.T @ (by_class[:, 0] * y))
+    # Between what texts without marks reach now and then, and what marks fall short of.
+    found = inputs @ fitted
+    middle = (np.quantile(found[y < 0], 0.999) + np.quantile(found[y > 0], 0.05)) / 2
+    [known] = made.package.spec.probes
+    package = made.package.replace(
+        probes=(known.replace(bias=float(fitted[-1] - middle), threshold=0.5),),
+        tensors={**made.package.tensors, "p.weight": Tensor.of(fitted[:-1].astype(np.float32))},
+    )
+    return Case(model, package, ())
 
 
 def prompts_of(seed: int, count: int = PROMPTS) -> list[str]:
@@ -242,25 +309,50 @@ def _tensors(spec: Any, rng: np.random.Generator) -> dict[str, Tensor]:
     return tensors
 
 
-def _centred(model: TinyModel, package: SteeringPackage, prompts: Sequence[str]) -> SteeringPackage:
+def _centred(
+    model: TinyModel, package: SteeringPackage, prompts: Sequence[str], new: int
+) -> SteeringPackage:
     """Logits of linear and MLP probes scaled to a deviation of 1.5, those of linear ones moved to
     0 too: there a sigmoid tells them apart."""
     tensors, probes = dict(package.tensors), []
     for probe in package.spec.probes:
         if not isinstance(probe, CosineProbe):
-            y = np.array([_logit(model, package, probe, p) for p in prompts])
+            y = np.array([_logit(model, package, probe, p, new) for p in prompts])
+            y = y[np.isfinite(y)]
             factor = np.float32(1.5 / y.std())
             last = probe.layers[-1] if isinstance(probe, MlpProbe) else probe
             tensors[last.weight] = Tensor.of(tensors[last.weight].float32() * factor)
             if isinstance(probe, LinearProbe):
                 probe = probe.replace(bias=float((probe.bias - np.median(y)) * factor))
+            elif probe.token_reading is not None:
+                bias = probe.layers[-1].bias
+                scaled = package.replace(tensors=tensors)
+                y = np.array([_logit(model, scaled, probe, p, new) for p in prompts])
+                tensors[bias] = _shifted(probe, tensors[bias], -np.median(y))
         probes.append(probe)
     return package.replace(tensors=tensors, probes=tuple(probes))
 
 
-def _logit(model: TinyModel, package: SteeringPackage, probe: Probe, prompt: str) -> float:
-    """The probe's logit, or the difference of its two."""
+def _shifted(probe: MlpProbe, bias: Tensor, by: float) -> Tensor:
+    """The bias of a last layer with which the logit of harm is so much higher."""
+    values = bias.float32().copy()
+    if isinstance(probe.output, Softmax):
+        values[probe.output.classes.index(probe.output.harmful)] += by
+    else:
+        values[0] += by if probe.output.harmful_when == "high" else -by
+    return Tensor.of(values)
+
+
+def _logit(
+    model: TinyModel, package: SteeringPackage, probe: Probe, prompt: str, new: int
+) -> float:
+    """The probe's logit, the difference of its two, or its highest running score."""
     ids = model.encode(prompt)
+    if probe.token_reading is not None:
+        quiet = package.replace(rules=())
+        guard = Guard(model, quiet, ids)
+        answer(model, quiet, ids, new, guard)
+        return guard.highest.get(probe.id, np.nan)
     states, _ = model.forward(ids)
     depth, images = package.spec.depth, model.of_picture(ids)
     x = reference.probe_input(probe, package.tensors, lambda site: states[depth(site)], images)
@@ -268,14 +360,24 @@ def _logit(model: TinyModel, package: SteeringPackage, probe: Probe, prompt: str
     return float(y[0] - y[1]) if len(y) == 2 else float(y[0])
 
 
+def _scores(
+    model: TinyModel, package: SteeringPackage, ids: Sequence[int], new: int
+) -> dict[str, float]:
+    """Scores of a prompt and its unsteered answer, by probe."""
+    quiet = package.replace(rules=())
+    outcome = answer(model, quiet, ids, new).outcome
+    assert outcome is not None
+    return {verdict.probe: verdict.score for verdict in outcome.verdicts}
+
+
 def _with_thresholds(
-    model: TinyModel, package: SteeringPackage, prompts: Sequence[str]
+    model: TinyModel, package: SteeringPackage, prompts: Sequence[str], new: int
 ) -> SteeringPackage:
     """Every threshold in the widest gap between the middle scores of the prompts."""
     scores: dict[str, list[float]] = {p.id: [] for p in package.spec.probes}
     for prompt in prompts:
-        for verdict in judge(model, package, model.encode(prompt)).verdicts:
-            scores[verdict.probe].append(verdict.score)
+        for id, score in _scores(model, package, model.encode(prompt), new).items():
+            scores[id].append(score)
     thresholds = {id: _gap(values) for id, values in scores.items()}
     probes = tuple(p.replace(threshold=thresholds[p.id]) for p in package.spec.probes)
     return package.replace(probes=probes)

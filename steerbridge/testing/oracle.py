@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,9 +13,11 @@ import numpy as np
 
 from steerbridge import reference
 from steerbridge.package import SteeringPackage
-from steerbridge.reference import Action
+from steerbridge.plan import Plan, plan, rule_probes
+from steerbridge.reference import Verdict
+from steerbridge.running import running_scores
 from steerbridge.runtime import Outcome
-from steerbridge.spec import parse_site
+from steerbridge.spec import Probe, Say, parse_site
 from steerbridge.testing.model import EOS, LAYERS, Cache, Float32, TinyModel
 
 
@@ -23,17 +26,22 @@ class Expected:
     """The right answer to one prompt.
 
     Args:
-        outcome: verdicts and rules; None without a package.
+        outcome: verdicts and rules, when the last token is chosen; None without a package.
         tokens: greedy tokens.
         logits: of the first token [V], as the program receives them.
         margins: for each token, the gap between the two best logits. A runtime whose logits are
             further off than that may choose another token.
+        distance: of scores from their thresholds, relative above 1: the smallest at any row until
+            a probe fired.
+        settled: whether the row of the last token, which some programs evaluate, changes nothing.
     """
 
     outcome: Outcome | None
     tokens: tuple[int, ...]
     logits: Float32
     margins: tuple[float, ...]
+    distance: float = math.inf
+    settled: bool = True
 
     @property
     def margin(self) -> float:
@@ -47,19 +55,28 @@ class Expected:
 
 
 def answer(
-    model: TinyModel, package: SteeringPackage | None, prompt: Sequence[int], new: int
+    model: TinyModel,
+    package: SteeringPackage | None,
+    prompt: Sequence[int],
+    new: int,
+    guard: Guard | None = None,
 ) -> Expected:
-    """The verdicts on a prompt, and at most `new` greedy tokens."""
+    """The verdicts on a prompt, and at most `new` greedy tokens.
+
+    Args:
+        guard: a fresh one that the caller looks into afterwards.
+    """
     ids = list(prompt)
-    outcome = None if package is None else judge(model, package, ids)
-    acting = () if outcome is None or package is None else _acting(package, outcome)
-    edit = _Edit(package, acting, len(ids))
+    guard = None if package is None else guard or Guard(model, package, ids)
     cache, tokens, margins = Cache(), list[int](), list[float]()
-    first = None
+    first, outcome = None, None
     rows = ids
     for _ in range(new):
-        edit.start = cache.rows
-        logits = model.forward(rows, cache, edit if acting else None)[1][-1]
+        if guard is not None:
+            guard.rows(rows)
+        logits = model.forward(rows, cache, guard)[1][-1]
+        if guard is not None:
+            logits, outcome = guard.said(logits), guard.outcome
         first = logits if first is None else first
         tokens.append(int(np.argmax(logits)))
         second, best = np.partition(logits, -2)[-2:]
@@ -68,7 +85,13 @@ def answer(
             break
         rows = tokens[-1:]
     assert first is not None, "new must be at least 1"
-    return Expected(outcome, tuple(tokens), first, tuple(margins))
+    settled = True
+    if guard is not None and guard.reads_answers:
+        guard.rows(tokens[-1:])
+        model.forward(tokens[-1:], cache, guard)
+        settled = outcome is not None and guard.outcome.rules == outcome.rules
+    distance = math.inf if guard is None else guard.distance
+    return Expected(outcome, tuple(tokens), first, tuple(margins), distance, settled)
 
 
 def plain(model: TinyModel, prompt: Sequence[int], new: int) -> Expected:
@@ -81,40 +104,135 @@ def plain(model: TinyModel, prompt: Sequence[int], new: int) -> Expected:
 
 
 def judge(model: TinyModel, package: SteeringPackage, prompt: Sequence[int]) -> Outcome:
-    """Verdicts and rules for a prompt."""
-    ids = list(prompt)
-    states, _ = model.forward(ids)
-    depth, images = package.spec.depth, model.of_picture(ids)
-    verdicts = tuple(
-        reference.judge(probe, package.tensors, lambda site: states[depth(site)], images)
-        for probe in package.spec.probes
-    )
-    rules = {action.rule for action in reference.actions(package.spec, verdicts)}
-    held = tuple(rule.id for rule in package.spec.rules if rule.id in rules)
-    return Outcome(verdicts, held)
+    """Verdicts and rules for a prompt, at its end."""
+    outcome = answer(model, package, prompt, 1).outcome
+    assert outcome is not None
+    return outcome
 
 
-def _acting(package: SteeringPackage, outcome: Outcome) -> tuple[Action, ...]:
-    return reference.actions(package.spec, outcome.verdicts)
+class Guard:
+    """An edit of `TinyModel.forward` that judges and steers one sequence as it is computed."""
 
+    def __init__(self, model: TinyModel, package: SteeringPackage, prompt: Sequence[int]) -> None:
+        self.model, self.package = model, package
+        self._plan: Plan = plan(package.spec)
+        self._stops = {stop.depth: stop for stop in self._plan.stops}
+        self.ids, self.end = list[int](), len(prompt) - 1
+        self._states: dict[int, Float32] = {}  # by depth, of all rows
+        self.verdicts: dict[str, Verdict] = {}
+        self.begun = {rule: (self.end, self.strength(rule)) for rule in self._plan.unconditional}
+        self.distance = math.inf
+        self.highest: dict[str, float] = {}
+        """The largest running score so far by probe, before it is squashed."""
 
-class _Edit:
-    """Applies actions at their sites, to the rows from the prompt end on (or to all)."""
+    @property
+    def reads_answers(self) -> bool:
+        """Whether some probe reads rows behind the prompt."""
+        readings = [probe.token_reading for probe in self.package.spec.probes]
+        return any(reading is not None and reading.scope != "prompt" for reading in readings)
 
-    def __init__(
-        self, package: SteeringPackage | None, acting: Sequence[Action], prompt: int
-    ) -> None:
-        self._package, self._acting, self._prompt = package, acting, prompt
-        self._everywhere = [a for a in acting if a.intervention.position == "all_positions"]
-        self.start = 0  # number of the first row
+    @property
+    def outcome(self) -> Outcome:
+        """What is known after the last pass."""
+        spec = self.package.spec
+        verdicts = tuple(self.verdicts[probe.id] for probe in spec.probes)
+        return Outcome(verdicts, tuple(r.id for i, r in enumerate(spec.rules) if i in self.begun))
+
+    def rows(self, ids: Sequence[int]) -> None:
+        """The next pass evaluates these."""
+        self.ids += ids
 
     def __call__(self, depth: int, x: Float32) -> Float32:
-        assert self._package is not None
-        head = depth == LAYERS + 1
-        site = parse_site("head_input" if head else f"layer_input[{depth}]")
-        before = max(0, min(len(x), self._prompt - 1 - self.start))  # rows of the prompt
-        parts = []
-        for acting, rows in ((self._everywhere, x[:before]), (self._acting, x[before:])):
-            steered = reference.steer(acting, self._package.tensors, site, rows)
-            parts.append(np.asarray(steered, np.float32))
-        return np.concatenate(parts)
+        """Rows of the pass at a depth: read, judged, and changed."""
+        stop = self._stops.get(depth)
+        if stop is None:
+            return x
+        before = self._states.get(depth, x[:0])
+        self._states[depth] = np.concatenate([before, x])
+        for probe in stop.probes:
+            self.judge(probe)
+        for rule in stop.rules:
+            self.decide(rule)
+        return self.steered(depth, x, len(before))
+
+    def hidden(self, site: object) -> Float32:
+        """States [T, D] of all rows so far at a site."""
+        return self._states[self.package.spec.depth(site)]  # type: ignore[arg-type]
+
+    def judge(self, index: int) -> None:
+        """The verdict of a probe whose sites were reached."""
+        probe = self.package.spec.probes[index]
+        if probe.token_reading is not None:
+            self.verdicts[probe.id] = self.of_rows(probe)
+        elif probe.id not in self.verdicts:
+            self.verdicts[probe.id] = verdict = self.of_prompt(probe)
+            self._note(verdict.score, verdict.threshold)
+
+    def of_prompt(self, probe: Probe) -> Verdict:
+        """The verdict of a pooled reading."""
+        images = self.model.of_picture(self.ids)
+        return reference.judge(probe, self.package.tensors, self.hidden, images)
+
+    def of_rows(self, probe: Probe) -> Verdict:
+        """The verdict of a token reading on the rows so far."""
+        reading = probe.token_reading
+        assert reading is not None
+        x = reference.row_inputs(reading, self.hidden)
+        logits = reference.row_logits(probe, self.package.tensors, x)
+        sound = np.isfinite(x).all(axis=1) & np.isfinite(logits)
+        counted = reference.counted(reading, len(x), self.model.of_picture(self.ids))
+        verdict = reference.judge_rows(probe, logits, sound, counted, self.end)
+        scores = running_scores(reference.window(reading), logits, counted, self.end)
+        if not np.isnan(scores).all():
+            self.highest[probe.id] = float(np.nanmax(scores))
+        for score in scores[: None if verdict.row is None else verdict.row + 1]:
+            self._note(float(reference.running_score(score)), probe.threshold)
+        return verdict
+
+    def _note(self, score: float, threshold: float) -> None:
+        if math.isfinite(score):
+            gap = abs(score - threshold) / max(1.0, abs(threshold))
+            self.distance = min(self.distance, gap)
+
+    def decide(self, index: int) -> None:
+        """Whether a rule begins at one of the rows so far."""
+        needed = rule_probes(self.package.spec, index)
+        if index in self.begun or not needed:
+            return
+        begin = reference.begins(self.package.spec.rules[index], self.verdicts, self.end)
+        if begin is not None:
+            self.begun[index] = (begin, self.strength(index))
+
+    def strength(self, index: int) -> float:
+        """How strongly a rule acts that begins now."""
+        return reference.strength(self.package.spec.rules[index], self.verdicts)
+
+    def steered(self, depth: int, x: Float32, start: int) -> Float32:
+        """Rows from number `start` on after the rules acted at a depth."""
+        spec, numbers = self.package.spec, np.arange(start, start + len(x))
+        site = parse_site("head_input" if depth == LAYERS + 1 else f"layer_input[{depth}]")
+        for index, rule in enumerate(spec.rules):
+            for id in rule.interventions if index in self.begun else ():
+                begin, strength = self.begun[index]
+                act = spec.intervention(id)
+                rows = numbers >= (0 if act.position == "all_positions" else begin)
+                if rows.any():
+                    changed = reference.apply(act, self.package.tensors, site, x[rows], strength)
+                    x = x.copy()
+                    x[rows] = changed
+        return x
+
+    def said(self, logits: Float32) -> Float32:
+        """The logits [V] of the last row, as the program receives them."""
+        spec, row = self.package.spec, len(self.ids) - 1
+        acts = [
+            (self.begun[i][0], act)
+            for i, rule in enumerate(spec.rules)
+            for act in map(spec.intervention, rule.interventions)
+            if i in self.begun and isinstance(act, Say)
+        ]
+        if not acts:
+            return logits
+        begin, say = min(acts, key=lambda known: known[0])
+        script = reference.script(say, self.ids[: begin + 1], self.end)
+        return reference.said(script, row - begin, len(logits))

@@ -107,6 +107,8 @@ class Server:
                 probe.comparator,
                 told["fired"],
                 told.get("unjudged", ""),
+                told.get("fired_in", ""),
+                told.get("row"),
             )
             verdicts.append(verdict)
         return Outcome(tuple(verdicts), tuple(event["fired"]))

@@ -11,6 +11,7 @@ from steerbridge.testing.shapes import (
     packages,
     pictures,
     prompts,
+    tokens,
 )
 
 SHAPES: Final[tuple[Shape, ...]] = (
@@ -20,5 +21,6 @@ SHAPES: Final[tuple[Shape, ...]] = (
     *generation.TABLE,
     *pictures.TABLE,
     *packages.TABLE,
+    *tokens.TABLE,
     *failures.TABLE,
 )

@@ -15,10 +15,10 @@ TABLE: Final = Table()
 FEW: Final = 24  # prompts for a package of a certain kind
 
 
-def package_shape(name: str, **parts: Any) -> None:
+def package_shape(table: Table, name: str, **parts: Any) -> None:
     """A shape that asks some prompts with a package of a certain kind."""
 
-    @TABLE.shape(name)
+    @table.shape(name)
     def _(trial: Trial) -> None:
         case = trial.ground.case(name, lambda: cases.case(trial.model, count=FEW, **parts))
         assert min(len(case.fired), len(case.quiet)) >= 2 or not parts.get("probes", True), name
@@ -28,7 +28,7 @@ def package_shape(name: str, **parts: Any) -> None:
 
 
 def _probe(name: str, probe: cases.Json, **more: Any) -> None:
-    package_shape(f"probe: {name}", probes=[{**probe, **more}])
+    package_shape(TABLE, f"probe: {name}", probes=[{**probe, **more}])
 
 
 _probe("linear", linear("identity"))
@@ -48,7 +48,7 @@ _probe("standardised inputs", linear(), input_mean="p.mean", input_scale="p.scal
 
 
 def _reading(name: str, *readings: cases.Json) -> None:
-    package_shape(f"reading: {name}", probes=[linear(readings=readings)])
+    package_shape(TABLE, f"reading: {name}", probes=[linear(readings=readings)])
 
 
 _reading("an earlier token", cases.reading("layer_input[2]", offset=-2))
@@ -66,7 +66,7 @@ _reading(
 
 
 def _acts(name: str, *acts: cases.Json, probes: Sequence[cases.Json] = (linear(),)) -> None:
-    package_shape(f"intervention: {name}", probes=probes, interventions=acts)
+    package_shape(TABLE, f"intervention: {name}", probes=probes, interventions=acts)
 
 
 _acts("a dense head", head("dense"))
@@ -79,6 +79,7 @@ _acts("a head and a vector", head(), at_layers("add_vector", 2, alpha=1.0))
 
 def _unconditional(name: str, act: cases.Json) -> None:
     package_shape(
+        TABLE,
         f"rule: unconditional, {name}",
         probes=[],
         interventions=[act],
@@ -93,13 +94,15 @@ _unconditional(
 )
 
 _TWO: Final = [linear(id="p"), linear(id="q", readings=cases.means())]
-package_shape("rule: any of two probes", probes=_TWO)
-package_shape("rule: all of two probes", probes=_TWO, rules=[rule(["p", "q"], ["h"], "all")])
+package_shape(TABLE, "rule: any of two probes", probes=_TWO)
+package_shape(TABLE, "rule: all of two probes", probes=_TWO, rules=[rule(["p", "q"], ["h"], "all")])
 package_shape(
+    TABLE,
     "rule: strength by score",
     rules=[rule(["p"], ["h"], strength={"type": "score", "probe": "p", "scale": 1.5})],
 )
 package_shape(
+    TABLE,
     "rule: two rules of two probes",
     probes=_TWO,
     interventions=[head(), at_layers("add_vector", 2, alpha=2.0)],
