@@ -19,7 +19,7 @@ import llama_cpp
 from steerbridge.errors import RowMappingLost, SteeredCache, SteeringFailed, UnsupportedFeature
 from steerbridge.package import SteeringPackage
 from steerbridge.runtime import Outcome
-from steerbridge.spec import HeadMatrix, PromptEnd
+from steerbridge.spec import HeadMatrix, PromptEnd, Say
 from steerbridge_llama_cpp.context import SteeredContext
 from steerbridge_llama_cpp.native import RUNTIME
 
@@ -44,12 +44,12 @@ class RequestTracker:
     ) -> None:
         self.llama: Any = llama
         self.outcomes: tuple[Outcome, ...] = ()
-        """The outcome of the last prompt that ended (one, or none yet)."""
+        """The outcome of the last prompt that ended, and of its answer so far (one, or none)."""
         self.turn = threading.RLock()
         """Held by the thread that uses the Llama's context."""
         self._on_outcome = on_outcome
         self._reach = _Reach(package)
-        self.keeps_rows = self._reach.whole and bool(package.spec.rules)
+        self.keeps_rows = self._reach.means and bool(package.spec.rules)
         """Whether the context must keep prompt rows for the means of later prompts."""
         self._context: SteeredContext | None = None
         self._running: Running | None = None
@@ -264,11 +264,15 @@ class RequestTracker:
             yield
 
     def after_batch(self) -> None:
-        """Keep and report the outcome once the prompt has ended; called after each batch."""
-        if self._reported or (outcome := self.context.outcome(0)) is None:
+        """Keep the outcome, and report it once the prompt has ended and when the answer fires;
+        called after each batch."""
+        if self._reported and not self._reach.answers:
             return
+        if (outcome := self.context.outcome(0)) is None:
+            return
+        news = not self._reported or outcome.rules != self.outcomes[0].rules
         self._reported, self.outcomes = True, (outcome,)
-        if self._on_outcome is not None:
+        if news and self._on_outcome is not None:
             self._on_outcome(self.outcomes)
 
 
@@ -284,9 +288,12 @@ class _Reach:
     def __init__(self, package: SteeringPackage) -> None:
         spec = package.spec
         positions = [r.position for p in spec.probes for r in p.readings]
-        self.whole = any(not isinstance(p, PromptEnd) for p in positions)
+        readings = [p.token_reading for p in spec.probes if p.token_reading is not None]
+        self.means = any(not isinstance(p, PromptEnd) for p in positions)
+        self.whole = self.means or any(r.scope != "answer" for r in readings)
+        self.answers = any(r.scope != "prompt" for r in readings)
         self._offset = min((p.offset for p in positions if isinstance(p, PromptEnd)), default=0)
-        self.layers = any(not isinstance(x, HeadMatrix) for x in spec.interventions)
+        self.layers = any(not isinstance(x, HeadMatrix | Say) for x in spec.interventions)
 
     def cacheable(self, prompt: int, kept: int) -> int:
         """How many rows of a prompt may come from the cache: no probe reads them, or their

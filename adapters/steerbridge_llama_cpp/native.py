@@ -68,6 +68,7 @@ class _Batch(ctypes.Structure):
         ("seq_id", POINTER(POINTER(c_int32))),
         ("output", POINTER(c_int8)),
         ("image", c_bool),
+        ("tokens", POINTER(c_int32)),
     )
 
 
@@ -78,6 +79,8 @@ class _Verdict(ctypes.Structure):
         ("threshold", c_double),
         ("fired", c_bool),
         ("unjudged", c_char_p),
+        ("in_answer", c_bool),
+        ("row", c_int32),
     )
 
 
@@ -266,7 +269,7 @@ class NativeSession:
         ours.n_tokens = batch.n_tokens
         ours.n_seq_id, ours.seq_id = batch.n_seq_id, batch.seq_id
         ours.output = batch.logits if every_output is None else every_output
-        ours.image = False
+        ours.image, ours.tokens = False, batch.token
         self._check(self._library.steerhook_batch_begin(self._session, ctypes.byref(ours)))
 
     def rows_begin(self, rows: int, image: bool) -> None:
@@ -274,7 +277,7 @@ class NativeSession:
         ours = self._batch
         none = (c_int8 * rows)()
         ours.n_tokens, ours.n_seq_id, ours.seq_id = rows, None, None
-        ours.output, ours.image = none, image
+        ours.output, ours.image, ours.tokens = none, image, None
         self._check(self._library.steerhook_batch_begin(self._session, ctypes.byref(ours)))
 
     def batch_end(self) -> None:
@@ -302,8 +305,16 @@ class NativeSession:
     def _verdict(self, verdict: Any) -> Verdict:
         name = verdict.probe.decode()
         comparator = self._probes[name].comparator
-        reason = verdict.unjudged.decode()
-        return Verdict(name, verdict.score, verdict.threshold, comparator, verdict.fired, reason)
+        return Verdict(
+            name,
+            verdict.score,
+            verdict.threshold,
+            comparator,
+            verdict.fired,
+            verdict.unjudged.decode(),
+            ("answer" if verdict.in_answer else "prompt") if verdict.fired else "",
+            None if verdict.row < 0 else verdict.row,
+        )
 
     def readings(self, seq: int, probe: str) -> NDArray[np.float64]:
         """What a probe of the latest request read, [K, D] before standardisation.

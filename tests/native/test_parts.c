@@ -201,8 +201,8 @@ static void test_broken(const char *directory) {
     refuses(bytes, size, "GGUF\3", "GGUF\7", "version: expected 2 or 3");
     refuses(bytes, size, "steering", "steersng", "general.architecture");
     refuses(bytes, size, "adapter", "adaptor", "general.type: expected adapter");
-    refuses(bytes, size, "\"1.0\"", "\"2.0\"", "upgrade");
-    refuses(bytes, size, "\"1.0\"", "\"1,0\"", "spec_version");
+    refuses(bytes, size, "\"1.1\"", "\"2.1\"", "upgrade");
+    refuses(bytes, size, "\"1.1\"", "\"1,1\"", "spec_version");
     refuses(bytes, size, "\"mlp\"", "\"mlq\"",
             "probes[0].type: expected one of mlp linear cosine, found 'mlq'");
     refuses(bytes, size, "\"gelu\"", "\"silu\"", "probes[0].activation");

@@ -2,7 +2,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "session.h"
+#include "tokens.h"
 
 enum { MAX_ROWS = 1 << 24, MAX_SEQS_PER_ROW = 1 << 16 };
 
@@ -59,7 +59,7 @@ static bool same_rules(const steerhook_session *s, const sh_request *a, const sh
     for (int32_t i = 0; i < s->package->n_rules; i++) {
         const sh_rule_state *x = &a->rules[i];
         const sh_rule_state *y = &b->rules[i];
-        if (x->decided != y->decided || x->fired != y->fired ||
+        if (x->decided != y->decided || x->fired != y->fired || x->begin != y->begin ||
             memcmp(&x->strength, &y->strength, sizeof x->strength) != 0) {
             return false;
         }
@@ -78,6 +78,14 @@ static bool same_state(const steerhook_session *s, const sh_request *a, const sh
             return false;
         }
     }
+    for (int32_t k = 0; k < s->n_row_probes; k++) {
+        const sh_running *x = &a->running[k];
+        const sh_running *y = &b->running[k];
+        if (x->best_row != y->best_row || x->fired_row != y->fired_row ||
+            memcmp(&x->best, &y->best, sizeof x->best) != 0) {
+            return false;
+        }
+    }
     size_t values = (size_t)s->n_slots * (size_t)s->package->n_embd;
     return memcmp(a->values, b->values, values * sizeof *a->values) == 0 && same_rules(s, a, b);
 }
@@ -87,7 +95,7 @@ static bool same_state(const steerhook_session *s, const sh_request *a, const sh
  * and since then each row of one was a row of the other (equal `last_row` at every shared row
  * says so by induction). */
 static bool may_share(const steerhook_session *s, const sh_request *a, const sh_request *b) {
-    if (a->count >= a->n_prompt && b->count >= b->n_prompt) {
+    if (s->n_row_probes == 0 && a->count >= a->n_prompt && b->count >= b->n_prompt) {
         return same_rules(s, a, b);
     }
     return a->last_row == b->last_row && (a->last_row >= 0 || same_state(s, a, b));
@@ -242,6 +250,17 @@ static void start(steerhook_session *s, const steerhook_batch *from) {
     }
 }
 
+/* Token readings know every row of a sequence, read or not. */
+static void announce_rows(steerhook_session *s, const steerhook_batch *from) {
+    for (int32_t row = 0; s->n_row_probes > 0 && row < from->n_tokens; row++) {
+        for (int32_t m = s->batch.first_member[row]; m < s->batch.first_member[row + 1]; m++) {
+            const sh_member *member = &s->batch.members[m];
+            int32_t id = from->tokens == NULL ? -1 : from->tokens[row];
+            sh_rows_announce(s, &s->requests[member->seq], member->position, id);
+        }
+    }
+}
+
 steerhook_status steerhook_batch_begin(steerhook_session *s, const steerhook_batch *batch) {
     steerhook_status status = sh_session_check(s);
     if (status != STEERHOOK_OK) {
@@ -257,7 +276,7 @@ steerhook_status steerhook_batch_begin(steerhook_session *s, const steerhook_bat
         return sh_session_fail(s, STEERHOOK_ARGUMENT,
                                "batch: expected rows, and n_seq_id and seq_id or neither");
     }
-    if (!reserve_rows(&s->batch, batch->n_tokens)) {
+    if (!reserve_rows(&s->batch, batch->n_tokens) || !sh_row_sums_room(s, batch->n_tokens)) {
         return sh_session_fail(s, STEERHOOK_MEMORY, "batch: no memory");
     }
     start(s, batch);
@@ -269,10 +288,14 @@ steerhook_status steerhook_batch_begin(steerhook_session *s, const steerhook_bat
     }
     s->batch.first_member[batch->n_tokens] = s->batch.n_members;
     for (int32_t i = 0; i < s->model.n_seq_max; i++) {
-        if (s->requests[i].last_row >= 0 && !sh_keep_room(s, &s->requests[i])) {
+        sh_request *request = &s->requests[i];
+        if (request->last_row >= 0 &&
+            (!sh_keep_room(s, request) ||
+             !sh_rows_room(s, &request->cache.rows, request->batch_count))) {
             return sh_session_fail(s, STEERHOOK_MEMORY, "batch: no memory for kept rows");
         }
     }
+    announce_rows(s, batch);
     s->batch.idle = sh_batch_is_idle(s);
     s->batch.open = true;
     return STEERHOOK_OK;
@@ -363,6 +386,9 @@ steerhook_status steerhook_batch_end(steerhook_session *s) {
         bool ended = request->count < request->n_prompt &&
                      request->batch_count >= request->n_prompt;
         sh_keep_batch(s, request);
+        bool one = request->batch_count == request->count + 1;
+        int64_t first = one ? request->batch_count : request->count + 1; /* others may be drafts */
+        request->survived = first > request->n_prompt ? first : request->n_prompt;
         request->count = request->batch_count;
         request->ends_in_batch = false;
         status = ended ? check_decided(s, request) : STEERHOOK_OK;
@@ -388,6 +414,7 @@ steerhook_status steerhook_batch_cancel(steerhook_session *s) {
     }
     for (int32_t i = 0; i < s->model.n_seq_max; i++) {
         sh_request *request = &s->requests[i];
+        sh_rows_cut(s, &request->cache.rows, request->count, -1);
         if (request->ends_in_batch) { /* it may come in smaller batches */
             bool distrusted = request->distrusted;
             status = sh_request_reopen(s, request, (int32_t)request->count, STEERHOOK_KEEP_HELD);

@@ -58,6 +58,22 @@ bool sh_field(const sh_place *in, const char *name, unsigned types, unsigned fla
     return true;
 }
 
+bool sh_only(const sh_place *in, const char *const *names) {
+    const sh_json_node *key = in->node + 1;
+    for (uint32_t i = 0; i < in->node->count; i++) {
+        sh_text name = sh_json_text(key);
+        bool known = false;
+        for (int j = 0; !known && names[j] != NULL; j++) {
+            known = sh_text_is(name, names[j]);
+        }
+        if (!known) {
+            return sh_refuse(in, "no unknown field", "%s", sh_quote(name).text);
+        }
+        key = &in->json->nodes[(key + 1)->end];
+    }
+    return true;
+}
+
 bool sh_next(const sh_place *array, sh_place *item) {
     bool first = item->up == NULL;
     uint32_t index = first ? 0 : item->index + 1;

@@ -28,6 +28,9 @@ bool sh_refuse(const sh_place *at, const char *want, const char *got, ...);
 bool sh_field(const sh_place *in, const char *name, unsigned types, unsigned flags,
               sh_place *place);
 
+/* Refuses a field of the object that is not among `names` (NULL at the end), with its path. */
+bool sh_only(const sh_place *in, const char *const *names);
+
 /* Walks an array: `item` starts zeroed and is the next item as long as true is returned. */
 bool sh_next(const sh_place *array, sh_place *item);
 

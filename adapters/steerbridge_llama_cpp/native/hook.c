@@ -2,8 +2,9 @@
 #include <math.h>
 #include <string.h>
 
+#include "say.h"
 #include "score.h"
-#include "session.h"
+#include "tokens.h"
 
 /* ---- which node ---- */
 
@@ -17,13 +18,17 @@ static bool is_head(steerhook_session *s, const char *name) {
     return !s->batch.has_norm && strcmp(name, "result_embd_pooled") == 0;
 }
 
-/* "l_out-<k>" is depth k + 1, "result_norm" is the head; anything else is -1. Most of the names
+/* "l_out-<k>" is depth k + 1, "result_norm" is the head, "result_output" are its logits; anything else
+ * is -1. Most of the names
  * of a graph end at the first comparison. */
 static int32_t depth_of(steerhook_session *s, const char *name) {
     if (name == NULL) {
         return -1;
     }
     if (name[0] == 'r') {
+        if (strcmp(name, "result_output") == 0) {
+            return s->model.n_layer + 2;
+        }
         return is_head(s, name) ? s->model.n_layer + 1 : -1;
     }
     if (name[0] != 'l' || strncmp(name, "l_out-", 6) != 0 || name[6] == '\0') {
@@ -84,6 +89,11 @@ static bool reads_row(const steerhook_session *s, const sh_site_plan *site, int3
         const sh_member *member = &s->batch.members[m];
         const sh_request *request = &s->requests[member->seq];
         bool prompt = member->position < request->n_prompt;
+        for (int32_t i = 0; i < site->n_rows; i++) {
+            if (sh_row_wanted(s, &site->rows[i], request, member->position)) {
+                return true;
+            }
+        }
         for (int32_t i = 0; (prompt || s->keeps_answers) && i < site->n_reads; i++) {
             const sh_read *read = &site->reads[i];
             if (sh_keeps(s, read, prompt) || sh_wants(s, read, request, member->position)) {
@@ -94,27 +104,32 @@ static bool reads_row(const steerhook_session *s, const sh_site_plan *site, int3
     return false;
 }
 
-typedef enum { IDLE, ACTS, UNDECIDED } act_state;
-
 /* Sequences that share a row have equal rules (see may_share), so the first one is used. */
-static act_state act_on(const steerhook_session *s, const sh_act *act, int32_t row) {
+sh_act_state sh_act_on(const steerhook_session *s, const sh_act *act, int32_t row,
+                       int64_t *begin) {
     const sh_member *member = &s->batch.members[s->batch.first_member[row]];
     const sh_request *request = &s->requests[member->seq];
     const sh_rule_state *rule = &request->rules[act->rule];
-    if (!act->intervention->all_positions && member->position < request->n_prompt - 1) {
-        return IDLE;
+    const sh_intervention *x = act->intervention;
+    int64_t end = (int64_t)request->n_prompt - 1;
+    if (!x->all_positions && member->position < end) {
+        return SH_IDLE;
     }
     if (!rule->decided) {
-        return UNDECIDED;
+        return SH_UNDECIDED;
     }
-    /* A factor of 0 has no effect: leave the row bit-identical. */
-    bool acts = rule->fired && (float)(rule->strength * act->intervention->factor) != 0.0F;
-    return acts ? ACTS : IDLE;
+    int64_t from = rule->begin > end ? rule->begin : end;
+    if (begin != NULL) {
+        *begin = from;
+    }
+    /* A factor of 0 has no effect: leave the row bit-identical. What is said has no strength. */
+    bool acts = rule->fired && (x->type == SH_SAY || (float)(rule->strength * x->factor) != 0.0F);
+    return acts && (x->all_positions || member->position >= from) ? SH_ACTS : SH_IDLE;
 }
 
 static bool writes_row(const steerhook_session *s, const sh_site_plan *site, int32_t row) {
     for (int32_t i = 0; i < site->n_acts; i++) {
-        if (act_on(s, &site->acts[i], row) != IDLE) {
+        if (sh_act_on(s, &site->acts[i], row, NULL) != SH_IDLE) {
             return true;
         }
     }
@@ -214,13 +229,13 @@ static steerhook_status write_row(steerhook_session *s, const sh_site_plan *site
         &s->requests[s->batch.members[s->batch.first_member[row]].seq];
     for (int32_t i = 0; i < site->n_acts; i++) {
         const sh_act *act = &site->acts[i];
-        act_state state = act_on(s, act, row);
-        if (state == UNDECIDED) {
+        sh_act_state state = sh_act_on(s, act, row, NULL);
+        if (state == SH_UNDECIDED) {
             return sh_session_fail(s, STEERHOOK_HOOK_LOST,
                                    "rule %s: expected its probes to be known at layer_input[%ld]",
                                    s->package->rules[act->rule].id, (long)site->depth);
         }
-        if (state == ACTS) {
+        if (state == SH_ACTS && act->intervention->type != SH_SAY) {
             double factor = request->rules[act->rule].strength * act->intervention->factor;
             sh_intervene(act->intervention, act->vector, (float)factor, x, s->scratch);
         }
@@ -230,9 +245,43 @@ static steerhook_status write_row(steerhook_session *s, const sh_site_plan *site
 
 /* ---- a node ---- */
 
+static size_t row_size(const steerhook_session *s, const sh_site_plan *site) {
+    bool logits = site->depth == s->model.n_layer + 2;
+    return (size_t)(logits ? s->package->n_vocab : s->package->n_embd) * sizeof(float);
+}
+
+/* Token readings take rows together, and judge them one by one, behind what else reads a row. */
+static steerhook_status read_rows(steerhook_session *s, const sh_site_plan *site, int32_t first,
+                                  int32_t n) {
+    steerhook_status status = STEERHOOK_OK;
+    for (int32_t i = 0; i < site->n_rows; i++) {
+        sh_rows_sum(s, &site->rows[i], first, s->rows, n);
+    }
+    for (int32_t j = 0; j < n && status == STEERHOOK_OK; j++) {
+        int32_t row = batch_row(s, site, first + j);
+        status = read_row(s, site, row, s->rows + (int64_t)j * s->package->n_embd);
+        for (int32_t i = 0; i < site->n_rows && status == STEERHOOK_OK; i++) {
+            if (site->rows[i].last) {
+                status = sh_rows_take(s, &site->rows[i], row, first + j);
+            }
+        }
+    }
+    return status;
+}
+
+static steerhook_status write_rows(steerhook_session *s, const sh_site_plan *site, int32_t first,
+                                   int32_t n) {
+    steerhook_status status = STEERHOOK_OK;
+    for (int32_t j = 0; j < n && status == STEERHOOK_OK; j++) {
+        float *x = s->rows + (int64_t)j * s->package->n_embd;
+        status = write_row(s, site, batch_row(s, site, first + j), x);
+    }
+    return status;
+}
+
 typedef bool (*row_filter)(const steerhook_session *, const sh_site_plan *, int32_t);
 
-/* Copies each run of rows that the filter wants, and hands them to `read_row` or `write_row`. */
+/* Copies each run of rows that the filter wants, and has them read or rewritten. */
 static steerhook_status visit_rows(steerhook_session *s, const sh_site_plan *site,
                                    struct ggml_tensor *node, bool writing) {
     row_filter wanted = writing ? writes_row : reads_row;
@@ -250,11 +299,7 @@ static steerhook_status visit_rows(steerhook_session *s, const sh_site_plan *sit
         }
         size_t offset = (size_t)i * row_bytes;
         s->ggml.tensor_get(node, s->rows, offset, (size_t)n * row_bytes);
-        for (int32_t j = 0; j < n && status == STEERHOOK_OK; j++) {
-            int32_t row = batch_row(s, site, i + j);
-            float *x = s->rows + (int64_t)j * s->package->n_embd;
-            status = writing ? write_row(s, site, row, x) : read_row(s, site, row, x);
-        }
+        status = writing ? write_rows(s, site, i, n) : read_rows(s, site, i, n);
         if (writing && status == STEERHOOK_OK) {
             s->ggml.tensor_set(node, s->rows, offset, (size_t)n * row_bytes);
         }
@@ -270,7 +315,7 @@ static void advance(sh_site_plan *site, int32_t rows) {
 
 /* ask = true: counts the node's rows; true if it must be computed now and passed to us. */
 static bool announce(steerhook_session *s, sh_site_plan *site, const struct ggml_tensor *node) {
-    size_t row_bytes = (size_t)s->package->n_embd * sizeof(float);
+    size_t row_bytes = row_size(s, site);
     size_t bytes = s->ggml.nbytes(node);
     if (!s->batch.open || s->pending != NULL) {
         sh_session_fail(s, STEERHOOK_HOOK_LOST, "layer_input[%ld]: seen %s", (long)site->depth,
@@ -296,7 +341,7 @@ static bool announce(steerhook_session *s, sh_site_plan *site, const struct ggml
     if (bytes != (size_t)rows * row_bytes) {
         sh_session_fail(s, STEERHOOK_ROWS,
                         "layer_input[%ld]: expected %ld rows of %ld values, found %zu bytes",
-                        (long)site->depth, (long)rows, (long)s->package->n_embd, bytes);
+                        (long)site->depth, (long)rows, (long)(row_bytes / sizeof(float)), bytes);
         return true;
     }
     for (int32_t i = 0; i < rows; i++) {
@@ -312,11 +357,19 @@ static bool announce(steerhook_session *s, sh_site_plan *site, const struct ggml
     return false;
 }
 
+static void say_rows(steerhook_session *s, const sh_site_plan *site, struct ggml_tensor *node) {
+    for (int32_t i = 0; i < s->pending_rows; i++) {
+        sh_say_row(s, site, node, batch_row(s, site, i), i);
+    }
+}
+
 /* ask = false: probes read the node before interventions rewrite it. */
 static bool deliver(steerhook_session *s, struct ggml_tensor *node) {
     sh_site_plan *site = s->pending;
-    if (visit_rows(s, site, node, false) != STEERHOOK_OK ||
-        visit_rows(s, site, node, true) != STEERHOOK_OK) {
+    if (site->depth == s->model.n_layer + 2) {
+        say_rows(s, site, node);
+    } else if (visit_rows(s, site, node, false) != STEERHOOK_OK ||
+               visit_rows(s, site, node, true) != STEERHOOK_OK) {
         return false;
     }
     advance(site, s->pending_rows);

@@ -3,7 +3,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "session.h"
+#include "tokens.h"
 
 steerhook_status steerhook_keep_rows(steerhook_session *s, bool answers) {
     steerhook_status status = sh_session_check(s);
@@ -15,11 +15,25 @@ steerhook_status steerhook_keep_rows(steerhook_session *s, bool answers) {
     }
     s->keeps = s->n_kept_readings > 0;
     s->keeps_answers = s->keeps && answers;
+    s->reads_answers = answers;
     return STEERHOOK_OK;
 }
 
 int32_t steerhook_kept_rows(const steerhook_session *s, int32_t seq) {
-    return seq < 0 || seq >= s->model.n_seq_max ? 0 : s->requests[seq].cache.n_kept;
+    if (seq < 0 || seq >= s->model.n_seq_max) {
+        return 0;
+    }
+    const sh_request *request = &s->requests[seq];
+    int32_t kept = s->keeps ? request->cache.n_kept : SH_ENDLESS;
+    for (int32_t k = 0; k < s->n_row_probes; k++) {
+        int32_t rows = request->cache.rows.n;
+        int32_t known = rows < kept ? rows : kept;
+        while (known > 0 && !sh_rows_known(s, request, s->row_probes[k].probe, known)) {
+            known--;
+        }
+        kept = known;
+    }
+    return kept == SH_ENDLESS ? 0 : kept;
 }
 
 bool sh_keeps(const steerhook_session *s, const sh_read *read, bool prompt) {

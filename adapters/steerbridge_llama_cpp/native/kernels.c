@@ -81,6 +81,44 @@ static inline float sum_lanes(const float *lanes) {
         }                                                                                   \
     }
 
+/* Rows side by side, their sums in registers. */
+#define DEFINE_PANEL(count)                                                                      \
+    MULTIVERSION                                                                                 \
+    static void panel_##count(const float *restrict w, int64_t inputs, const float *restrict x,  \
+                              float *restrict y, int64_t stride) {                               \
+        float sums[count][SH_PANEL];                                                             \
+        for (int r = 0; r < (count); r++) {                                                      \
+            memcpy(sums[r], y + r * stride, sizeof sums[r]);                                     \
+        }                                                                                        \
+        for (int64_t i = 0; i < inputs; i++, w += SH_PANEL) {                                    \
+            for (int r = 0; r < (count); r++) {                                                  \
+                for (int l = 0; l < SH_PANEL; l++) {                                             \
+                    sums[r][l] += w[l] * x[r * inputs + i];                                      \
+                }                                                                                \
+            }                                                                                    \
+        }                                                                                        \
+        for (int r = 0; r < (count); r++) {                                                      \
+            memcpy(y + r * stride, sums[r], sizeof sums[r]);                                     \
+        }                                                                                        \
+    }
+
+DEFINE_PANEL(1)
+DEFINE_PANEL(2)
+DEFINE_PANEL(3)
+DEFINE_PANEL(4)
+
+void sh_panels(const float *w, int32_t outputs, int32_t inputs, const float *x, int32_t n,
+               float *y, int64_t stride) {
+    for (int32_t at = 0; at < outputs; at += SH_PANEL, w += (int64_t)inputs * SH_PANEL) {
+        switch (n) {
+        case 1: panel_1(w, inputs, x, y + at, stride); break;
+        case 2: panel_2(w, inputs, x, y + at, stride); break;
+        case 3: panel_3(w, inputs, x, y + at, stride); break;
+        default: panel_4(w, inputs, x, y + at, stride); break;
+        }
+    }
+}
+
 DEFINE_KERNELS(f32, float)
 DEFINE_KERNELS(f16, uint16_t)
 DEFINE_KERNELS(bf16, uint16_t)

@@ -134,6 +134,8 @@ steerhook_package_info steerhook_package_describe(const steerhook_package *packa
     steerhook_package_info info = {.n_embd = package->n_embd, .n_layer = package->n_layer,
                                    .n_probes = package->n_probes, .n_rules = package->n_rules};
     for (int32_t i = 0; i < package->n_probes; i++) {
+        const sh_token_reading *tokens = &package->probes[i].tokens;
+        info.whole_prompt |= tokens->n_sites > 0 && tokens->scope != SH_ANSWER;
         for (int32_t k = 0; k < package->probes[i].n_readings; k++) {
             const sh_reading *reading = &package->probes[i].readings[k];
             info.whole_prompt |= reading->position != SH_PROMPT_END;

@@ -15,16 +15,33 @@ typedef enum { SH_PROMPT_END, SH_PROMPT_MEAN, SH_IMAGE_MEAN } sh_position;
 typedef enum { SH_GREATER, SH_GREATER_EQUAL, SH_LESS, SH_LESS_EQUAL } sh_comparator;
 typedef enum { SH_MLP, SH_LINEAR, SH_COSINE } sh_probe_type;
 typedef enum { SH_RELU, SH_TANH, SH_GELU } sh_activation;
-typedef enum { SH_HEAD_MATRIX, SH_ADD_VECTOR, SH_PROJECT_OUT } sh_intervention_type;
+typedef enum { SH_HEAD_MATRIX, SH_ADD_VECTOR, SH_PROJECT_OUT, SH_SAY } sh_intervention_type;
+typedef enum { SH_PROMPT, SH_ANSWER, SH_BOTH } sh_scope;
+typedef enum { SH_ALL_ROWS, SH_TEXT_ROWS, SH_IMAGE_ROWS } sh_row_filter;
 
 typedef struct {
     int32_t depth, offset;
     sh_position position;
 } sh_reading;
 
+enum { SH_MAX_ROW_SITES = 4 };
+
+/* A reading over tokens; `n_sites` is 0 where there is none. */
+typedef struct {
+    int32_t n_sites, sites[SH_MAX_ROW_SITES];
+    sh_scope scope;
+    sh_row_filter rows;
+    int32_t window, skip;
+} sh_token_reading;
+
 typedef struct {
     sh_tensor weight, bias;
 } sh_dense;
+
+typedef struct {
+    int32_t count;
+    int32_t *ids;
+} sh_ids;
 
 typedef struct {
     char id[64];
@@ -33,6 +50,7 @@ typedef struct {
     double threshold;
     int32_t n_readings, n_layers;
     sh_reading *readings;
+    sh_token_reading tokens;
     sh_tensor mean, scale; /* of the input; data NULL: none */
     sh_dense *layers;      /* mlp */
     sh_activation activation;
@@ -58,6 +76,7 @@ typedef struct {
     sh_tensor matrix;   /* dense head */
     sh_tensor u, v;     /* low-rank head: W = u v */
     int32_t min_depth;  /* the first site where it acts */
+    sh_ids tokens, header, open, close; /* say */
 } sh_intervention;
 
 typedef struct {
@@ -78,7 +97,7 @@ typedef struct {
 
 struct steerhook_package {
     atomic_uint references;
-    int32_t n_embd, n_layer;
+    int32_t n_embd, n_layer, n_vocab;
     int32_t n_probes, n_interventions, n_rules, n_calibrations;
     sh_probe *probes;
     sh_intervention *interventions;

@@ -3,8 +3,9 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "say.h"
 #include "score.h"
-#include "session.h"
+#include "tokens.h"
 
 static void *need(steerhook_session *s, size_t count, size_t size, const sh_error *error) {
     void *memory = sh_arena_new(&s->arena, count, size);
@@ -32,13 +33,31 @@ static void each_act(steerhook_session *s, visit_act visit) {
         const sh_rule *rule = &s->package->rules[r];
         for (int32_t i = 0; i < rule->n_interventions; i++) {
             const sh_intervention *x = &s->package->interventions[rule->interventions[i]];
-            if (x->type == SH_HEAD_MATRIX) {
+            if (x->type == SH_HEAD_MATRIX || x->type == SH_SAY) {
                 visit(s, &(sh_act){r, x, NULL}, x->min_depth);
             }
             for (int32_t t = 0; t < x->n_targets; t++) {
                 visit(s, &(sh_act){r, x, &x->targets[t].vector}, x->targets[t].depth);
             }
         }
+    }
+}
+
+typedef void (*visit_row_site)(steerhook_session *, const sh_row_site *, int32_t depth);
+
+static void each_row_site(steerhook_session *s, visit_row_site visit) {
+    for (int32_t p = 0, k = 0; p < s->package->n_probes; p++) {
+        const sh_token_reading *reading = &s->package->probes[p].tokens;
+        int32_t first = 0;
+        int32_t last = 0;
+        for (int32_t i = 1; i < reading->n_sites; i++) {
+            first = reading->sites[i] < reading->sites[first] ? i : first;
+            last = reading->sites[i] > reading->sites[last] ? i : last;
+        }
+        for (int32_t i = 0; i < reading->n_sites; i++) {
+            visit(s, &(sh_row_site){k, i, i == first, i == last}, reading->sites[i]);
+        }
+        k += reading->n_sites > 0;
     }
 }
 
@@ -49,7 +68,7 @@ static bool check_acts(const steerhook_session *s, const sh_error *error) {
         const sh_rule *rule = &s->package->rules[r];
         for (int32_t i = 0; i < rule->n_interventions; i++) {
             const sh_intervention *x = &s->package->interventions[rule->interventions[i]];
-            acts += x->type == SH_HEAD_MATRIX ? 1 : x->n_targets;
+            acts += x->n_targets == 0 ? 1 : x->n_targets;
         }
     }
     return acts <= SH_MAX_ACTS ||
@@ -60,6 +79,21 @@ static bool check_acts(const steerhook_session *s, const sh_error *error) {
 static void mark_read(steerhook_session *s, const sh_read *read, int32_t depth) {
     (void)read;
     s->site_at[depth] = 1;
+}
+
+static void mark_row_site(steerhook_session *s, const sh_row_site *site, int32_t depth) {
+    (void)site;
+    s->site_at[depth] = 1;
+}
+
+static void count_row_site(steerhook_session *s, const sh_row_site *site, int32_t depth) {
+    (void)site;
+    s->sites[s->site_at[depth]].n_rows++;
+}
+
+static void store_row_site(steerhook_session *s, const sh_row_site *row_site, int32_t depth) {
+    sh_site_plan *site = &s->sites[s->site_at[depth]];
+    site->rows[site->n_rows++] = *row_site;
 }
 
 static void mark_act(steerhook_session *s, const sh_act *act, int32_t depth) {
@@ -147,7 +181,10 @@ static int differences(const steerhook_session *s) {
 /* Whether llama.cpp shows a site by the name of a node. */
 static bool is_shown(const steerhook_session *s, int32_t depth, const sh_error *error) {
     char site[48];
-    bool head = depth > s->model.n_layer;
+    bool head = depth == s->model.n_layer + 1;
+    if (depth > s->model.n_layer + 1) {
+        return true; /* every graph has logits */
+    }
     snprintf(site, sizeof site, head ? "site head_input" : "site layer_input[%ld]", (long)depth);
     if (depth == 0) {
         return sh_fail(error, site, "a site that llama.cpp shows by name", "the input of block 0");
@@ -160,12 +197,13 @@ static bool is_shown(const steerhook_session *s, int32_t depth, const sh_error *
 /* ---- numbering ---- */
 
 static bool number_sites(steerhook_session *s, const sh_error *error) {
-    int32_t depths = s->model.n_layer + 2;
+    int32_t depths = s->model.n_layer + 3; /* the head's logits are the last */
     s->site_at = need(s, (size_t)depths, sizeof *s->site_at, error);
     if (s->site_at == NULL) {
         return false;
     }
     each_read(s, mark_read);
+    each_row_site(s, mark_row_site);
     each_act(s, mark_act);
     for (int32_t depth = 0; depth < depths; depth++) {
         if (s->site_at[depth] != 0 && !is_shown(s, depth, error)) {
@@ -187,13 +225,15 @@ static bool number_sites(steerhook_session *s, const sh_error *error) {
 
 static bool fill_sites(steerhook_session *s, const sh_error *error) {
     each_read(s, count_read);
+    each_row_site(s, count_row_site);
     each_act(s, count_act);
     for (int32_t i = 0; i < s->n_sites; i++) {
         sh_site_plan *site = &s->sites[i];
         site->reads = need(s, (size_t)site->n_reads, sizeof *site->reads, error);
         site->acts = need(s, (size_t)site->n_acts, sizeof *site->acts, error);
-        site->n_reads = site->n_acts = 0;
-        if (site->reads == NULL || site->acts == NULL) {
+        site->rows = need(s, (size_t)site->n_rows, sizeof *site->rows, error);
+        site->n_reads = site->n_acts = site->n_rows = 0;
+        if (site->reads == NULL || site->acts == NULL || site->rows == NULL) {
             return false;
         }
     }
@@ -204,6 +244,7 @@ static bool fill_sites(steerhook_session *s, const sh_error *error) {
         return false;
     }
     each_read(s, store_read);
+    each_row_site(s, store_row_site);
     each_act(s, store_act);
     return true;
 }
@@ -253,6 +294,7 @@ bool sh_plan(steerhook_session *s, const sh_error *error) {
         s->requests[i].cache.first_steered = SH_NO_ROW;
     }
     return s->thresholds != NULL && s->first_slot != NULL && s->requests != NULL &&
-           check_acts(s, error) && number_sites(s, error) && fill_sites(s, error) && check_constants(s, error) &&
-           make_buffers(s, error);
+           check_acts(s, error) && number_sites(s, error) && fill_sites(s, error) &&
+           check_constants(s, error) && make_buffers(s, error) && sh_plan_rows(s, error) &&
+           sh_plan_say(s, error);
 }

@@ -3,7 +3,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "session.h"
+#include "tokens.h"
 
 const sh_reading *sh_reading_of(const steerhook_session *s, const sh_read *read) {
     return &s->package->probes[read->probe].readings[read->reading];
@@ -44,7 +44,8 @@ bool sh_request_reset(const steerhook_session *s, sh_request *request) {
     request->probes = fresh(request->probes, (size_t)s->package->n_probes,
                             sizeof *request->probes);
     request->rules = fresh(request->rules, (size_t)s->package->n_rules, sizeof *request->rules);
-    return request->values != NULL && request->progress != NULL && request->probes != NULL &&
+    request->running = fresh(request->running, (size_t)s->n_row_probes, sizeof *request->running);
+    return request->running != NULL && request->values != NULL && request->progress != NULL && request->probes != NULL &&
            request->rules != NULL;
 }
 
@@ -101,6 +102,11 @@ static steerhook_status check_readings(steerhook_session *s, const sh_request *r
                                          (long)request->n_cached);
             }
         }
+        if (probe->tokens.n_sites > 0 && !sh_rows_known(s, request, p, request->n_cached)) {
+            return sh_session_refuse(s, STEERHOOK_CACHED,
+                                     "probe %s: expected rows evaluated, found %ld cached",
+                                     probe->id, (long)request->n_cached);
+        }
     }
     return STEERHOOK_OK;
 }
@@ -121,6 +127,10 @@ static sh_unjudged unjudged(const steerhook_session *s, const sh_request *reques
             (request->by_batches && request->cache.unseen && earlier && outputs_only)) {
             return SH_UNKNOWN;
         }
+    }
+    bool reads_rows = probe->tokens.n_sites > 0;
+    if (reads_rows && (request->distrusted || !sh_rows_known(s, request, p, request->n_cached))) {
+        return SH_UNKNOWN;
     }
     return SH_JUDGED;
 }
@@ -149,7 +159,10 @@ static void start(steerhook_session *s, sh_request *request, int32_t n_cached, i
     request->count = request->batch_count = n_cached;
     request->last_row = request->end_row = -1;
     request->cache.n_kept = request->cache.n_kept < n_cached ? request->cache.n_kept : n_cached;
+    request->survived = n_cached;
+    sh_rows_cut(s, &request->cache.rows, n_cached, -1);
     sh_kept_sums(s, request);
+    sh_running_start(s, request);
 }
 
 static steerhook_status begin(steerhook_session *s, sh_request *request, int32_t n_cached,
@@ -212,6 +225,7 @@ steerhook_status sh_request_reopen(steerhook_session *s, sh_request *request, in
         if (fired && (keep == STEERHOOK_KEEP_FIRED || before[r].held)) {
             request->rules[r] = before[r];
             request->rules[r].held = request->acting = true;
+            request->rules[r].begin = SH_NO_ROW; /* at the prompt's end */
         }
     }
     free(before);
@@ -283,7 +297,7 @@ steerhook_stage steerhook_request_stage(const steerhook_session *s, int32_t seq)
 
 void sh_forget_rows(const steerhook_session *s, sh_request *request) {
     request->open = request->acting = false;
-    request->cache.n_kept = 0;
+    request->cache.n_kept = request->cache.rows.n = 0;
     bool steers_layers = steerhook_package_describe(s->package).steers_layers;
     request->cache.first_steered = steers_layers ? 0 : SH_NO_ROW;
 }
@@ -314,7 +328,8 @@ steerhook_status steerhook_request_copy(steerhook_session *s, int32_t from, int3
     sh_request *target = &s->requests[to];
     target->open = target->acting = false;
     add_steered_rows(target, source->cache.first_steered); /* it may hold steered rows of its own */
-    if (!sh_kept_copy(s, source, target)) {
+    if (!sh_kept_copy(s, source, target) ||
+        !sh_rows_copy(s, &source->cache.rows, &target->cache.rows)) {
         return sh_session_refuse(s, STEERHOOK_MEMORY, "copy: no memory");
     }
     if (!source->open) {
@@ -332,6 +347,8 @@ steerhook_status steerhook_request_copy(steerhook_session *s, int32_t from, int3
     copy.progress = target->progress;
     copy.probes = target->probes;
     copy.rules = target->rules;
+    copy.running = target->running;
+    memcpy(copy.running, source->running, (size_t)s->n_row_probes * sizeof *copy.running);
     memcpy(copy.values, source->values,
            slots * (size_t)s->package->n_embd * sizeof *copy.values);
     memcpy(copy.progress, source->progress, slots * sizeof *copy.progress);
@@ -353,8 +370,19 @@ static int32_t moved(int32_t row, int64_t from, int64_t to) {
     return (int32_t)(row < to ? from : row - (to - from));
 }
 
-static void cut(const steerhook_session *s, sh_request *request, int64_t from, int64_t to) {
+/* Rows left the middle of a request: what was found in those behind them stays, at other places. */
+static void move_rows(const steerhook_session *s, sh_request *request, int64_t from, int64_t to) {
+    for (int32_t k = 0; k < s->n_row_probes; k++) {
+        sh_running_move(&request->running[k], from, to);
+    }
+    for (int32_t r = 0; r < s->package->n_rules; r++) {
+        request->rules[r].begin = moved(request->rules[r].begin, from, to);
+    }
+}
+
+static void cut(steerhook_session *s, sh_request *request, int64_t from, int64_t to) {
     sh_kept_cut(s, request, from, to);
+    sh_rows_cut(s, &request->cache.rows, from, to);
     request->cache.unseen = request->cache.unseen && (from > 0 || to >= 0);
     request->cache.first_steered = moved(request->cache.first_steered, from, to);
     bool tail = to < 0 || to >= request->count;
@@ -367,12 +395,20 @@ static void cut(const steerhook_session *s, sh_request *request, int64_t from, i
         return;
     }
     int64_t removed_to = tail ? request->count : to;
+    if (!tail) {
+        move_rows(s, request, from, to);
+    }
     if (from < request->n_prompt) { /* a context shift: the answer goes on */
         int64_t in_prompt = removed_to < request->n_prompt ? removed_to : request->n_prompt;
         request->n_prompt -= (int32_t)(in_prompt - from);
     }
     request->count -= removed_to - from;
     request->batch_count = request->count;
+    request->survived = request->survived < request->count ? request->survived : request->count;
+    if (tail && s->n_row_probes > 0) {
+        sh_running_cut(s, request, from);
+        sh_decide_rules(s, request); /* of strengths that were checked before */
+    }
 }
 
 steerhook_status steerhook_request_cut(steerhook_session *s, int32_t seq, int32_t from,

@@ -3,18 +3,19 @@
 #include <math.h>
 #include <string.h>
 
-#include "session.h"
+#include "tokens.h"
 
 typedef struct {
     char magic[8];
-    int32_t n_embd, n_slots, n_probes, n_rules, n_kept_readings; /* of the session */
+    int32_t n_embd, n_slots, n_probes, n_rules, n_kept_readings, n_row_probes; /* of the session */
+    int32_t n_rows;
     int32_t n_kept, with_rows, first_steered;
     int32_t open, acting, open_ended, by_batches, distrusted, unseen;
     int32_t n_cached, n_prompt;
     int64_t count;
 } header;
 
-static const char magic[8] = "SBROWS1";
+static const char magic[8] = "SBROWS2";
 
 /* Writes, reads or only counts what it is led over. */
 typedef struct {
@@ -42,6 +43,8 @@ static header header_of(const steerhook_session *s, const sh_request *request, b
         .n_rules = s->package->n_rules,
         .n_kept_readings = s->keeps ? s->n_kept_readings : 0,
         .n_kept = s->keeps ? request->cache.n_kept : 0,
+        .n_row_probes = s->n_row_probes,
+        .n_rows = request->cache.rows.n,
         .with_rows = rows,
         .first_steered = request->cache.first_steered,
         .open = request->open,
@@ -65,6 +68,13 @@ static void over_request(walk *w, const steerhook_session *s, sh_request *reques
         over(w, request->progress, slots, sizeof *request->progress);
         over(w, request->probes, (size_t)s->package->n_probes, sizeof *request->probes);
         over(w, request->rules, (size_t)s->package->n_rules, sizeof *request->rules);
+        over(w, request->running, (size_t)s->n_row_probes, sizeof *request->running);
+    }
+    if (rows && s->n_row_probes > 0) {
+        size_t n = (size_t)request->cache.rows.n;
+        over(w, request->cache.rows.logits, n * (size_t)s->n_row_probes, sizeof(float));
+        over(w, request->cache.rows.kinds, n, sizeof *request->cache.rows.kinds);
+        over(w, request->cache.rows.ids, n, sizeof *request->cache.rows.ids);
     }
     if (rows && s->keeps) {
         size_t n = (size_t)request->cache.n_kept;
@@ -114,12 +124,14 @@ static bool plausible(const steerhook_session *s, const header *h) {
     header own = header_of(s, &s->requests[0], false);
     bool fits = memcmp(h->magic, magic, sizeof magic) == 0 && h->n_embd == own.n_embd &&
                 h->n_slots == own.n_slots && h->n_probes == own.n_probes &&
-                h->n_rules == own.n_rules && h->n_kept_readings == own.n_kept_readings;
+                h->n_rules == own.n_rules && h->n_kept_readings == own.n_kept_readings &&
+                h->n_row_probes == own.n_row_probes;
     bool flags = flag(h->with_rows) && flag(h->open) && flag(h->acting) && flag(h->open_ended) &&
                  flag(h->by_batches) && flag(h->distrusted) && flag(h->unseen);
     bool counts = h->n_kept >= 0 && h->first_steered >= SH_NO_ROW && h->n_cached >= 0 &&
                   h->n_prompt >= 0 && h->count >= 0 && h->count < SH_ENDLESS &&
-                  (h->n_kept_readings > 0 || h->n_kept == 0) &&
+                  (h->n_kept_readings > 0 || h->n_kept == 0) && h->n_rows >= 0 &&
+                  h->n_rows < SH_ENDLESS && (h->n_row_probes > 0 || h->n_rows == 0) &&
                   (h->open_ended == 0) == (h->n_prompt < SH_ENDLESS);
     return fits && flags && counts;
 }
@@ -127,14 +139,16 @@ static bool plausible(const steerhook_session *s, const header *h) {
 /* How many bytes follow a plausible header; 0 if that is no number. */
 static size_t body_of(const steerhook_session *s, const header *h) {
     size_t row = (size_t)h->n_kept_readings * (size_t)h->n_embd * sizeof(float) + sizeof(bool);
-    bool rows = h->with_rows != 0 && s->keeps;
-    if (rows && (size_t)h->n_kept > SIZE_MAX / 2 / row) {
+    size_t known = (size_t)h->n_row_probes * sizeof(float) + sizeof(unsigned char) + sizeof(int32_t);
+    bool rows = h->with_rows != 0;
+    if ((size_t)h->n_kept > SIZE_MAX / 4 / row || (size_t)h->n_rows > SIZE_MAX / 4 / known) {
         return 0;
     }
     walk w = {.mode = COUNT};
     sh_request closed = {.open = h->open != 0};
     over_request(&w, s, &closed, false);
-    return w.at + (rows ? (size_t)h->n_kept * row : 0);
+    w.at += rows && s->keeps ? (size_t)h->n_kept * row : 0;
+    return w.at + (rows && s->n_row_probes > 0 ? (size_t)h->n_rows * known : 0);
 }
 
 /* Whether a byte of another writer can be read as a bool. */
@@ -160,6 +174,14 @@ static bool sane(const steerhook_session *s, const sh_request *request) {
         const sh_rule_state *state = &request->rules[r];
         good &= is_bool(&state->decided) && is_bool(&state->fired) && is_bool(&state->held) &&
                 isfinite(state->strength) != 0;
+    }
+    for (int32_t k = 0; k < s->n_row_probes; k++) {
+        const sh_running *running = &request->running[k];
+        const int32_t rows[] = {running->best_row, running->fired_row, running->broken_row,
+                                running->unknown_row, running->told_row};
+        for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+            good &= rows[i] >= SH_NO_ROW;
+        }
     }
     return good;
 }
@@ -187,7 +209,8 @@ steerhook_status steerhook_load(steerhook_session *s, int32_t seq, const void *b
     }
     bool rows = h.with_rows != 0;
     if ((h.open != 0 && !sh_request_reset(s, request)) ||
-        (rows && !sh_kept_room(s, request, h.n_kept))) {
+        (rows && (!sh_kept_room(s, request, h.n_kept) ||
+                  !sh_rows_room(s, &request->cache.rows, h.n_rows)))) {
         return sh_session_refuse(s, STEERHOOK_MEMORY, "load: no memory");
     }
     int32_t live = request->cache.first_steered; /* of rows that stay */
@@ -196,12 +219,17 @@ steerhook_status steerhook_load(steerhook_session *s, int32_t seq, const void *b
     request->cache.first_steered = sooner ? live : h.first_steered;
     request->cache.n_kept = rows || h.n_kept < request->cache.n_kept ? h.n_kept : request->cache.n_kept;
     request->cache.unseen = h.unseen != 0 || (!rows && request->cache.unseen);
+    request->cache.rows.n = rows || h.n_rows < request->cache.rows.n ? h.n_rows
+                                                                    : request->cache.rows.n;
     request->open = h.open != 0;
     walk w = {.mode = READ, .in = bytes, .at = sizeof h};
     over_request(&w, s, request, rows);
     bool images = true;
     for (int32_t i = 0; rows && i < h.n_kept; i++) {
         images &= is_bool(&request->cache.kept_image[i]);
+    }
+    for (int32_t i = 0; rows && i < h.n_rows; i++) {
+        images &= request->cache.rows.kinds[i] <= SH_IMAGE;
     }
     if (!images || (request->open && !sane(s, request))) {
         return refuse(s, request);
@@ -212,7 +240,7 @@ steerhook_status steerhook_load(steerhook_session *s, int32_t seq, const void *b
     request->distrusted = h.distrusted != 0;
     request->n_cached = h.n_cached;
     request->n_prompt = h.n_prompt;
-    request->count = request->batch_count = h.count;
+    request->count = request->batch_count = request->survived = h.count;
     request->ends_in_batch = false;
     request->last_row = request->end_row = -1;
     return STEERHOOK_OK;

@@ -1,6 +1,7 @@
 #include "score.h"
 
 #include <math.h>
+#include <string.h>
 
 static double sigmoid(double y) {
     return 0.5 * (1.0 + tanh(0.5 * y));
@@ -83,13 +84,18 @@ static double softmax(const float *logits, int64_t count, int32_t chosen) {
     return exp((double)logits[chosen] - highest) / sum;
 }
 
-/* `x` is the input; `spare` has room for two widest layers. */
-static double mlp(const sh_probe *probe, const float *x, float *spare) {
+static int64_t widest_layer(const sh_probe *probe) {
     int64_t widest = 0;
     for (int32_t i = 0; i < probe->n_layers; i++) {
         int64_t rows = probe->layers[i].weight.rows;
         widest = rows > widest ? rows : widest;
     }
+    return widest;
+}
+
+/* `x` is the input; `spare` has room for two widest layers. */
+static double mlp(const sh_probe *probe, const float *x, float *spare) {
+    int64_t widest = widest_layer(probe);
     float *y = spare;
     for (int32_t i = 0; i < probe->n_layers; i++) {
         const sh_dense *layer = &probe->layers[i];
@@ -115,12 +121,50 @@ static double mlp(const sh_probe *probe, const float *x, float *spare) {
 }
 
 size_t sh_score_scratch(const sh_probe *probe, int32_t n_embd) {
-    size_t widest = 0;
-    for (int32_t i = 0; i < probe->n_layers; i++) {
-        size_t rows = (size_t)probe->layers[i].weight.rows;
-        widest = rows > widest ? rows : widest;
+    return (size_t)probe->n_readings * (size_t)n_embd + 2 * (size_t)widest_layer(probe);
+}
+
+/* z of the harmful class less the logarithm of the others' summed exponentials. */
+static double harmful_logit(const float *z, int64_t count, int32_t chosen) {
+    double highest = -HUGE_VAL;
+    for (int64_t i = 0; i < count; i++) {
+        highest = i != chosen && (double)z[i] > highest ? (double)z[i] : highest;
     }
-    return (size_t)probe->n_readings * (size_t)n_embd + 2 * widest;
+    double sum = 0.0;
+    for (int64_t i = 0; i < count; i++) {
+        sum += i != chosen ? exp((double)z[i] - highest) : 0.0;
+    }
+    return (double)z[chosen] - highest - log(sum);
+}
+
+float sh_row_finish(const sh_probe *probe, const float *first, float *scratch) {
+    if (probe->type == SH_LINEAR) {
+        return isfinite(first[0]) ? first[0] : NAN;
+    }
+    int64_t widest = widest_layer(probe);
+    int64_t count = probe->layers[0].weight.rows;
+    float *x = scratch;
+    memcpy(x, first, (size_t)count * sizeof *x);
+    for (int32_t i = 1; i < probe->n_layers; i++) {
+        const sh_dense *layer = &probe->layers[i];
+        float *y = scratch + (i % 2) * widest;
+        for (int64_t j = 0; j < count; j++) {
+            x[j] = activate(probe->activation, x[j]);
+        }
+        sh_multiply(&layer->weight, x, y);
+        sh_axpy(&layer->bias, 0, 1.0F, y);
+        count = layer->weight.rows;
+        x = y;
+    }
+    for (int64_t i = 0; i < count; i++) {
+        if (!isfinite(x[i])) {
+            return NAN;
+        }
+    }
+    if (probe->softmax) {
+        return (float)harmful_logit(x, count, probe->harmful);
+    }
+    return probe->harmful_low ? -x[0] : x[0];
 }
 
 /* Whether every state that was read is a float: squashing would hide an infinite one. */

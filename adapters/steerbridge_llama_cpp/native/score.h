@@ -13,6 +13,9 @@ size_t sh_score_scratch(const sh_probe *probe, int32_t n_embd);
 double sh_score(const sh_probe *probe, const double *readings, const bool *missing,
                 float *scratch);
 
+/* The logit of harm of a row, from the first map's outputs; NaN if an output is not finite. */
+float sh_row_finish(const sh_probe *probe, const float *first, float *scratch);
+
 /* Whether a score fires; one that is not finite always does (fail closed). */
 bool sh_fires(sh_comparator comparator, double score, double threshold);
 

@@ -1,4 +1,4 @@
-#include "session.h"
+#include "tokens.h"
 
 #include <math.h>
 #include <stdarg.h>
@@ -103,6 +103,8 @@ static void free_request(sh_request *request) {
     free(request->progress);
     free(request->probes);
     free(request->rules);
+    free(request->running);
+    sh_rows_free(&request->cache.rows);
     free(request->cache.kept);
     free(request->cache.kept_image);
 }
@@ -114,6 +116,7 @@ void steerhook_session_free(steerhook_session *s) {
     for (int32_t i = 0; s->requests != NULL && i < s->model.n_seq_max; i++) {
         free_request(&s->requests[i]);
     }
+    free(s->row_sums);
     free(s->batch.first_member);
     free(s->batch.outputs);
     free(s->batch.pass);
@@ -134,7 +137,7 @@ steerhook_status steerhook_session_clear(steerhook_session *s) {
         sh_request *request = &s->requests[i];
         request->open = request->acting = false;
         request->cache.first_steered = SH_NO_ROW;
-        request->cache.n_kept = 0;
+        request->cache.n_kept = request->cache.rows.n = 0;
         if (request->probes != NULL) {
             memset(request->probes, 0, (size_t)s->package->n_probes * sizeof *request->probes);
             memset(request->rules, 0, (size_t)s->package->n_rules * sizeof *request->rules);
@@ -228,6 +231,30 @@ static const char *reason(sh_unjudged unjudged) {
     return "";
 }
 
+/* What is told of a probe: of a token reading, as far as its rows have survived. */
+static steerhook_verdict verdict_of(const steerhook_session *s, const sh_request *request,
+                                    int32_t probe) {
+    const sh_decision *decision = &request->probes[probe];
+    const sh_running *running = sh_running_of(s, request, probe);
+    steerhook_verdict verdict = {s->package->probes[probe].id, decision->score,
+                                 decision->threshold, decision->fired, reason(decision->unjudged),
+                                 false, SH_NO_ROW};
+    if (running == NULL || decision->unjudged == SH_UNKNOWN) {
+        return verdict;
+    }
+    if (request->survived < request->count) {
+        verdict.score = sh_running_score(s, request, probe, request->survived);
+    }
+    verdict.fired = running->fired_row != SH_NO_ROW && running->fired_row < request->survived;
+    if (!verdict.fired) {
+        verdict.unjudged = "";
+    } else {
+        verdict.row = running->told_row;
+        verdict.in_answer = running->fired_row >= request->n_prompt;
+    }
+    return verdict;
+}
+
 int32_t steerhook_verdicts(const steerhook_session *s, int32_t seq, steerhook_verdict *out,
                            int32_t max) {
     steerhook_status status = sh_session_check(s);
@@ -241,9 +268,7 @@ int32_t steerhook_verdicts(const steerhook_session *s, int32_t seq, steerhook_ve
             continue;
         }
         if (count < max) {
-            out[count] = (steerhook_verdict){s->package->probes[i].id, decisions[i].score,
-                                             decisions[i].threshold, decisions[i].fired,
-                                             reason(decisions[i].unjudged)};
+            out[count] = verdict_of(s, &s->requests[seq], i);
         }
         count++;
     }
@@ -259,6 +284,7 @@ int32_t steerhook_rules(const steerhook_session *s, int32_t seq, steerhook_rule_
     const sh_rule_state *rules = s->requests[seq].rules;
     for (int32_t i = 0; i < s->package->n_rules && i < max; i++) {
         sh_rule_state state = rules == NULL ? (sh_rule_state){0} : rules[i];
+        state.fired &= state.begin < s->requests[seq].survived;
         out[i] = (steerhook_rule_state){s->package->rules[i].id, state.decided, state.fired,
                                         state.strength};
     }

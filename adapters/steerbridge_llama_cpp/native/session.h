@@ -18,10 +18,27 @@ typedef struct {
     const sh_tensor *vector; /* NULL for a head */
 } sh_act;
 
+/* A site of a token reading: `site` of its probe's, the first or last of them to be computed. */
+typedef struct {
+    int32_t probe; /* among those with token readings */
+    int32_t site;
+    bool first, last;
+} sh_row_site;
+
+/* A probe with a token reading: its first map, packed for sh_panels. */
+typedef struct {
+    int32_t probe;           /* in the package */
+    int32_t hidden, padded;  /* outputs, and those with padding */
+    int32_t offset;          /* of its sums among a row's */
+    float *weights[SH_MAX_ROW_SITES];
+    float *bias;
+} sh_row_probe;
+
 typedef struct {
     int32_t depth;
     bool outputs_only; /* the last block and the head compute output rows only */
-    int32_t n_reads, n_acts;
+    int32_t n_reads, n_acts, n_rows;
+    sh_row_site *rows;
     sh_read *reads;
     sh_act *acts; /* in the order in which they apply */
     /* Progress of the open batch's micro-batches at this node. */
@@ -42,8 +59,27 @@ typedef struct {
 typedef struct {
     bool decided, fired;
     bool held; /* it fired for an earlier part of the conversation */
+    int32_t begin; /* the first row that it changes, if that is behind the prompt's end */
     double strength;
 } sh_rule_state;
+
+/* Running scores of a token reading: the largest so far, and rows at which something happened first;
+ * SH_NO_ROW if it did not. */
+typedef struct {
+    double best; /* a logit */
+    int32_t best_row, fired_row, broken_row, unknown_row;
+    int32_t told_row; /* where it fired, whatever moved since */
+} sh_running;
+
+typedef enum { SH_UNKNOWN_ROW = 0, SH_TEXT, SH_IMAGE } sh_row_kind;
+
+/* Rows of a sequence as token readings know them: logits [n][probes], kinds, ids of tokens. */
+typedef struct {
+    float *logits;
+    unsigned char *kinds;
+    int32_t *ids;
+    int32_t n, capacity;
+} sh_rows;
 
 /* Progress of a reading: how many rows it has taken, and whether it is complete. */
 typedef struct {
@@ -62,6 +98,7 @@ typedef struct {
     float *kept;
     bool *kept_image;
     int32_t n_kept, kept_capacity;
+    sh_rows rows;
 } sh_cache;
 
 /* A prompt and its answer. */
@@ -84,6 +121,8 @@ typedef struct {
     sh_progress *progress;
     sh_decision *probes;
     sh_rule_state *rules;
+    sh_running *running; /* by probe with a token reading */
+    int64_t survived;    /* rows that cannot be rejected drafts */
 } sh_request;
 
 /* ---- the batch ---- */
@@ -134,6 +173,14 @@ struct steerhook_session {
     const struct ggml_tensor *pending_node;
     int32_t pending_rows;
     float *rows;    /* SH_SPAN rows of a node */
+    int32_t n_row_probes, n_row_sums; /* token readings; floats of a row's sums */
+    sh_row_probe *row_probes;
+    float *row_sums;
+    int32_t row_sums_capacity;
+    double *window;     /* logits of one running score */
+    bool reads_answers; /* rows of answers, for the prompts of later turns */
+    bool listens;       /* ids of tokens matter */
+    float *said;        /* logits of a row that says something */
     float *scratch; /* for scores and interventions */
     bool *missing;  /* by reading of one probe */
     sh_arena arena;
@@ -158,6 +205,13 @@ __attribute__((format(printf, 3, 4)))
 #endif
 steerhook_status sh_session_fail(steerhook_session *session, steerhook_status status,
                                  const char *format, ...);
+
+/* Whether an act changes a row; UNDECIDED: its rule should be decided, and is not. */
+typedef enum { SH_IDLE, SH_ACTS, SH_UNDECIDED } sh_act_state;
+
+/* `begin` (may be NULL): the first row that its rule changes. */
+sh_act_state sh_act_on(const steerhook_session *session, const sh_act *act, int32_t row,
+                       int64_t *begin);
 
 /* Whether a reading takes anything from this row of a request. */
 bool sh_wants(const steerhook_session *session, const sh_read *read, const sh_request *request,
@@ -216,7 +270,7 @@ int64_t sh_first_row(const sh_reading *reading, int64_t n_prompt);
 /* Scores a probe if its readings are complete. */
 steerhook_status sh_decide_probe(steerhook_session *session, int32_t probe, sh_request *request);
 
-/* Decides every rule whose probes are known. */
+/* Decides every rule whose probes are known, again as rows of the answer come or go. */
 steerhook_status sh_decide_rules(steerhook_session *session, sh_request *request);
 
 /* The plan of the package's sites; see plan.c. */

@@ -60,7 +60,6 @@ static bool optional_hash(const sh_place *in, const char *name) {
 static bool compile_head_fields(steerhook_package *package, const sh_place *root) {
     sh_place base;
     sh_text text;
-    int32_t vocab = 0;
     return sh_string(root, "name", &text) && optional_string(root, "description") &&
            optional_string(root, "license") && optional_string(root, "created") &&
            sh_field(root, "base_model", SH_JSON_OBJECT, SH_REQUIRED, &base) &&
@@ -68,7 +67,7 @@ static bool compile_head_fields(steerhook_package *package, const sh_place *root
            optional_string(&base, "architecture") &&
            sh_integer(&base, "hidden_size", SH_REQUIRED, 1, MAX_SIZE, &package->n_embd) &&
            sh_integer(&base, "num_layers", SH_REQUIRED, 1, MAX_SIZE, &package->n_layer) &&
-           sh_integer(&base, "vocab_size", SH_REQUIRED, 1, MAX_SIZE, &vocab) &&
+           sh_integer(&base, "vocab_size", SH_REQUIRED, 1, MAX_SIZE, &package->n_vocab) &&
            optional_hash(&base, "tokenizer_sha256") &&
            optional_hash(&base, "chat_template_sha256") &&
            sh_field(root, "evidence", SH_JSON_OBJECT, SH_OPTIONAL | SH_NULLABLE, &base);
@@ -154,6 +153,11 @@ static bool compile_strength(const sh_compiler *c, const sh_place *at, sh_rule *
         !sh_choice(&strength, "type", types, &type)) {
         return false;
     }
+    static const char *const of_constant[] = {"type", "value", NULL};
+    static const char *const of_score[] = {"type", "probe", "scale", NULL};
+    if (!sh_only(&strength, type == 0 ? of_constant : of_score)) {
+        return false;
+    }
     if (type == 0) {
         return sh_number(&strength, "value", &rule->strength);
     }
@@ -169,6 +173,9 @@ static bool compile_strength(const sh_compiler *c, const sh_place *at, sh_rule *
 static int32_t deepest_reading(const sh_probe *probe, int32_t depth) {
     for (int32_t k = 0; k < probe->n_readings; k++) {
         depth = probe->readings[k].depth > depth ? probe->readings[k].depth : depth;
+    }
+    for (int32_t k = 0; k < probe->tokens.n_sites; k++) {
+        depth = probe->tokens.sites[k] > depth ? probe->tokens.sites[k] : depth;
     }
     return depth;
 }
@@ -199,16 +206,19 @@ static bool check_order(const sh_compiler *c, const sh_place *at, const sh_rule 
 
 static bool compile_rule(const sh_compiler *c, const sh_place *at, sh_rule *rule) {
     static const char *const types[] = {"any", "all", NULL};
+    static const char *const fields[] = {"id", "condition", "interventions", "strength", NULL};
+    static const char *const of_condition[] = {"type", "probes", NULL};
     sh_place condition;
     int type = 0;
     const steerhook_package *package = c->package;
     if (!sh_identifier(at, "id", rule->id) || !unique_id(c, at, rule->id, rule_named) ||
+        !sh_only(at, fields) ||
         !sh_field(at, "condition", SH_JSON_OBJECT, SH_NULLABLE, &condition)) {
         return false;
     }
     rule->conditional = condition.node != NULL;
     if (rule->conditional &&
-        (!sh_choice(&condition, "type", types, &type) ||
+        (!sh_only(&condition, of_condition) || !sh_choice(&condition, "type", types, &type) ||
          !compile_ids(c, &condition, "probes", probe_named, package->n_probes, &rule->probes,
                       &rule->n_probes))) {
         return false;
@@ -236,9 +246,11 @@ static bool copy_text(const sh_compiler *c, const sh_place *in, const char *name
 }
 
 static bool compile_calibration(const sh_compiler *c, const sh_place *at, sh_calibration *out) {
+    static const char *const fields[] = {"runtime", "quantisation", "thresholds", "evidence",
+                                         NULL};
     sh_place map;
     sh_place evidence;
-    if (!copy_text(c, at, "runtime", &out->runtime) ||
+    if (!sh_only(at, fields) || !copy_text(c, at, "runtime", &out->runtime) ||
         !copy_text(c, at, "quantisation", &out->quantisation) ||
         !sh_field(at, "evidence", SH_JSON_OBJECT, SH_OPTIONAL | SH_NULLABLE, &evidence) ||
         !sh_field(at, "thresholds", SH_JSON_OBJECT, SH_REQUIRED, &map)) {

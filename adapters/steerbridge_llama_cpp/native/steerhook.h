@@ -239,6 +239,7 @@ typedef struct {
     int32_t *const *seq_id;
     const int8_t *output;          /* llama_batch.logits; NULL: only the last row */
     bool image;                    /* the rows are the tokens of an image */
+    const int32_t *tokens;         /* ids; NULL: the rows are embeddings */
 } steerhook_batch;
 
 /* Before llama_decode, with the same batch. The arrays are not kept. */
@@ -265,7 +266,13 @@ typedef struct {
     bool fired;
     const char *unjudged; /* why the probe could not be judged: then it fired, and its score is
                            * NaN; "" if it was judged */
+    bool in_answer; /* it fired behind the prompt's end */
+    int32_t row;    /* of a token reading that fired: where, from the first row of the sequence on;
+                     * else -1 */
 } steerhook_verdict;
+
+/* Of token readings, rows count that cannot be rejected drafts any more: those before the last batch,
+ * its first, and all of the prompt. A score is NaN, too, while a probe's scope has no rows. */
 
 /* Writes up to `max` verdicts of the sequence's latest request, in the order of the package, and
  * returns how many there are so far; -status on an error. `out` may be NULL if `max` is 0. */
