@@ -32,6 +32,9 @@ class Metrics:
         self._verdicts = Counter(
             "steerbridge_verdicts", "Verdicts on prompts", ["fired"], registry=own
         )
+        self._fired = Counter(
+            "steerbridge_fired", "Requests in which a rule fired", ["fired_in"], registry=own
+        )
         self._rules = Counter("steerbridge_rules_fired", "Rules fired", ["rule"], registry=own)
         self._ended = Counter(
             "steerbridge_stopped", "Requests not answered", ["event"], registry=own
@@ -47,11 +50,15 @@ class Metrics:
             self._contexts.inc()
         elif kind == "verdict":
             self._verdicts.labels(str(bool(event["fired"])).lower()).inc()
+            if event["fired"]:
+                self._fired.labels("prompt").inc()
             for rule in event["fired"]:
                 self._rules.labels(rule).inc()
             for probe in event["probes"]:
                 if probe["score"] is not None:
                     self._scores.labels(probe["probe"]).observe(probe["score"])
+        elif kind == "answer":
+            self._fired.labels("answer").inc()
         elif kind in ("refused", "failed", "stopped"):
             self._ended.labels(kind).inc()
 

@@ -131,6 +131,8 @@ class Driver(Protocol):
         context: rows of prompt and answer together; a longer prompt must be refused.
         tolerance: of scores and logits, relative above 1.
         margin: a token is compared if its best logit is so far from the second.
+        tells_the_end: whether outcomes are those of the whole answer; else they are those of the
+            moment when rules were decided last.
         kept_open: guarded models that stay open between shapes, where opening one takes long; with
             0 every shape opens its own.
     """
@@ -142,6 +144,7 @@ class Driver(Protocol):
     context: int
     tolerance: float
     margin: float
+    tells_the_end: bool
     kept_open: int
 
     def open(

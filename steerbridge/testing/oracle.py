@@ -33,6 +33,8 @@ class Expected:
             further off than that may choose another token.
         distance: of scores from their thresholds, relative above 1: the smallest at any row until
             a probe fired.
+        told: verdicts and rules when a rule was decided last: at the prompt's end, or where one began
+            in the answer.
         settled: whether the row of the last token, which some programs evaluate, changes nothing.
     """
 
@@ -42,6 +44,7 @@ class Expected:
     margins: tuple[float, ...]
     distance: float = math.inf
     settled: bool = True
+    told: Outcome | None = None
 
     @property
     def margin(self) -> float:
@@ -69,7 +72,7 @@ def answer(
     ids = list(prompt)
     guard = None if package is None else guard or Guard(model, package, ids)
     cache, tokens, margins = Cache(), list[int](), list[float]()
-    first, outcome = None, None
+    first, outcome, told = None, None, None
     rows = ids
     for _ in range(new):
         if guard is not None:
@@ -77,6 +80,7 @@ def answer(
         logits = model.forward(rows, cache, guard)[1][-1]
         if guard is not None:
             logits, outcome = guard.said(logits), guard.outcome
+            told = outcome if told is None or told.rules != outcome.rules else told
         first = logits if first is None else first
         tokens.append(int(np.argmax(logits)))
         second, best = np.partition(logits, -2)[-2:]
@@ -91,7 +95,7 @@ def answer(
         model.forward(tokens[-1:], cache, guard)
         settled = outcome is not None and guard.outcome.rules == outcome.rules
     distance = math.inf if guard is None else guard.distance
-    return Expected(outcome, tuple(tokens), first, tuple(margins), distance, settled)
+    return Expected(outcome, tuple(tokens), first, tuple(margins), distance, settled, told)
 
 
 def plain(model: TinyModel, prompt: Sequence[int], new: int) -> Expected:

@@ -212,6 +212,7 @@ class HfDriver:
     context = CONTEXT
     tolerance = 1e-4
     margin = 1e-3
+    tells_the_end = True
     kept_open = 0
 
     def __init__(self, draft: Path) -> None:

@@ -181,6 +181,7 @@ class LlamaCppDriver:
     context = CONTEXT
     tolerance = 1e-4
     margin = 1e-3
+    tells_the_end = True
     kept_open = 0
 
     @contextlib.contextmanager

@@ -96,13 +96,22 @@ class Log:
             entry["threshold"],
             comparator,
             entry["fired"],
-            entry.get("unjudged", missing),
+            entry.get("unjudged", missing if entry["fired"] else ""),
+            entry.get("fired_in", ""),
+            entry.get("row"),
         )
 
     def _main(self) -> list[Mapping[str, Any]]:
         """Verdicts on requests."""
-        events = self._events("verdict")[self._warm_up :]
-        return [event for event in events if event["context"] == self._context]
+        told: list[Mapping[str, Any]] = []
+        for event in self._events("verdict", "answer"):
+            if event["event"] == "verdict":
+                told.append(event)
+                continue
+            place = (event["context"], event["sequence"])
+            same = [i for i, e in enumerate(told) if (e["context"], e["sequence"]) == place]
+            told[same[-1]] = event
+        return [event for event in told[self._warm_up :] if event["context"] == self._context]
 
     def _events(self, *kinds: str) -> list[Mapping[str, Any]]:
         text = self._path.read_text("utf-8") if self._path.exists() else ""
@@ -228,6 +237,7 @@ class RunDriver:
     context: int = CONTEXT
     tolerance: float = 1e-4
     margin: float = 1e-3
+    tells_the_end: bool = False
     kept_open: int = 10
     main_context: int = 0
 

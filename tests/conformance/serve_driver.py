@@ -111,6 +111,7 @@ class ServeDriver:
     context = CONTEXT
     tolerance = 1e-2
     margin = 0.05
+    tells_the_end = True
     kept_open = 10
 
     @contextmanager

@@ -190,6 +190,7 @@ class TgiDriver:
     context = flash.CONTEXT - 8  # the router refuses longer prompts: it is not simulated
     tolerance = 1e-4
     margin = 1e-3
+    tells_the_end = True
     kept_open = 0
 
     @contextmanager

@@ -208,7 +208,7 @@ static void test_broken(const char *directory) {
     refuses(bytes, size, "\"gelu\"", "\"silu\"", "probes[0].activation");
     refuses(bytes, size, "\">=\"", "\"=>\"", "probes[0].comparator");
     refuses(bytes, size, "\"threshold\"", "\"thresholt\"",
-            "probes[0].threshold: expected this field, found nothing");
+            "probes[0]: expected no unknown field, found 'thresholt'");
     refuses(bytes, size, "\"layer\": 0", "\"layer\": 7", "probes[0].readings[0].site.layer");
     refuses(bytes, size, "\"offset\": -2", "\"offset\": +2", "JSON");
     refuses(bytes, size, "\"offset\": -2", "\"offset\":  2", "readings[0].position.offset");

@@ -227,6 +227,17 @@ static void find_end(sh_request *request, int32_t row, bool output) {
     request->ends_with_output = output;
 }
 
+static bool has_rows(const steerhook_batch *batch, int32_t seq) {
+    for (int32_t row = 0; row < batch->n_tokens; row++) {
+        for (int32_t i = 0; i < sequences_of(batch, row); i++) {
+            if (sequence_of(batch, row, i) == seq) {
+                return true;
+            }
+        }
+    }
+    return false;
+}
+
 static void start(steerhook_session *s, const steerhook_batch *from) {
     s->batch.image = from->image;
     s->batch.n_rows = from->n_tokens;
@@ -234,6 +245,9 @@ static void start(steerhook_session *s, const steerhook_batch *from) {
     s->batch.keeps_all = s->batch.has_norm = false;
     for (int32_t i = 0; i < s->model.n_seq_max; i++) {
         s->requests[i].batch_count = s->requests[i].count;
+        if (has_rows(from, i)) {
+            s->requests[i].survived = s->requests[i].count;
+        }
         s->requests[i].last_row = s->requests[i].end_row = -1;
         s->requests[i].quiet = s->requests[i].ends_with_output = false;
     }

@@ -287,6 +287,15 @@ int32_t steerhook_request_rows(const steerhook_session *s, int32_t seq, int32_t 
     return known ? (int32_t)s->requests[seq].count : 0;
 }
 
+void steerhook_request_survived(steerhook_session *s, int32_t seq, int32_t rows) {
+    if (s == NULL || seq < 0 || seq >= s->model.n_seq_max) {
+        return;
+    }
+    sh_request *request = &s->requests[seq];
+    int64_t stay = rows < 0 || rows > request->count ? request->count : rows;
+    request->survived = stay > request->survived ? stay : request->survived;
+}
+
 steerhook_stage steerhook_request_stage(const steerhook_session *s, int32_t seq) {
     if (s == NULL || seq < 0 || seq >= s->model.n_seq_max || !s->requests[seq].open) {
         return STEERHOOK_NONE;
@@ -404,7 +413,7 @@ static void cut(steerhook_session *s, sh_request *request, int64_t from, int64_t
     }
     request->count -= removed_to - from;
     request->batch_count = request->count;
-    request->survived = request->survived < request->count ? request->survived : request->count;
+    request->survived = request->count; /* what was rejected is gone */
     if (tail && s->n_row_probes > 0) {
         sh_running_cut(s, request, from);
         sh_decide_rules(s, request); /* of strengths that were checked before */

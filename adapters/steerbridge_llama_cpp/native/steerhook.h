@@ -195,6 +195,10 @@ STEERHOOK_API steerhook_stage steerhook_request_stage(const steerhook_session *s
 STEERHOOK_API int32_t steerhook_request_rows(const steerhook_session *session, int32_t seq,
                                              int32_t *n_prompt);
 
+/* The first `rows` rows of a request stay (negative: all): none of them was a rejected draft. Without
+ * this it shows in the next batch, or in a cut. */
+STEERHOOK_API void steerhook_request_survived(steerhook_session *session, int32_t seq, int32_t rows);
+
 /* The cache of a sequence was replaced by rows of unknown history (a saved state): its request
  * has ended, and if the package steers layers the rows count as steered. */
 STEERHOOK_API steerhook_status steerhook_rows_restored(steerhook_session *session, int32_t seq);

@@ -70,14 +70,15 @@ static void recover(sb_watch *watch) {
 
 /* ---- what is told ---- */
 
-static void tell_verdict(sb_watch *watch, int32_t seq) {
+/* `name`: "verdict" of a prompt, or "answer" where a rule fired behind it. */
+static void tell(sb_watch *watch, int32_t seq, const char *name) {
     enum { MAX = 64 };
     steerhook_verdict verdicts[MAX];
     steerhook_rule_state rules[MAX];
     int32_t probes = steerhook_verdicts(watch->session, seq, verdicts, MAX);
     int32_t count = steerhook_rules(watch->session, seq, rules, MAX);
     sb_event event;
-    sb_event_begin(&event, "verdict");
+    sb_event_begin(&event, name);
     sb_event_number(&event, "context", watch->number);
     sb_event_number(&event, "sequence", seq);
     sb_event_open(&event, "probes", '[');
@@ -90,18 +91,50 @@ static void tell_verdict(sb_watch *watch, int32_t seq) {
         if (verdicts[i].unjudged[0] != '\0') {
             sb_event_text(&event, "unjudged", "%s", verdicts[i].unjudged);
         }
+        if (verdicts[i].fired) {
+            sb_event_text(&event, "fired_in", verdicts[i].in_answer ? "answer" : "prompt");
+        }
+        if (verdicts[i].row >= 0) {
+            sb_event_number(&event, "row", verdicts[i].row);
+        }
         sb_event_close(&event, '}');
     }
     sb_event_close(&event, ']');
     sb_event_open(&event, "fired", '[');
+    watch->sequences[seq].told_rules = 0;
     for (int32_t i = 0; i < count && i < MAX; i++) {
         if (rules[i].fired) {
             sb_event_text(&event, NULL, "%s", rules[i].rule);
+            watch->sequences[seq].told_rules++;
         }
     }
     sb_event_close(&event, ']');
     sb_event_send(&event);
     watch->sequences[seq].told = true;
+}
+
+/* A rule that fired in the answer is told once the row that made it cannot be a rejected draft. */
+static void tell_changes(sb_watch *watch, int32_t seq) {
+    enum { MAX = 64 };
+    steerhook_rule_state rules[MAX];
+    const sb_sequence *q = &watch->sequences[seq];
+    if (!q->told || steerhook_request_stage(watch->session, seq) != STEERHOOK_ANSWERING) {
+        return;
+    }
+    int32_t count = steerhook_rules(watch->session, seq, rules, MAX);
+    int32_t fired = 0;
+    for (int32_t i = 0; i < count && i < MAX; i++) {
+        fired += rules[i].fired;
+    }
+    if (fired > q->told_rules) {
+        tell(watch, seq, "answer");
+    }
+}
+
+/* An answer is over. */
+static void conclude(sb_watch *watch, int32_t seq) {
+    steerhook_request_survived(watch->session, seq, -1);
+    tell_changes(watch, seq);
 }
 
 /* ---- a request begins, or goes on ---- */
@@ -112,6 +145,7 @@ static bool in_range(const sb_watch *watch, int32_t seq) {
 
 static bool open_request(sb_watch *watch, int32_t seq, int32_t n_cached, steerhook_keep keep) {
     sb_sequence *q = &watch->sequences[seq];
+    conclude(watch, seq);
     if (steerhook_request_open(watch->session, seq, n_cached, keep) != STEERHOOK_OK) {
         tell_refused(watch, seq, steerhook_session_error(watch->session));
         return false;
@@ -145,7 +179,7 @@ static bool evaluate(sb_watch *watch, int32_t seq, const int32_t *tokens, const 
         seq_id[i] = &seq;
     }
     sb_rows rows = {count, tokens, positions, n_seq_id, seq_id, output, false};
-    steerhook_batch ours = {count, n_seq_id, seq_id, output, false};
+    steerhook_batch ours = {count, n_seq_id, seq_id, output, false, tokens};
     sb_last_take(&watch->last, &rows);
     llama_batch batch = {count,    watch->last.token, NULL,  watch->last.pos,
                          n_seq_id, seq_id,            output};
@@ -367,7 +401,7 @@ static bool before(sb_watch *watch, const sb_rows *rows, bool drafts) {
         }
     }
     steerhook_batch batch = {rows->n_tokens, rows->n_seq_id, rows->seq_id, rows->output,
-                             rows->image};
+                             rows->image, rows->token};
     if (steerhook_batch_begin(watch->session, &batch) != STEERHOOK_OK) {
         fail(watch, steerhook_session_error(watch->session));
         return false;
@@ -428,8 +462,9 @@ static void note_rows(sb_watch *watch, int32_t seq) {
     }
     sb_answer_prune(&q->answer, q->first - 1);
     if (q->blind > 1 && !q->told) {
-        tell_verdict(watch, seq);
+        tell(watch, seq, "verdict");
     }
+    tell_changes(watch, seq);
 }
 
 int32_t sb_after(sb_watch *watch, int32_t result) {
@@ -506,7 +541,7 @@ static void latch(sb_watch *watch, int32_t seq) {
     q->used = true;
     q->blind = 0;
     if (q->origin == seq && !q->told) {
-        tell_verdict(watch, seq);
+        tell(watch, seq, "verdict");
     }
 }
 
@@ -527,6 +562,10 @@ bool sb_used(llama_context *context, int32_t index) {
     for (int32_t seq = 0; seq < watch->n_seq_max; seq++) {
         const sb_sequence *q = &watch->sequences[seq];
         bool judged = steerhook_request_stage(watch->session, seq) == STEERHOOK_ANSWERING;
+        if (judged && q->used && concerns(watch, q, row)) { /* its token was no rejected draft */
+            steerhook_request_survived(watch->session, seq, number_of(watch, q, row) + 1);
+            tell_changes(watch, seq);
+        }
         if (!judged || !concerns(watch, q, row) || q->judged > row) {
             continue;
         }
@@ -614,7 +653,13 @@ static void cut(sb_watch *watch, int32_t seq, int32_t from, int32_t to) {
     if (first >= last) {
         return; /* nothing was there: what is known of the answer stays */
     }
+    int32_t n_prompt = 0;
+    steerhook_request_rows(watch->session, seq, &n_prompt);
+    if (tail && first < n_prompt) {
+        conclude(watch, seq);
+    }
     steerhook_request_cut(watch->session, seq, first, tail ? -1 : last);
+    tell_changes(watch, seq);
     if (tail) {
         sb_answer_cut(&q->answer, first, q->first);
     } else {

@@ -19,7 +19,7 @@ typedef struct {
 } frame; /* zeroed before it is filled: its padding is written too */
 
 typedef struct {
-    int32_t n_rows, partial, used, told, held, at_end, n_prompt;
+    int32_t n_rows, partial, used, told, told_rules, held, at_end, n_prompt;
     int32_t first, ended, n_tokens, n_choices; /* of its answer */
     uint64_t history;
     uint64_t n_hook; /* bytes of libsteerhook */
@@ -106,6 +106,7 @@ static bool write_record(writer *w, const sb_watch *watch, int32_t seq, bool par
         .partial = partial,
         .used = q->used,
         .told = q->told,
+        .told_rules = q->told_rules,
         .held = q->held,
         .at_end = q->at_end,
         .first = q->answer.first,
@@ -280,6 +281,7 @@ static bool restore(sb_watch *watch, int32_t seq, const read_record *r) {
     take_answer(&q->answer, r);
     q->used = r->is.used != 0;
     q->told = r->is.told != 0;
+    q->told_rules = r->is.told_rules;
     q->held = r->is.held != 0;
     q->at_end = r->is.at_end != 0;
     q->unknown = false;

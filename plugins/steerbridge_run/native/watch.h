@@ -25,6 +25,7 @@
 typedef struct {
     bool used;     /* its judged row's logits were: it is answering */
     bool told;     /* its verdict was reported */
+    int32_t told_rules; /* rules that fired in what was reported last */
     bool lost;     /* it had a request when the session failed */
     bool held;     /* its prompt was taken for more of an answer: what fired stays fired */
     bool at_end;   /* its last row's token ends generation */
