@@ -27,7 +27,7 @@ from steerbridge.spec import (
     tensor_shapes,
 )
 from steerbridge.tensors import Tensor
-from steerbridge.testing.model import EOS, LAYERS, TinyModel
+from steerbridge.testing.model import EOS, LAYERS, MARK, TinyModel
 from steerbridge.testing.oracle import Expected, Guard, answer, plain
 from steerbridge.testing.vision import PICTURES
 
@@ -249,12 +249,9 @@ def case(
     return Case(model, package, tuple(p for p in prompts if whole.sound(p)), new)
 
 
-MARK: Final = "#"  # in no prompt of `prompts_of`
-
-
 def marked(model: TinyModel, window: int) -> Case:
-    """A case whose probe finds `MARK` in a prompt: a linear map of two blocks' outputs, fitted
-    to random texts."""
+    """A case whose probe finds `MARK`, which is in no prompt of `prompts_of`: a linear map of two
+    blocks' outputs, fitted to random texts."""
     probe = of_rows(linear(), scope="prompt", window=window)
     made = case(model, [probe], seed=31, count=2)
     rng = np.random.default_rng(32)

@@ -16,7 +16,7 @@ from steerbridge.package import SteeringPackage
 from steerbridge.runtime import Outcome
 from steerbridge.testing.cases import NEW, Case, pictured, standard
 from steerbridge.testing.driver import Ability, Driver, Files, How, Reply, Running
-from steerbridge.testing.model import TEMPLATE, TinyModel
+from steerbridge.testing.model import EOS, TEMPLATE, TinyModel
 from steerbridge.testing.oracle import Expected, plain
 
 Status = Literal["right", "refused", "absent", "wrong"]
@@ -212,7 +212,12 @@ class Guarded:
         if how.cancel_after:
             tokens, got = tokens[: how.cancel_after], got[: how.cancel_after]
         certain = expected.certain(self.driver.margin)[: len(tokens)]
-        if got[: len(certain)] != certain:
+        if certain and certain[-1] == EOS:  # a program may keep it to itself
+            certain, got = certain[:-1], got[: got.index(EOS)] if EOS in got else got
+            ends = len(got) == len(certain)
+        else:
+            ends = True
+        if got[: len(certain)] != certain or not ends:
             told = self._instead(prompt, got, len(expected.tokens))
             raise Wrong(f"{name}: expected tokens {list(certain)}, found {list(got)}{told}")
 

@@ -5,7 +5,8 @@ torch and without hooks, so that no runtime can agree with it by sharing a mista
 a Hugging Face folder and as a GGUF file.
 
 Two bytes are traps: `NAN` has an embedding that is not a number; `OVERFLOW` makes channel 0
-infinite at the input of block `TRAP_LAYER + 1`, as an overflow in half precision would.
+infinite at the input of block `TRAP_LAYER + 1`, as an overflow in half precision would. A third,
+`MARK`, has so long an embedding that a linear probe finds it among any others.
 
 With a vision tower (`steerbridge.testing.vision`) it is the language model of an Idefics3.
 
@@ -48,6 +49,7 @@ THETA: Final = 10000.0
 NAN: Final = "\x01"
 OVERFLOW: Final = "\x02"
 TRAP_LAYER: Final = 1
+MARK: Final = "#"
 _TRAP: Final = WIDTH - 1  # a channel that is zero for every other token
 PAD: Final = 259
 _SPECIAL: Final = (vision.END_TOKEN, "<|user|>", "<|assistant|>", "<|pad|>", *vision.TOKENS)
@@ -357,6 +359,7 @@ def _weights(seed: int) -> dict[str, Float32]:
     weights["embedding"] = np.concatenate([weights["embedding"], of_pictures])
     weights["embedding"][:, _TRAP] = 0
     weights["embedding"][ord(NAN)] = np.nan
+    weights["embedding"][ord(MARK)] *= 4
     _set_overflow(weights)
     return weights
 

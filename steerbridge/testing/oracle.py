@@ -33,8 +33,8 @@ class Expected:
             further off than that may choose another token.
         distance: of scores from their thresholds, relative above 1: the smallest at any row until
             a probe fired.
-        told: verdicts and rules when a rule was decided last: at the prompt's end, or where one began
-            in the answer.
+        told: verdicts and rules when a rule was decided last: at the prompt's end, or where one
+            began in the answer.
         settled: whether the row of the last token, which some programs evaluate, changes nothing.
     """
 

@@ -51,6 +51,8 @@ class Log:
     def __init__(self, path: Path, package: SteeringPackage, context: int) -> None:
         self._path, self._context = path, context
         self._probes = {probe.id: probe for probe in package.spec.probes}
+        readings = [probe.token_reading for probe in package.spec.probes]
+        self._answers = any(r is not None and r.scope != "prompt" for r in readings)
         self._taken = self._refused = self._warm_up = 0
 
     def ready(self) -> None:
@@ -65,6 +67,8 @@ class Log:
             AssertionError: they do not come, or more than those have come.
         """
         until = time.monotonic() + WAIT
+        if self._answers:
+            time.sleep(SETTLE)  # whether something came behind a verdict is not known
         while len(events := self._main()[self._taken :]) < count:
             assert time.monotonic() < until, "no verdict in the log"
             time.sleep(0.01)

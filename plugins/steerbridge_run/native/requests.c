@@ -562,10 +562,6 @@ bool sb_used(llama_context *context, int32_t index) {
     for (int32_t seq = 0; seq < watch->n_seq_max; seq++) {
         const sb_sequence *q = &watch->sequences[seq];
         bool judged = steerhook_request_stage(watch->session, seq) == STEERHOOK_ANSWERING;
-        if (judged && q->used && concerns(watch, q, row)) { /* its token was no rejected draft */
-            steerhook_request_survived(watch->session, seq, number_of(watch, q, row) + 1);
-            tell_changes(watch, seq);
-        }
         if (!judged || !concerns(watch, q, row) || q->judged > row) {
             continue;
         }
@@ -590,11 +586,32 @@ bool sb_used(llama_context *context, int32_t index) {
     return true;
 }
 
+/* Rows of the last batch whose tokens were chosen are no rejected drafts. */
+static void note_survivors(sb_watch *watch, int32_t seq) {
+    const sb_sequence *q = &watch->sequences[seq];
+    int32_t number = q->first;
+    for (int32_t row = 0; row < watch->last.n_rows; row++) {
+        if (!sb_last_has(&watch->last, row, q->origin)) {
+            continue;
+        }
+        bool first = number == q->first;
+        if (!first && !sb_answer_chosen(&q->answer, number - 1, watch->last.token[row])) {
+            break;
+        }
+        number++;
+    }
+    steerhook_request_survived(watch->session, seq, number);
+    tell_changes(watch, seq);
+}
+
 static void chose(sb_watch *watch, int32_t row, int32_t token) {
     for (int32_t seq = 0; row >= 0 && seq < watch->n_seq_max; seq++) {
         sb_sequence *q = &watch->sequences[seq];
         if (concerns(watch, q, row)) {
             sb_answer_choose(&q->answer, number_of(watch, q, row), token);
+            if (q->used) {
+                note_survivors(watch, seq);
+            }
         }
     }
 }

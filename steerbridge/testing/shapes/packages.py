@@ -20,7 +20,7 @@ def package_shape(table: Table, name: str, **parts: Any) -> None:
 
     @table.shape(name)
     def _(trial: Trial) -> None:
-        case = trial.ground.case(name, lambda: cases.case(trial.model, count=FEW, **parts))
+        case = trial.ground.case(name, lambda: cases.case(trial.model, **{"count": FEW, **parts}))
         assert min(len(case.fired), len(case.quiet)) >= 2 or not parts.get("probes", True), name
         with trial.guarded(case) as guard:
             for prompt in (*case.fired[:3], *case.quiet[:3]):

@@ -9,7 +9,7 @@ from steerbridge.testing import cases
 from steerbridge.testing.cases import NEW, Case, at_layers, head, linear, mlp, of_rows, rule, says
 from steerbridge.testing.driver import Ability
 from steerbridge.testing.kit import Guarded, Trial
-from steerbridge.testing.model import END
+from steerbridge.testing.model import END, MARK
 from steerbridge.testing.shapes.packages import package_shape
 from steerbridge.testing.shapes.table import Table, first, sound
 
@@ -39,17 +39,24 @@ _WATCHED: Final = of_rows(linear(id="w"), scope="answer", skip=0)
 package_shape(
     TABLE, "token reading: steering a layer", probes=[of_rows(linear())], interventions=[_VECTOR]
 )
-package_shape(TABLE, "token reading: any of it and a pooled probe", probes=[linear(), _WATCHED])
+package_shape(
+    TABLE,
+    "token reading: any of it and a pooled probe",
+    probes=[linear(), _WATCHED],
+    count=96,
+)
 package_shape(
     TABLE,
     "token reading: all of it and a pooled probe",
     probes=[linear(), _WATCHED],
+    count=64,
     rules=[rule(["p", "w"], ["h"], "all")],
 )
 package_shape(
     TABLE,
     "token reading: two rules that begin apart",
     probes=[linear(), _WATCHED],
+    count=64,
     interventions=[head(), _VECTOR],
     rules=[rule(["p"], ["v"]), rule(["w"], ["h"], id="s")],
 )
@@ -62,6 +69,7 @@ package_shape(
     TABLE,
     "say: behind a head",
     probes=[linear(), _WATCHED],
+    count=64,
     interventions=[head(), _SAY],
     rules=[rule(["p"], ["h"]), rule(["w"], ["s"], id="s")],
 )
@@ -69,6 +77,7 @@ package_shape(
     TABLE,
     "say: two sentences, of which one began first",
     probes=[linear(), _WATCHED],
+    count=64,
     interventions=[says("Later.", id="a"), says("First.", id="b")],
     rules=[rule(["w"], ["a"]), rule(["p"], ["b"], id="s")],
 )
@@ -126,7 +135,7 @@ def _marks(name: str, window: int) -> None:
     @TABLE.shape(f"a prompt of three batches, a mark at the edges of each, {name}")
     def _(trial: Trial) -> None:
         case, batch = _marked(trial, window), trial.driver.batch
-        mark = cases.MARK * window
+        mark = MARK * window
         # The row that crosses is the last of the mark, or one before it.
         rows = [window, batch - 1, batch, 2 * batch - 1, 2 * batch, 3 * batch - 1]
         with trial.guarded(case) as guard:
@@ -143,7 +152,7 @@ _marks("four rows at a time", 4)
 # ---------------------------------------------------------------- answers
 
 _KINDS: Final = {
-    "the prompt": lambda model: cases.case(model, [of_rows(linear(), scope="prompt")], seed=26),
+    "the prompt": lambda model: cases.case(model, [of_rows(linear(), scope="prompt")], seed=27),
     "a head": lambda model: cases.case(model, [of_rows(linear(), window=2)], seed=21),
     "a layer": lambda model: cases.case(
         model, [of_rows(linear(), window=2)], [_VECTOR], seed=22, count=96
