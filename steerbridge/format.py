@@ -136,6 +136,7 @@ class Holds:
     """What the files of a format can represent, in the terms of the spec."""
 
     probes: frozenset[str] = frozenset()  # types of probe
+    token_readings: bool = False
     interventions: frozenset[str] = frozenset()  # types of intervention
     gates: bool = False  # a probe decides when interventions act
     from_prompt_end: bool = False  # the tokens of the prompt are not changed
@@ -203,6 +204,8 @@ def losses(package: SteeringPackage, holds: Holds, name: str) -> Iterator[Loss]:
     if not kept and not probes:
         raise NotRepresentable(name, "no part of this package: " + _kinds(package))
     for probe in spec.probes:
+        if probe.id in probes and probe.token_reading is not None and not holds.token_readings:
+            raise NotRepresentable(name, f"probe {probe.id}: {probe.token_reading}")
         if probe.id not in probes:
             yield Loss(f"probe {probe.id} ({probe.type})", "is dropped")
     for intervention in spec.interventions:

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Protocol, Self, runtime_checkable
+from typing import Any, Final, Literal, Protocol, Self, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +25,7 @@ from steerbridge.errors import SteerbridgeError
 from steerbridge.fingerprint import ModelFacts
 from steerbridge.package import SteeringPackage
 from steerbridge.reference import Verdict
-from steerbridge.spec import Reading
+from steerbridge.spec import Reading, SteeringSpec
 from steerbridge.tensors import Float32
 
 Progress = Callable[[str, int, int], None]
@@ -48,6 +48,19 @@ class Outcome:
         """True if a rule fired: the request is steered."""
         return bool(self.rules)
 
+    def fired_in(self, spec: SteeringSpec) -> Literal["", "prompt", "answer"]:
+        """Where the first of the rules that fired began."""
+        places = {v.probe: v.fired_in for v in self.verdicts}
+        began = set()
+        for rule in spec.rules:
+            if rule.id in self.rules:
+                read = [places[id] for id in rule.condition.probes] if rule.condition else []
+                wanted = all if rule.condition and rule.condition.type == "all" else any
+                began.add(not read or wanted(place == "prompt" for place in read))
+        if not began:
+            return ""
+        return "prompt" if True in began else "answer"
+
     def to_json(self) -> dict[str, Any]:
         """For responses and logs; a score that is not finite is null, as JSON has none."""
         verdicts = [asdict(v) for v in self.verdicts]
@@ -64,7 +77,7 @@ class Outcome:
         """
         verdicts = []
         for v in content["verdicts"]:
-            hidden = {"score": None, "threshold": math.nan, "comparator": ">"}
+            hidden = {"score": None, "threshold": math.nan, "comparator": ">", "row": None}
             whole = {**hidden, **v}
             score = math.nan if whole["score"] is None else float(whole["score"])
             verdicts.append(Verdict(**{**whole, "score": score}))
@@ -79,6 +92,19 @@ class Generation:
     tokens: tuple[int, ...]  # empty from a server that does not tell them
     finish: str  # "stop" (end of sequence), "length", or "refused" by a server, apart from the text
     outcome: Outcome | None  # None when nothing was steering
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """What token readings find in every row of a prompt.
+
+    Attributes:
+        tokens: the text of each row's token [T].
+        logits: of harm, by probe with a token reading [T]; NaN where a state is not finite.
+    """
+
+    tokens: tuple[str, ...]
+    logits: Mapping[str, Float32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +144,8 @@ class Attachment(ABC):
     @property
     @abstractmethod
     def outcomes(self) -> tuple[Outcome, ...]:
-        """Outcomes of the last decided batch, one per prompt; empty while none is known."""
+        """Outcomes of the last decided batch, one for each answer (several samples of a prompt have
+        one each); empty while none is known. Where probes read answers, of the answers so far."""
 
     @property
     @abstractmethod
@@ -186,6 +213,15 @@ class LoadedModel(Answering, Protocol):
     ) -> NDArray[np.float64]:
         """Log-probability [N, T] of each token of a forced answer (nats), judged and steered as
         a generation of it would be."""
+        ...
+
+    def trace(self, prompt: Example, package: SteeringPackage) -> Trace:
+        """Logits of all rows of a prompt without images, whatever scopes and kinds of rows the
+        package's token readings have. The package is not attached.
+
+        Raises:
+            UnsupportedFeature: a prompt with images.
+        """
         ...
 
     def capture(

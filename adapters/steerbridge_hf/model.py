@@ -24,12 +24,13 @@ from transformers import (
     LogitsProcessorList,
 )
 
+from steerbridge import reference
 from steerbridge.data import Example
 from steerbridge.errors import DataError, Problem, UnsupportedFeature
 from steerbridge.fingerprint import ModelFacts
 from steerbridge.package import SteeringPackage
-from steerbridge.runtime import Generation, Outcome, OutputHead, Progress
-from steerbridge.spec import HeadInput, ImageMean, LayerOutput, PromptEnd, Reading
+from steerbridge.runtime import Generation, Outcome, OutputHead, Progress, Trace
+from steerbridge.spec import HeadInput, ImageMean, LayerOutput, PromptEnd, Reading, sites_read
 from steerbridge.tensors import Float32
 from steerbridge_hf.adapter import steer
 from steerbridge_hf.sites import RUNTIME, facts, has_vision, image_rows, locate, ordinary_tokens
@@ -328,6 +329,24 @@ class HfModel:
             done += len(index)
             if progress:
                 progress("capture", done, len(prompts))
+
+    def trace(self, prompt: Example, package: SteeringPackage) -> Trace:
+        """See `LoadedModel`."""
+        if prompt.images:
+            raise UnsupportedFeature(RUNTIME, "rows of a prompt with images")
+        probes = [p for p in package.spec.probes if p.token_reading is not None]
+        ids = self.render(prompt)
+        tokens = tuple(self.tokenizer.decode([id]) for id in ids)
+        places = [site for p in probes for site in sites_read(p)]
+        readings = [Reading(site=s, position=PromptEnd(type="prompt_end")) for s in places]
+        logits = {}
+        with self._states(self._pad([ids]), readings, keep=1) as states:
+            rows = {depth: h[0].float().cpu().numpy() for depth, h in states.items()}
+            for probe in probes:
+                assert probe.token_reading is not None
+                x = reference.row_inputs(probe.token_reading, lambda s: rows[package.spec.depth(s)])
+                logits[probe.id] = reference.row_logits(probe, package.tensors, x)
+        return Trace(tokens, logits)
 
     @contextmanager
     def _states(

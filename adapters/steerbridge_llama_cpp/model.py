@@ -18,7 +18,7 @@ from steerbridge.data import Example
 from steerbridge.errors import DataError, Problem, UnsupportedFeature
 from steerbridge.fingerprint import ModelFacts
 from steerbridge.package import SteeringPackage
-from steerbridge.runtime import Generation, Progress
+from steerbridge.runtime import Generation, Progress, Trace
 from steerbridge.serving import Question, chat_messages, template_errors
 from steerbridge.spec import SPEC_VERSION, ImageMean, LinearProbe, Reading, SteeringSpec
 from steerbridge.stats import log_probability
@@ -296,6 +296,28 @@ class LlamaCppModel:
                     out[i, of_image] = np.nan
                 if progress:
                     progress("capture", i + 1, len(prompts))
+
+
+    def trace(self, prompt: Example, package: SteeringPackage) -> Trace:
+        """See `LoadedModel`. The logits are those that the native hook computes."""
+        if prompt.images:
+            raise UnsupportedFeature(RUNTIME, "rows of a prompt with images")
+        everywhere = {"scope": "both", "rows": "all", "skip": 0}
+        probes = tuple(
+            probe.replace(token_reading=probe.token_reading.replace(**everywhere))
+            for probe in package.spec.probes
+            if probe.token_reading is not None
+        )
+        reader = package.replace(probes=probes, interventions=(), rules=(), calibrations=())
+        tokens = self._evaluated(prompt)
+        self._check_room(tokens, 0)
+        pieces = tuple(self.piece(id, special=True).decode(errors="replace") for id in tokens)
+        if not probes:
+            return Trace(pieces, {})
+        with steer(self.llama, reader):
+            self.llama.eval(tokens)
+            native = self.llama._ctx.native
+            return Trace(pieces, {p.id: native.row_logits(0, p.id, len(tokens)) for p in probes})
 
 
 def _reader(known: ModelFacts, readings: Sequence[Reading]) -> SteeringPackage:

@@ -10,7 +10,7 @@ import os
 import sys
 import tempfile
 import weakref
-from ctypes import POINTER, c_bool, c_char_p, c_double, c_int8, c_int32, c_int64, c_size_t, c_void_p
+from ctypes import POINTER, c_bool, c_char_p, c_double, c_float, c_int8, c_int32, c_int64, c_size_t, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -140,6 +140,7 @@ def _load() -> Any:
         ("batch_cancel", c_int32, [pointer]),
         ("verdicts", c_int32, [pointer, c_int32, POINTER(_Verdict), c_int32]),
         ("rules", c_int32, [pointer, c_int32, POINTER(_RuleState), c_int32]),
+        ("row_logits", c_int32, [pointer, c_int32, c_char_p, POINTER(c_float), c_int32]),
         ("readings", c_int64, [pointer, c_int32, c_char_p, POINTER(c_double), c_int64]),
     ):
         function = getattr(library, f"steerhook_{name}")
@@ -331,6 +332,21 @@ class NativeSession:
         if got != count:
             raise HookLost(f"probe {probe}: the prompt ended without its readings")
         return out.reshape(-1, self._width)
+
+    def row_logits(self, seq: int, probe: str, rows: int) -> NDArray[np.float32]:
+        """Logits [T] of the rows of a sequence; infinite where a row was not in scope.
+
+        Raises:
+            HookLost: not so many rows are known.
+        """
+        out = np.empty(rows, np.float32)
+        pointer = out.ctypes.data_as(POINTER(c_float))
+        got = self._count(
+            self._library.steerhook_row_logits(self._session, seq, probe.encode(), pointer, rows)
+        )
+        if got != rows:
+            raise HookLost(f"probe {probe}: expected logits of {rows} rows, found {got}")
+        return out
 
     def _count(self, result: int) -> int:
         if result < 0:

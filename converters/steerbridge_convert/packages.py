@@ -12,7 +12,8 @@ from steerbridge_convert import files
 
 _EVERYTHING = Holds(
     probes=frozenset({"mlp", "linear", "cosine"}),
-    interventions=frozenset({"head_matrix", "add_vector", "project_out"}),
+    token_readings=True,
+    interventions=frozenset({"head_matrix", "add_vector", "project_out", "say"}),
     gates=True,
     from_prompt_end=True,
     sites="inputs and outputs of blocks, head input",

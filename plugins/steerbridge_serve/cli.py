@@ -92,6 +92,14 @@ def serve(
     show_scores: Annotated[
         bool, typer.Option(help="Tell clients scores and thresholds, not only what fired.")
     ] = False,
+    hold_back: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens by which answers are told later, so that those in which a probe fires are "
+            "never shown; by default the longest window of a probe that reads answers.",
+            min=0,
+        ),
+    ] = None,
     allow_unsteered: Annotated[
         bool,
         typer.Option(help="Let chats ask for the answer without the package (`steering: false`)."),
@@ -110,7 +118,7 @@ def serve(
         model_path(model), load(package or DEMO), context=context, ignore=ignore, **options
     )
     app = create_app(
-        Worker(engine),
+        Worker(engine, hold_back),
         settings=Settings(allow_unsteered, raw_prompts, show_scores, max_images, max_pixels),
         limits=Limits(
             body_bytes=max_body_mib << 20, waiting=waiting, per_client=per_client, rate=rate

@@ -55,6 +55,9 @@ class Metrics:
         self.verdicts = Counter(
             "steerbridge_verdicts", "Verdicts on prompts", ["fired"], registry=own
         )
+        self.fired = Counter(
+            "steerbridge_fired", "Answers in which a rule fired", ["fired_in"], registry=own
+        )
         self.tokens = Counter("steerbridge_tokens", "Tokens generated", registry=own)
         self.seconds = Histogram(
             "steerbridge_request_seconds", "Seconds from arrival to end", registry=own
@@ -158,7 +161,7 @@ class Service:
             return None
         told = outcome.to_json()
         if not self.settings.show_scores:
-            names = ("probe", "fired", "unjudged")
+            names = ("probe", "fired", "unjudged", "fired_in")
             told["verdicts"] = [{name: v[name] for name in names} for v in told["verdicts"]]
         if asked.form not in self._forms:
             told["untrained_form"] = asked.form
@@ -236,6 +239,9 @@ class Service:
             if job.outcome is None:
                 continue
             self.metrics.verdicts.labels(str(job.outcome.fired).lower()).inc()
+            if job.outcome.fired:
+                place = job.outcome.fired_in(self.engine.package.spec)
+                self.metrics.fired.labels(place).inc()
             if job.outcome.fired and run.sent:
                 self._refused.add(run.sent, run.asked.prefill + job.text.whole)
 

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from steerbridge.package import SteeringPackage
 from steerbridge.runtime import Outcome
 from steerbridge.serving import Cancelled, Engine, Prompt, Question, Sampling, Token
 from steerbridge_serve.text import Text
@@ -91,8 +92,11 @@ class Job:
 class Worker:
     """Answers jobs one at a time, in the order in which they came."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, hold_back: int | None = None) -> None:
+        """`hold_back`: tokens by which an answer is told later, so that those in which a probe
+        fires are never shown; None: the longest window of a probe that reads answers."""
         self.engine = engine
+        self.hold_back = _longest(engine.package) if hold_back is None else hold_back
         self._jobs: deque[Job] = deque()
         self._changed = threading.Condition()
         self._closing = False
@@ -164,6 +168,13 @@ class Worker:
         if job.sampling is None:
             return self.engine.prompt(question)
         begun = first = time.perf_counter_ns()
+        held: deque[Token] = deque()
+
+        def tell(outcome: Outcome | None, left: int) -> None:
+            """Tell tokens until so many are left."""
+            while len(held) > left:
+                token = held.popleft()
+                job.put(Step(token, job.text.add(token), outcome))
 
         def check() -> None:
             if job.state is State.CANCELLED:
@@ -174,15 +185,30 @@ class Worker:
             if not job.tokens:
                 first = time.perf_counter_ns()
             job.tokens += 1
+            if _fires_now(job.outcome, outcome):
+                held.clear()
             job.outcome = outcome
-            job.put(Step(token, job.text.add(token), outcome))
+            held.append(token)
+            tell(outcome, 0 if outcome is not None and outcome.fired else self.hold_back)
             check()
             return not job.text.stopped
 
         check()
         ended = self.engine.answer(question, job.sampling, emit, check)
         job.outcome = ended.outcome
+        tell(ended.outcome, 0)
         rest = job.text.end()
         reason = "stop_sequence" if job.text.stopped else ended.finish
         times = (first - begun, time.perf_counter_ns() - first)
         return Finish(reason, rest, ended.prompt_tokens, job.tokens, ended.outcome, *times)
+
+
+def _longest(package: SteeringPackage) -> int:
+    """The longest window of a probe that reads answers; 0 without one."""
+    readings = [probe.token_reading for probe in package.spec.probes]
+    return max((r.window for r in readings if r is not None and r.scope != "prompt"), default=0)
+
+
+def _fires_now(before: Outcome | None, now: Outcome | None) -> bool:
+    """Whether a rule has fired in the answer since the last token."""
+    return before is not None and now is not None and now.fired and not before.fired

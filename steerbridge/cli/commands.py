@@ -38,3 +38,8 @@ SCHEMA: Final = Command(
     target="steerbridge.cli.schema:schema",
     summary="Print the JSON Schema of steering_config.json.",
 )
+SCORE: Final = Command(
+    target="steerbridge.cli.score:score",
+    summary="Show what a package's probes say of every token of a text.",
+    opens_model=True,
+)

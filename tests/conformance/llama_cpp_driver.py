@@ -18,7 +18,7 @@ from steerbridge.package import SteeringPackage
 from steerbridge.testing import vision
 from steerbridge.testing.driver import Ability, Files, How, Reply
 from steerbridge.testing.kit import Lacking
-from steerbridge.testing.model import CONTEXT, VOCAB, TinyModel
+from steerbridge.testing.model import CONTEXT, EOS, TinyModel, VOCAB
 from steerbridge_llama_cpp import SteeredContext, SteeredLlama
 
 BATCH = 16
@@ -84,7 +84,7 @@ class Running:
         with contextlib.closing(stream):
             for token in stream:
                 tokens.append(int(token))
-                if len(tokens) == (how.cancel_after or new):
+                if token == EOS or len(tokens) == (how.cancel_after or new):
                     break
         return Reply(tuple(tokens), outcome_of(llama), first[0] if first else None)
 
@@ -126,14 +126,20 @@ class Sequences:
         lengths = [len(ids) for ids in prompts]
         answers: list[list[int]] = [[] for _ in prompts]
         first: list[Any] = []
+        ended: dict[int, Any] = {}
         for _ in range(new):
             logits = self._decode(rows, lengths)
             first = first or logits
-            for answer, row in zip(answers, logits, strict=True):
+            for seq, (answer, row) in enumerate(zip(answers, logits, strict=True)):
                 answer.append(int(np.argmax(row)))
+                if answer[-1] == EOS and steered and seq not in ended:
+                    ended[seq] = self._context.outcome(seq)  # the batch goes on
             rows = [(seq, n, answers[seq][-1]) for seq, n in enumerate(lengths)]
             lengths = [n + 1 for n in lengths]
-        outcomes = [self._context.outcome(s) if steered else None for s in range(len(prompts))]
+        outcomes = [
+            (ended.get(s) or self._context.outcome(s)) if steered else None
+            for s in range(len(prompts))
+        ]
         return [
             Reply(tuple(tokens), outcome, row)
             for tokens, outcome, row in zip(answers, outcomes, first, strict=True)

@@ -117,7 +117,7 @@ class ServeDriver:
     @contextmanager
     def open(self, files: Files, package: SteeringPackage | None) -> Iterator[Running]:
         command: list[object] = [*CLI, "serve", "--model", files.gguf, "--runtime", "llama.cpp"]
-        command += ["--context", CONTEXT, "--raw-prompts", "--show-scores"]
+        command += ["--context", CONTEXT, "--raw-prompts", "--show-scores", "--hold-back", 0]
         if files.mmproj is not None:
             command += ["--mmproj", files.mmproj]
         with ExitStack() as stack:

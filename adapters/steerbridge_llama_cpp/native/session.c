@@ -295,6 +295,29 @@ int32_t steerhook_first_steered(const steerhook_session *s, int32_t seq) {
     return s == NULL || !has_sequence(s, seq) ? SH_NO_ROW : s->requests[seq].cache.first_steered;
 }
 
+int32_t steerhook_row_logits(const steerhook_session *s, int32_t seq, const char *probe, float *out,
+                             int32_t max) {
+    steerhook_status status = sh_session_check(s);
+    if (status != STEERHOOK_OK) {
+        return -(int32_t)status;
+    }
+    int32_t p = find_probe(s, probe);
+    if (!has_sequence(s, seq) || p < 0 || max < 0 || (out == NULL && max > 0)) {
+        return -(int32_t)STEERHOOK_ARGUMENT;
+    }
+    const sh_rows *rows = &s->requests[seq].cache.rows;
+    int32_t count = 0;
+    for (int32_t k = 0; k < s->n_row_probes; k++) {
+        if (s->row_probes[k].probe == p) {
+            count = rows->n;
+            for (int32_t row = 0; row < rows->n && row < max; row++) {
+                out[row] = *sh_row_logit(s, rows, row, k);
+            }
+        }
+    }
+    return count;
+}
+
 int64_t steerhook_readings(const steerhook_session *s, int32_t seq, const char *probe,
                            double *out, int64_t max) {
     steerhook_status status = sh_session_check(s);

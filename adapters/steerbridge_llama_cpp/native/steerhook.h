@@ -293,6 +293,12 @@ typedef struct {
 STEERHOOK_API int32_t steerhook_rules(const steerhook_session *session, int32_t seq,
                                       steerhook_rule_state *out, int32_t max);
 
+/* The logits of a probe with a token reading by row of the sequence, as far as they are kept: minus
+ * infinity for a row that was out of scope, NaN where a state was not finite. Writes up to `max` and
+ * returns how many there are; -status on an error. `out` may be NULL if `max` is 0. */
+STEERHOOK_API int32_t steerhook_row_logits(const steerhook_session *session, int32_t seq,
+                                           const char *probe, float *out, int32_t max);
+
 /* What a probe of the sequence's latest request read, before standardisation: its readings one
  * after the other, n_embd values each. Writes up to `max` values and returns how many there are; 0
  * until the prompt has ended, -status on an error. A reading without rows (image_mean of a request

@@ -79,15 +79,16 @@ async function* events(body, signal) {
   throw new Error("the answer broke off");
 }
 
-function verdict(v) {
+function verdict(v, trace) {
   const line = make("li");
-  line.append(make("strong", v.fired ? "fired" : "calm", v.fired ? "fired" : "quiet"));
+  const where = v.fired_in === "answer" ? "fired in the answer" : "fired";
+  line.append(make("strong", v.fired ? "fired" : "calm", v.fired ? where : "quiet"));
   if (v.unjudged) {
     line.append(make("span", "", `${v.probe}: not judged, so it counts as fired (${v.unjudged})`));
   } else if (v.score === undefined) { // without --show-scores
     line.append(make("span", "", v.probe));
   } else {
-    const score = v.score === null ? "not finite" : v.score.toFixed(4);
+    const score = v.score === null ? "no rows yet" : v.score.toFixed(4);
     line.append(make("span", "", `${v.probe}: ${score} (threshold ${v.comparator} ${v.threshold.toFixed(4)})`));
     if (v.score !== null && v.score >= 0 && v.score <= 1) {
       const meter = make("meter");
@@ -95,8 +96,24 @@ function verdict(v) {
       meter.setAttribute("aria-label", `score of ${v.probe}`);
       line.append(meter);
     }
+    if (trace?.length > 1 && trace.at(-1) !== trace[0]) line.append(drawn(trace, v.probe));
   }
   return line;
+}
+
+// The score of a probe after each token of an answer.
+function drawn(trace, probe) {
+  const shape = (name) => document.createElementNS("http://www.w3.org/2000/svg", name);
+  const picture = shape("svg");
+  const line = shape("polyline");
+  picture.setAttribute("viewBox", `0 0 ${trace.length - 1} 1`);
+  picture.setAttribute("preserveAspectRatio", "none");
+  picture.setAttribute("class", "trace");
+  picture.setAttribute("role", "img");
+  picture.setAttribute("aria-label", `score of ${probe} while it answered`);
+  line.setAttribute("points", trace.map((score, at) => `${at},${1 - score}`).join(" "));
+  picture.append(line);
+  return picture;
 }
 
 const fired = (answer) => Boolean(answer?.steering?.rules.length);
@@ -139,7 +156,7 @@ function shownAnswer(answer, last) {
   if (answer.steering) {
     title.textContent = fired(answer) ? "steered" : "left alone";
     title.classList.add(fired(answer) ? "fired" : "calm");
-    list.append(...answer.steering.verdicts.map(verdict));
+    list.append(...answer.steering.verdicts.map((v) => verdict(v, answer.traces[v.probe])));
   }
   box.append(title, make("p", "text", answer.text), list);
   if (answer.steering?.dropped_turns) box.append(make("p", "note", "Refused turns were left out of the prompt."));
@@ -196,18 +213,21 @@ function messages() {
 }
 
 async function answer(turn, title, body) {
-  const told = { title, text: "", steering: null, finish: null };
+  const told = { title, text: "", steering: null, finish: null, traces: {} };
   turn.answers.push(told);
   show();
   const box = () => at("chat").lastElementChild.querySelectorAll(".answer")[turn.answers.indexOf(told)];
   box().scrollIntoView({ block: "nearest" });
   for await (const event of events({ ...body, stream: true }, stopping.signal)) {
     const choice = event.choices[0];
-    const first = told.steering === null && event.steering !== null;
+    const news = JSON.stringify(told.steering) !== JSON.stringify(event.steering);
     told.steering = event.steering;
+    for (const v of event.steering?.verdicts ?? []) {
+      if (typeof v.score === "number") (told.traces[v.probe] ??= []).push(v.score);
+    }
     told.text += choice?.delta?.content ?? "";
     told.finish = choice?.finish_reason ?? told.finish;
-    if (first) box().replaceWith(shownAnswer(told, true));
+    if (news) box().replaceWith(shownAnswer(told, true));
     box().querySelector(".text").textContent = told.text;
   }
 }
