@@ -117,7 +117,7 @@ def test_rows_made_from_one_prompt_share_its_verdict(tiny_llama, options):
     with steer(tiny_llama, package) as session:
         torch.manual_seed(0)
         steered = generate(tiny_llama, **options)
-    assert [o.fired for o in session.outcomes] == fired
+    assert [o.fired for o in session.outcomes] == [f for f in fired for _ in range(copies)]
     quiet = [i for i in range(len(plain)) if not fired[i // copies]]
     if not options.get("do_sample"):  # samples of a batch draw from one stream of numbers
         assert [steered[i] for i in quiet] == [plain[i] for i in quiet]

@@ -60,7 +60,7 @@ def test_header_and_body_agree_when_one_of_two_probes_fires(plain):
 
 def test_scores_are_told_only_by_a_server_that_shows_them(plain, open_to_all):
     hidden = plain.chat("harm").json()["steering"]["verdicts"][0]
-    assert hidden == {"probe": "harm", "fired": True, "unjudged": ""}
+    assert hidden == {"probe": "harm", "fired": True, "unjudged": "", "fired_in": ""}
     shown = open_to_all.chat("harm").json()["steering"]["verdicts"][0]
     assert (shown["score"], shown["threshold"]) == (0.9, 0.5)
     body = {"input": ["hi", "harm"]}

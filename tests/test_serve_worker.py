@@ -61,7 +61,7 @@ async def begun(engine, count=1):
 
 def test_a_cancelled_job_leaves_the_queue_at_once_and_is_never_begun():
     engine = Slow()
-    worker = Worker(engine)
+    worker = Worker(engine, hold_back=0)
 
     async def run():
         jobs = [job(str(n)) for n in range(3)]
@@ -84,7 +84,7 @@ def test_a_cancelled_job_leaves_the_queue_at_once_and_is_never_begun():
 
 def test_a_running_job_ends_at_its_next_check_and_says_so():
     engine = Slow()
-    worker = Worker(engine)
+    worker = Worker(engine, hold_back=0)
 
     async def run():
         one = job("x", 50)
@@ -101,7 +101,7 @@ def test_a_running_job_ends_at_its_next_check_and_says_so():
 @pytest.mark.parametrize("queued", [0, 3])
 def test_closing_ends_every_job_with_an_event(queued):
     engine = Slow()
-    worker = Worker(engine)
+    worker = Worker(engine, hold_back=0)
 
     async def run():
         jobs = [job(str(n), 50) for n in range(1 + queued)]
@@ -126,7 +126,7 @@ def test_closing_ends_every_job_with_an_event(queued):
 
 def test_an_engine_that_fails_fails_one_request():
     engine = Slow()
-    worker = Worker(engine)
+    worker = Worker(engine, hold_back=0)
 
     async def run():
         bad, good = job("bad"), job("good")
@@ -144,7 +144,7 @@ def test_an_engine_that_fails_fails_one_request():
 def test_stops_are_found_where_the_tokens_are():
     """The finish and the counts cannot race with the client: no token follows the stop."""
     engine = Slow()
-    worker = Worker(engine)
+    worker = Worker(engine, hold_back=0)
 
     async def run():
         one = job("x", 50, ("xxx",))
@@ -160,7 +160,7 @@ def test_stops_are_found_where_the_tokens_are():
 
 def test_tokens_of_a_prompt_wait_their_turn():
     engine = Slow()
-    worker = Worker(engine)
+    worker = Worker(engine, hold_back=0)
 
     async def run():
         asked = Job(lambda: Question(prompt="abc"), None)

@@ -18,7 +18,7 @@ from steerbridge.errors import UnsupportedFeature
 from steerbridge.fingerprint import ModelFacts, text_sha256, tokenizer_sha256
 from steerbridge.plan import plan
 from steerbridge.reference import Action, AnySite
-from steerbridge.runtime import OutputHead
+from steerbridge.runtime import OutputHead, Trace
 from steerbridge.spec import HeadInput, LayerOutput, Reading, parse_site
 from steerbridge.stats import log_probability
 from toy_llama import Float32, Llama, Tokenizer
@@ -120,8 +120,15 @@ class ToyModel:
         self.context: int = config["max_position_embeddings"]
 
     def checked(self, package: SteeringPackage, ignore: Sequence[str] = ()) -> SteeringPackage:
-        """The package with this runtime's thresholds; one for another model is refused."""
+        """The package with this runtime's thresholds; one for another model is refused, and one
+        that needs more than this runtime does."""
         package.check(self.facts, ignore)
+        for probe in package.spec.probes:
+            if probe.token_reading is not None:
+                raise UnsupportedFeature(NAME, f"{probe.id}: {probe.token_reading}")
+        for act in package.spec.interventions:
+            if act.type == "say":
+                raise UnsupportedFeature(NAME, f"{act.id}: {act.type}")
         return package.calibrated(NAME, self.quantisation)
         # --8<-- [end:open]
 
@@ -185,6 +192,18 @@ class ToyModel:
             if progress:
                 progress("capture", i + 1, len(prompts))
         # --8<-- [end:capture]
+
+    def trace(self, prompt: Example, package: SteeringPackage) -> Trace:
+        """See `LoadedModel`: the rows' logits of each probe that reads tokens."""
+        ids = self.render(prompt)
+        states = self._states(ids)
+        logits = {}
+        for probe in package.spec.probes:
+            if probe.token_reading is not None:
+                x = reference.row_inputs(probe.token_reading, lambda s: states[self._depth(s)])
+                logits[probe.id] = reference.row_logits(probe, package.tensors, x)
+        pieces = (self.tokenizer.decode([id]).decode(errors="replace") for id in ids)
+        return Trace(tuple(pieces), logits)
 
     def log_likelihoods(
         self,

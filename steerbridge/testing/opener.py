@@ -46,6 +46,7 @@ class OpenerDriver:
     abilities = frozenset({Ability.BATCH, Ability.CONVERSATION, Ability.TEMPLATE, Ability.RESTART})
     tolerance = 1e-4
     margin = 1e-3
+    tells_the_end = True
     kept_open = 0
 
     def __init__(

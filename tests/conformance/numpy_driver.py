@@ -10,7 +10,7 @@ import numpy as np
 from steerbridge import reference
 from steerbridge.errors import HookLost
 from steerbridge.testing.driver import Ability, Reply
-from steerbridge.testing.model import CONTEXT, LAYERS, VOCAB, Cache
+from steerbridge.testing.model import CONTEXT, EOS, LAYERS, VOCAB, Cache
 from steerbridge.testing.oracle import Guard
 
 
@@ -56,6 +56,8 @@ class Running:
                 logits, outcome = guard.said(logits), guard.outcome
             first = logits if first is None else first
             tokens.append(int(np.argmax(logits)))
+            if tokens[-1] == EOS:
+                break
             rows = tokens[-1:]
         return tokens, first, outcome
 

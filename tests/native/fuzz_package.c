@@ -47,7 +47,7 @@ static void run(const steerhook_package *package) {
     static const char digits[] = "0123456789";
     const steerhook_ggml ggml = {get_name, get_nbytes, get, set};
     steerhook_package_info info = steerhook_package_describe(package);
-    if (info.n_embd > WIDTH_LIMIT || info.n_layer > DEPTH_LIMIT) {
+    if (info.n_embd > WIDTH_LIMIT || info.n_layer > DEPTH_LIMIT || info.n_vocab > WIDTH_LIMIT) {
         return;
     }
     const steerhook_model model = {NULL, info.n_embd, info.n_layer, 16, 2};
@@ -57,7 +57,8 @@ static void run(const steerhook_package *package) {
         return;
     }
     int8_t outputs[ROWS] = {0, 0, 0, 1, 1};
-    steerhook_batch batch = {.n_tokens = ROWS, .output = outputs};
+    const int32_t tokens[ROWS] = {1, 4, 5, 6, 2};
+    steerhook_batch batch = {.n_tokens = ROWS, .output = outputs, .tokens = tokens};
     if (steerhook_request_begin(session, 0, 0, 4) == STEERHOOK_OK &&
         steerhook_batch_begin(session, &batch) == STEERHOOK_OK) {
         for (int32_t layer = 0; layer < info.n_layer; layer++) {
@@ -71,6 +72,7 @@ static void run(const steerhook_package *package) {
             run_node(session, name, layer == info.n_layer - 1 ? 2 : ROWS, info.n_embd);
         }
         run_node(session, "result_norm", 2, info.n_embd);
+        run_node(session, "result_output", 2, info.n_vocab);
         steerhook_status status = steerhook_batch_end(session);
         assert(status == STEERHOOK_OK || status == STEERHOOK_STRENGTH);
         assert(status != STEERHOOK_OK ||

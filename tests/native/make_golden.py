@@ -275,6 +275,71 @@ def scored(d: int, dtype: str) -> SteeringPackage:
     )
 
 
+def rows_of(scope: str, *layers: int, window: int, skip: int = 0, rows: str = "all") -> Any:
+    sites_read = [{"stream": "layer_input", "layer": layer} for layer in layers]
+    reading = {"scope": scope, "window": window, "skip": skip, "rows": rows}
+    return {"token_reading": {"sites": sites_read, **reading}}
+
+
+def token_guard(d: int, dtype: str) -> SteeringPackage:
+    """Readings over tokens in every scope, of every kind of rows; rules that begin in answers."""
+    b = Builder(d, dtype)
+    deep = b.mlp(
+        "both",
+        [None, None],
+        [21, 6],
+        SOFTMAX,
+        activation="relu",
+        input_mean=b.new(2 * d),
+        input_scale=b.new(2 * d, positive=True),
+        threshold=0.62,
+        **rows_of("both", 3, 1, window=5, skip=2),
+    )
+    del deep["readings"]
+    linear = {
+        "type": "linear",
+        "bias": 0.05,
+        "link": "sigmoid",
+        "comparator": ">=",
+    }
+    answer = linear | {"id": "answer", "weight": b.unit(), "threshold": 0.6}
+    answer |= rows_of("answer", 2, window=2)
+    image = linear | {"id": "image", "weight": b.unit(), "threshold": 0.5}
+    image |= rows_of("prompt", 1, window=3, rows="image")
+    text = linear | {"id": "text", "weight": b.unit(), "threshold": 0.7}
+    text |= rows_of("prompt", 1, window=40, skip=1, rows="text")
+    add = {
+        "id": "a",
+        "type": "add_vector",
+        "position": "from_prompt_end",
+        "alpha": 2.0,
+        "targets": [target("layer_output", 2, b.unit()), target("layer_output", 3, b.unit())],
+    }
+    head = {
+        "id": "h",
+        "type": "head_matrix",
+        "position": "from_prompt_end",
+        "eps": 0.1,
+        "weight": {"form": "low_rank", "u": b.new(d, 3), "v": b.new(3, d)},
+    }
+    rules = [
+        rule("any", ["both", "answer"], ["a"]),
+        rule("all", ["answer", "text"], ["h"], how="all"),
+        rule("image", ["image"], ["h"]),
+    ]
+    return b.package([deep, answer, image, text], [add, head], rules)
+
+
+def say_guard(d: int, dtype: str) -> SteeringPackage:
+    """A forced answer; for the fuzzer of packages alone."""
+    b = Builder(d, dtype)
+    probe = {"id": "p", "type": "linear", "weight": b.unit(), "bias": 0.0, "link": "sigmoid"}
+    probe |= {"comparator": ">", "threshold": 0.5, **rows_of("both", 1, window=4)}
+    marks = {"open": [4, 5], "close": [6]}
+    say = {"id": "s", "type": "say", "text": "no", "tokens": [1, 2, 3], "header": [7]}
+    return b.package([probe], [say | {"reasoning": marks}], [rule("r", ["p"], ["s"])])
+
+
 # ---------------------------------------------------------------- golden files
 
 
@@ -292,25 +357,31 @@ def expected(package: SteeringPackage, states: Any, prompt: int, images: slice) 
     spec = package.spec
     mask = np.zeros(prompt, bool)
     mask[images] = True
-    inputs = {
-        p.id: reference.probe_input(
-            p, package.tensors, lambda s: states[spec.depth(s)][:prompt], mask
-        )
-        for p in spec.probes
-    }
-    verdicts = reference.verdicts(package, inputs)
-    acting = reference.actions(spec, verdicts)
+    verdicts = tuple(judged(package, p, states, prompt, mask) for p in spec.probes)
+    by_id = {v.probe: v for v in verdicts}
     out = {depth: h.astype(np.float64) for depth, h in states.items()}
     named = {spec.depth(s): s for x in spec.interventions for s in sites(x)}
-    for depth, site in named.items():
-        everywhere = [a for a in acting if a.intervention.position == "all_positions"]
-        out[depth][: prompt - 1] = reference.steer(
-            everywhere, package.tensors, site, out[depth][: prompt - 1]
-        )
-        out[depth][prompt - 1 :] = reference.steer(
-            acting, package.tensors, site, out[depth][prompt - 1 :]
-        )
+    for act in reference.actions(spec, verdicts):
+        [owner] = [r for r in spec.rules if r.id == act.rule]
+        begin = reference.begins(owner, by_id, prompt - 1)
+        first = 0 if act.intervention.position == "all_positions" else begin
+        for depth, site in named.items():
+            rows = out[depth][first:]
+            out[depth][first:] = reference.steer([act], package.tensors, site, rows)
     return verdicts, out
+
+
+def judged(package: SteeringPackage, probe: Any, states: Any, prompt: int, mask: Any) -> Any:
+    depth, reading = package.spec.depth, probe.token_reading
+    if reading is None:
+        x = reference.probe_input(probe, package.tensors, lambda s: states[depth(s)][:prompt], mask)
+        return reference.verdict_of(probe, package.tensors, x)
+    x = reference.row_inputs(reading, lambda s: states[depth(s)])
+    logits = reference.row_logits(probe, package.tensors, x)
+    sound = np.isfinite(x).all(axis=1) & np.isfinite(logits)
+    images = np.concatenate([mask, np.zeros(len(x) - prompt, bool)])
+    counted = reference.counted(reading, len(x), images)
+    return reference.judge_rows(probe, logits, sound, counted, prompt - 1)
 
 
 def write_golden(path: Path, package: SteeringPackage, requests: int = 6) -> None:
@@ -374,7 +445,7 @@ def words(value: Any) -> set[str]:
     return {value} if isinstance(value, str) else set()
 
 
-PACKAGES = [head_guard, layer_guard, image_guard, always, scored]
+PACKAGES = [head_guard, layer_guard, image_guard, always, scored, token_guard]
 
 
 def main(out: Path) -> None:
@@ -386,6 +457,7 @@ def main(out: Path) -> None:
             name = f"{make.__name__}-{dtype.lower()}"
             package.save(out / f"{name}.gguf")
             write_golden(out / f"{name}.golden", package)
+    for make in [*PACKAGES, say_guard]:
         seed = make(2, "F32")
         write_seed(out / "seeds" / f"{make.__name__}.gguf", seed)
         known |= words(seed.spec.model_dump(mode="json", exclude_unset=True))

@@ -131,7 +131,7 @@ void steerhook_package_free(steerhook_package *package) {
 }
 
 steerhook_package_info steerhook_package_describe(const steerhook_package *package) {
-    steerhook_package_info info = {.n_embd = package->n_embd, .n_layer = package->n_layer,
+    steerhook_package_info info = {.n_embd = package->n_embd, .n_layer = package->n_layer, .n_vocab = package->n_vocab,
                                    .n_probes = package->n_probes, .n_rules = package->n_rules};
     for (int32_t i = 0; i < package->n_probes; i++) {
         const sh_token_reading *tokens = &package->probes[i].tokens;

@@ -89,7 +89,7 @@ STEERHOOK_API steerhook_package *steerhook_package_parse(const void *bytes, size
 STEERHOOK_API void steerhook_package_free(steerhook_package *package);
 
 typedef struct {
-    int32_t n_embd, n_layer, n_probes, n_rules;
+    int32_t n_embd, n_layer, n_vocab, n_probes, n_rules;
     int32_t lowest_offset; /* 0 or less: how far before the prompt end a probe reads */
     bool whole_prompt;     /* a mean is read: requests must begin with n_cached == 0 */
     bool steers_layers;    /* a rule writes before the head: caches hold steered states */
