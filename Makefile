@@ -142,7 +142,7 @@ bench-safety bench-safety-multimodal bench-calibration bench-train bench-overhea
 bench-calibration bench-overhead bench-serve: OPTIONS = $(GUARD_OPTION)
 
 # PARTS=hf: that part alone.
-PARTS := hf tgi llama_cpp llama_server
+PARTS := hf tgi llama_cpp llama_server tokens
 bench-overhead: OPTIONS += --parts $(PARTS)
 bench-overhead: $(if $(filter llama_server,$(PARTS)),setup-apps)
 

@@ -25,13 +25,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 import guards
 import overhead_tgi
+import overhead_tokens
 import ratios
 from common import ROOT, arguments, finish, generation_times, open_smollm2, say
 from steerbridge import Example, corpus_examples
 from steerbridge_hf import steer
 
 NEW, BATCH, NEW_IN_BATCH = 48, 8, 8
-PARTS = ("hf", "tgi", "llama_cpp", "llama_server")
+PARTS = ("hf", "tgi", "llama_cpp", "llama_server", "tokens")
 
 
 def main() -> None:
@@ -56,13 +57,18 @@ def main() -> None:
 def measure(guard: guards.Guard, prompts: Any, options: argparse.Namespace) -> dict[str, Any]:
     """The figures of each part asked for."""
     parts: dict[str, Any] = {}
-    model = open_smollm2() if {"hf", "tgi"} & set(options.parts) else None
+    model = open_smollm2() if {"hf", "tgi", "tokens"} & set(options.parts) else None
     if "hf" in options.parts:
         parts["hf"] = hf(model, guard.package, prompts)
         peaks = {side: peak(guard.path, side) for side in ("plain", "steered")}
         parts["hf"]["peak_memory_ratio"] = round(peaks["steered"] / peaks["plain"], 4)
     if "tgi" in options.parts:
         parts["tgi"] = overhead_tgi.measure(model, guard.package, prompts, options.rounds)
+    if "tokens" in options.parts:
+        parts["hf_tokens"] = overhead_tokens.measure_hf(model, twin, options.rounds)
+        if find_spec("llama_cpp"):
+            measured = overhead_tokens.measure_llama_cpp(model, options.rounds)
+            parts["llama_cpp_tokens"] = measured
     if find_spec("llama_cpp"):
         import overhead_llama_cpp
         import overhead_server

@@ -133,7 +133,12 @@ class _Ends(StoppingCriteriaList):
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
         done = super().__call__(input_ids, scores, **kwargs)
         requests = self._call.requests
-        if requests is not None and not self._call.beams and len(done) == requests.rows:
+        if (
+            requests is not None
+            and requests.tokens.reads_answers
+            and not self._call.beams
+            and len(done) == requests.rows
+        ):
             requests.ended |= done.cpu()
         return done
 

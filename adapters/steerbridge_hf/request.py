@@ -108,6 +108,7 @@ class Requests:
     strengths: dict[int, Tensor] = field(default_factory=dict)  # [B]; 0 where it did not fire
     begins: dict[int, Tensor] = field(default_factory=dict)  # [B] columns
     active: dict[int, Tensor] = field(default_factory=dict)  # rows with a rule that holds
+    following: frozenset[int] = frozenset()  # rules that rows of answers may change
     ended: Tensor = field(init=False)  # [B] bool: answers that are complete
     survived: int = 0  # columns up to here are not taken back
     tokens: TokenRows = field(init=False)
@@ -131,6 +132,10 @@ class Requests:
         self.ended = torch.zeros(self.rows, dtype=torch.bool)
         self.tokens = TokenRows(self.package.spec, self.logits)
         self.speech = Speech(self.package.spec, self.plan)
+        if self.tokens.reads_answers:
+            rules = range(len(self.package.spec.rules))
+            read = {rule: set(rule_probes(self.package.spec, rule)) for rule in rules}
+            self.following = frozenset(rule for rule in rules if read[rule] & self.logits.keys())
         self._find_ends()
         for rule in self.plan.unconditional:
             self._decide(rule)
@@ -349,12 +354,13 @@ class Requests:
             for probe in stop.probes if self.closes(step) else ():
                 if probe not in self.logits:
                     self._judge(probe)
-        if stop.rows:
+        if stop.rows and (step.start < self.prompt or self.tokens.reads_answers):
             self._take_rows(stop, h, step)
-        ends = self.closes(step)
-        for rule in stop.rules:
-            if ends or (rule in self.begins and self._follows_rows(rule)):
-                self._decide(rule)
+        if stop.rules:
+            ends = self.closes(step)
+            for rule in stop.rules:
+                if ends or (rule in self.begins and rule in self.following):
+                    self._decide(rule)
         return self._act(stop, h, columns) if stop.acts and self.active else h
 
     def _take_rows(self, stop: Stop, h: Tensor, step: Step) -> None:
@@ -367,7 +373,7 @@ class Requests:
         for probe, site in stop.rows:
             if read[probe]:
                 self.tokens.take(probe, site, h)
-        live = ~self.ended[:, None].expand(-1, step.width)
+        live = (~self.ended)[:, None].expand(-1, step.width)
         if step.live is not None:
             live = live & step.live
         for probe in stop.probes:
@@ -376,12 +382,6 @@ class Requests:
                 inside = layout.in_scope(reading, step.columns, live)
                 at_end = step.columns[None] == self.ends[:, None]
                 self.tokens.close(probe, step.start, inside, at_end)
-
-    def _follows_rows(self, rule: int) -> bool:
-        """Whether rows behind the prompt's end may change what a rule does."""
-        return self.tokens.reads_answers and any(
-            probe in self.logits for probe in rule_probes(self.package.spec, rule)
-        )
 
     def _read(self, probe: int, index: int, h: Tensor, step: Step, columns: Tensor) -> None:
         position = self.package.spec.probes[probe].readings[index].position
@@ -457,13 +457,19 @@ class Requests:
         return {**self.judged, **of_rows}
 
     def _decide(self, index: int) -> None:
-        spec, everything = self.package.spec, torch.full_like(self.ends, NEVER)
+        spec = self.package.spec
         needed = rule_probes(spec, index)
-        judged = {i: j for i, j in self._judged(everything).items() if i in needed}
-        begin = begins(spec, index, judged, self.ends)
+        fired = {
+            i: self.tokens.fired(i, self.layout) if i in self.logits else self.judged[i].fired
+            for i in needed
+        }
+        begin = begins(spec, index, fired, self.ends)
+        known = self.begins.get(index)
+        if known is not None and torch.equal(known, begin):
+            return
         at_begin = {
-            i: self.tokens.scores_at(i, begin) if i in self.logits else j.scores
-            for i, j in judged.items()
+            i: self.tokens.scores_at(i, begin) if i in self.logits else self.judged[i].scores
+            for i in needed
         }
         self.begins[index] = begin
         self.strengths[index] = strengths(spec, index, at_begin, self.rows)

@@ -51,6 +51,10 @@ class Layout:
             live_BQ: rows that are somebody's, behind the prompt.
         """
         prompt = self.mask.shape[1]
+        if int(columns_Q[0]) >= prompt and reading.skip <= int(self.lengths.min()):
+            # Rows of answers, one a pass most often.
+            none = reading.scope == "prompt" or reading.rows == "image"
+            return torch.zeros_like(live_BQ) if none else live_BQ
         columns = columns_Q.expand(len(self.mask), -1)
         within = columns < prompt
         at = columns.clamp(max=prompt - 1)
@@ -141,20 +145,21 @@ class TokenRows:
         for scores in self._scores.values():
             scores.reorder(rows)
 
+    def fired(self, probe: int, layout: Layout) -> Tensor:
+        """The column [B] at which a probe fired, on the CPU; `NEVER`."""
+        if layout.images is None and self._reading(probe).rows != "all":
+            return layout.ends
+        scores = self._scores.get(probe)
+        return torch.full_like(layout.ends, NEVER) if scores is None else scores.fired()
+
     def judged(self, probe: int, layout: Layout, until_B: Tensor) -> Judged:
         """What a probe says of the rows in front of the columns `until_B` [B]."""
-        unknown = layout.images is None and self._reading(probe).rows != "all"
-        if unknown:
-            nan = torch.full((len(layout.mask),), torch.nan)
-            return Judged(
-                nan, layout.ends, (NO_IMAGE_ROWS,) * len(nan), self._rows(layout, layout.ends)
-            )
+        fired, nan = self.fired(probe, layout), torch.full((len(layout.ends),), torch.nan)
+        if layout.images is None and self._reading(probe).rows != "all":
+            return Judged(nan, fired, (NO_IMAGE_ROWS,) * len(nan), self._rows(layout, fired))
         scores = self._scores.get(probe)
         if scores is None:  # none of its rows has come
-            never = torch.full_like(layout.ends, NEVER)
-            nan = torch.full((len(never),), torch.nan)
-            return Judged(nan, never, ("",) * len(nan), never)
-        fired = scores.fired()
+            return Judged(nan, fired, ("",) * len(nan), fired)
         fired = torch.where(fired < until_B, fired, NEVER)
         sound = scores.sound_at(until_B - 1).tolist()
         reasons = tuple("" if good else reference.NOT_FINITE for good in sound)

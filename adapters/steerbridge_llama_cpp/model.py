@@ -297,7 +297,6 @@ class LlamaCppModel:
                 if progress:
                     progress("capture", i + 1, len(prompts))
 
-
     def trace(self, prompt: Example, package: SteeringPackage) -> Trace:
         """See `LoadedModel`. The logits are those that the native hook computes."""
         if prompt.images:

@@ -10,7 +10,18 @@ import os
 import sys
 import tempfile
 import weakref
-from ctypes import POINTER, c_bool, c_char_p, c_double, c_float, c_int8, c_int32, c_int64, c_size_t, c_void_p
+from ctypes import (
+    POINTER,
+    c_bool,
+    c_char_p,
+    c_double,
+    c_float,
+    c_int8,
+    c_int32,
+    c_int64,
+    c_size_t,
+    c_void_p,
+)
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final

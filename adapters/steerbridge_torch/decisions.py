@@ -80,21 +80,21 @@ class Judged:
         )
 
 
-def begins(spec: SteeringSpec, rule: int, judged: Mapping[int, Judged], ends_B: Tensor) -> Tensor:
+def begins(spec: SteeringSpec, rule: int, fired: Mapping[int, Tensor], ends_B: Tensor) -> Tensor:
     """The first column [B] that a rule changes; `NEVER` where it does not hold.
 
     Args:
         rule: its index in the spec.
-        judged: of each probe that the rule needs, by index.
+        fired: [B] columns at which each probe fired that the rule needs, by index.
         ends_B: columns of the prompts' ends.
     """
     condition = spec.rules[rule].condition
     if condition is None:
         return ends_B
     index = {probe.id: i for i, probe in enumerate(spec.probes)}
-    fired = torch.stack([judged[index[id]].fired for id in condition.probes])
-    found = fired.min(dim=0) if condition.type == "any" else fired.max(dim=0)
-    return torch.maximum(found.values, ends_B)
+    columns = torch.stack([fired[index[id]] for id in condition.probes])
+    found = columns.amin(dim=0) if condition.type == "any" else columns.amax(dim=0)
+    return torch.maximum(found, ends_B)
 
 
 def strengths(spec: SteeringSpec, rule: int, scores: Mapping[int, Tensor], requests: int) -> Tensor:

@@ -106,6 +106,8 @@ class RowScores:
         self._over = window(probe.token_reading)
         self._columns = 0
         self._wide = wide(device)
+        self._limit = torch.tensor(probe.threshold, dtype=self._wide, device=device)
+        self._steps = torch.arange(self._over.size, device=device)
         pad = self._over.size - 1
 
         def full(columns: int, value: Any, dtype: torch.dtype) -> Tensor:
@@ -166,12 +168,11 @@ class RowScores:
     def _sums(self, ranks_BQ: Tensor) -> Tensor:
         """Sums over the windows that end at these ranks, from the oldest logit to the newest."""
         rows, width = ranks_BQ.shape
-        steps = torch.arange(self._over.size, device=ranks_BQ.device)
         together = max(1, _WINDOW_VALUES // (rows * self._over.size))
         parts = []
         for at in range(0, width, together):
             first = (ranks_BQ[:, at : at + together] - 1).clamp(min=0)
-            places = (first[..., None] + steps).flatten(1)
+            places = (first[..., None] + self._steps).flatten(1)
             values = self._kept.gather(1, places).to(self._wide)
             values = values.view(rows, -1, self._over.size)
             parts.append(values.cumsum(dim=-1)[..., -1])
@@ -179,8 +180,9 @@ class RowScores:
 
     def _fires(self, best: Tensor, broken: Tensor) -> Tensor:
         # As `reference.fires_at`: > or >=; before a running score there is nothing to compare.
-        score, limit = squash(best), torch.tensor(self._probe.threshold, dtype=best.dtype)
-        crossed = score > limit if self._probe.comparator == ">" else score >= limit
+        score = squash(best)
+        above = self._probe.comparator == ">"
+        crossed = score > self._limit if above else score >= self._limit
         return (crossed & (best > -math.inf)) | broken
 
     def _room(self, columns: int) -> None:

@@ -280,7 +280,8 @@ class Gates:
             judge = self._judge_rows if probe in self._logits else self._judge
             now.judged[probe] = judge(now, probe)
         for rule in stop.rules:
-            now.held[rule] = held = begins(spec, rule, now.judged, now.ends) < NEVER
+            fired = {probe: judged.fired for probe, judged in now.judged.items()}
+            now.held[rule] = held = begins(spec, rule, fired, now.ends) < NEVER
             scores = {probe: judged.scores for probe, judged in now.judged.items()}
             strength = strengths(spec, rule, scores, len(now.ending))
             for e, part in enumerate(now.ending):

@@ -18,7 +18,7 @@ from steerbridge.package import SteeringPackage
 from steerbridge.testing import vision
 from steerbridge.testing.driver import Ability, Files, How, Reply
 from steerbridge.testing.kit import Lacking
-from steerbridge.testing.model import CONTEXT, EOS, TinyModel, VOCAB
+from steerbridge.testing.model import CONTEXT, EOS, VOCAB, TinyModel
 from steerbridge_llama_cpp import SteeredContext, SteeredLlama
 
 BATCH = 16
