@@ -110,9 +110,9 @@ def with_act(package: SteeringPackage, act: Any, tensors: Mapping[str, Tensor]) 
 
 
 def low_rank(package: SteeringPackage, rank: int) -> SteeringPackage:
-    """The package with its dense head cut to a rank; as it is if its head is of low rank."""
+    """The package with its dense head cut to a rank; as it is if it has none."""
     head: Any = package.spec.interventions[0]
-    if not isinstance(head.weight, DenseMatrix):
+    if not isinstance(getattr(head, "weight", None), DenseMatrix):
         return package
     cut = truncated(package.tensors[head.weight.matrix].float32(), rank)
     act = head.replace(weight=LowRankMatrix(form="low_rank", u="u", v="v"))

@@ -7,7 +7,7 @@ transformers on the same F32 weights, scores with the numpy reference too. Q4_1 
 shipped: transformers computes with the dequantised weights, llama.cpp with quantised activations;
 `calibration` shows how far that moves the scores, and false positives and detection on prompts of
 the test split before and after `calibrate`. `multimodal` is the same with pictures (see
-parity_multimodal.py).
+parity_multimodal.py); `tokens` is about token readings, with llama-server too (parity_tokens.py).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 import parity_multimodal
+import parity_tokens
 from common import arguments, finish, open_smollm2, say, share, smollm2_f32
 from compare import at_median, compared, variants
 from guards import parity_guard
@@ -34,9 +35,13 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--prompts", type=int, default=104)
     parser.add_argument("--multimodal", action="store_true", help="only the part with pictures")
+    parser.add_argument("--tokens", action="store_true", help="only the part about token readings")
     options = parser.parse_args()
     if options.multimodal:
         finish({"multimodal": parity_multimodal.measure(options.prompts)})
+        return
+    if options.tokens:
+        finish({"tokens": parity_tokens.measure(options.prompts)})
         return
     hf = open_smollm2()
     prompts = chosen(options.prompts)
@@ -67,6 +72,7 @@ def main() -> None:
         say(f"llama.cpp {quantisation}: {result['llama_cpp'][quantisation]}")
     result["calibration"] = recalibrated(guard, hf, opened)
     result["multimodal"] = parity_multimodal.measure(options.prompts)
+    result["tokens"] = parity_tokens.measure(options.prompts)
     finish(result)
 
 

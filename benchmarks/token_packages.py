@@ -80,7 +80,7 @@ def say(model: Any) -> dict[str, Any]:
 
 
 def long_prompts(render: Any, lengths: Sequence[int]) -> list[Example]:
-    """Prompts of at least these numbers of tokens: harmless ones of the corpus, joined."""
+    """Prompts of about these numbers of tokens, no more: harmless ones of the corpus, joined."""
     texts = [e.text for e in corpus_examples("train") if e.kind == "general"]
     made, at = [], 0
     for length in lengths:
@@ -88,6 +88,8 @@ def long_prompts(render: Any, lengths: Sequence[int]) -> list[Example]:
         while len(render(Example(text, False))) < length:
             at += 1
             text += "\n\n" + texts[at % len(texts)]
+        while len(render(Example(text, False))) > length:
+            text = text.rpartition(" ")[0]
         made.append(Example(text, False))
         at += 1
     return made

@@ -7,6 +7,7 @@ were not trained on.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -48,15 +49,47 @@ def scores(
     examples: Sequence[Example],
     progress: Progress | None = None,
 ) -> dict[str, Scores]:
-    """Scores [N] of every probe on what the runtime computes, by probe id."""
+    """Scores [N] of every probe on what the runtime computes, by probe id.
+
+    Raises:
+        DataError: a probe that reads answers alone: of prompts it says nothing.
+        UnsupportedFeature: a token reading, and prompts with images.
+    """
+    of_rows = _scores_of_rows(model, package, examples)
     readings = list(dict.fromkeys(r for p in package.spec.probes for r in p.readings))
     states = np.empty((len(examples), len(readings), model.facts.hidden_size), np.float32)
     model.capture(examples, readings, states, progress)
     by_probe = {}
     for probe in package.spec.probes:
+        if probe.id in of_rows:
+            by_probe[probe.id] = of_rows[probe.id]
+            continue
         x = np.stack([states[:, readings.index(r)] for r in probe.readings], axis=1)
         by_probe[probe.id] = reference.score_readings(probe, package.tensors, x)
     return by_probe
+
+
+def _scores_of_rows(
+    model: LoadedModel, package: SteeringPackage, examples: Sequence[Example]
+) -> dict[str, Scores]:
+    """The same of probes with token readings: the largest running score of a prompt; 0 where no row
+    is in scope."""
+    probes = [probe for probe in package.spec.probes if probe.token_reading is not None]
+    for probe in probes:
+        assert probe.token_reading is not None
+        if probe.token_reading.scope == "answer":
+            raise DataError(Problem(probe.id, "a probe that reads prompts", "scope answer"))
+    found: dict[str, Scores] = {probe.id: np.zeros(len(examples)) for probe in probes}
+    for i, example in enumerate(examples if probes else ()):
+        logits = model.trace(example, package).logits
+        for probe in probes:
+            assert probe.token_reading is not None
+            rows = logits[probe.id]
+            kinds = reference.counted(probe.token_reading, len(rows), None)
+            verdict = reference.judge_rows(probe, rows, ~np.isnan(rows), kinds, len(rows) - 1)
+            missing = math.isnan(verdict.score) and not verdict.unjudged
+            found[probe.id][i] = 0.0 if missing else verdict.score
+    return found
 
 
 def fit(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, Final
 
 from steerbridge.errors import ModelMismatch, Problem
-from steerbridge.spec import BaseModelInfo
+from steerbridge.spec import BaseModelInfo, SteeringSpec
 
 CHECKED: Final = (
     "model_type",
@@ -80,6 +80,34 @@ def tokenizer_facts(tokenizer: Any) -> dict[str, str | None]:
 def text_sha256(text: str) -> str:
     """Hash of a chat template, byte for byte."""
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def check_said(
+    spec: SteeringSpec, text_of: Callable[[list[int]], str], ignore: Collection[str] = ()
+) -> None:
+    """Compare the texts of forced answers with what a tokenizer makes of their ids.
+
+    Args:
+        text_of: the text of token ids, without special ones.
+        ignore: nothing is compared if `tokenizer_sha256` is in it.
+
+    Raises:
+        ModelMismatch: lists every one that differs.
+    """
+    if "tokenizer_sha256" in ignore:
+        return
+    found = {
+        say.id: (say.text, text_of(list(say.tokens)))
+        for say in spec.interventions
+        if say.type == "say"
+    }
+    problems = [
+        Problem(f"intervention {id}", repr(want), repr(got))
+        for id, (want, got) in found.items()
+        if want.strip() != got.strip()
+    ]
+    if problems:
+        raise ModelMismatch(problems)
 
 
 def check(want: BaseModelInfo, got: ModelFacts, ignore: Collection[str] = ()) -> tuple[str, ...]:

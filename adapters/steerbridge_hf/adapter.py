@@ -27,6 +27,7 @@ from steerbridge.errors import (
     SteeredCache,
     UnsupportedFeature,
 )
+from steerbridge.fingerprint import check_said
 from steerbridge.package import SteeringPackage
 from steerbridge.plan import Stop, plan
 from steerbridge.runtime import Attachment, Outcome
@@ -86,6 +87,9 @@ class Session(Attachment):
         self._sites = locate(model)
         known = facts(self._sites.model, tokenizer)
         self._unchecked = package.check(known, ignore)
+        if tokenizer is not None:
+            text_of = functools.partial(tokenizer.decode, skip_special_tokens=True)
+            check_said(package.spec, text_of, ignore)
         self._package = package.calibrated(
             RUNTIME, quantisation(self._sites.model.dtype, self._sites.model.config)
         )

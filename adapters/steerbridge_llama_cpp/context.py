@@ -20,6 +20,7 @@ import llama_cpp
 from llama_cpp import _internals as internals
 
 from steerbridge.errors import RowMappingLost, SteeringFailed, UnsupportedFeature
+from steerbridge.fingerprint import check_said
 from steerbridge.package import SteeringPackage
 from steerbridge.runtime import Outcome
 from steerbridge_llama_cpp.facts import facts_for, quantisation
@@ -77,6 +78,7 @@ class SteeredContext(internals.LlamaContext):
         if params.cb_eval:
             raise UnsupportedFeature(RUNTIME, "another evaluation callback on the context")
         self.unchecked = package.check(facts_for(model, package.spec.base_model), ignore)
+        check_said(package.spec, lambda ids: model.detokenize(ids).decode(errors="replace"), ignore)
         self.package = package.calibrated(RUNTIME, quantisation(model))
         shape = Shape(
             model.metadata().get("general.architecture", ""),

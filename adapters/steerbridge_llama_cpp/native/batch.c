@@ -266,7 +266,7 @@ static void start(steerhook_session *s, const steerhook_batch *from) {
 
 /* Token readings know every row of a sequence, read or not. */
 static void announce_rows(steerhook_session *s, const steerhook_batch *from) {
-    for (int32_t row = 0; s->n_row_probes > 0 && row < from->n_tokens; row++) {
+    for (int32_t row = 0; sh_knows_rows(s) && row < from->n_tokens; row++) {
         for (int32_t m = s->batch.first_member[row]; m < s->batch.first_member[row + 1]; m++) {
             const sh_member *member = &s->batch.members[m];
             int32_t id = from->tokens == NULL ? -1 : from->tokens[row];

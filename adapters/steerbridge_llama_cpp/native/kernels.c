@@ -81,24 +81,28 @@ static inline float sum_lanes(const float *lanes) {
         }                                                                                   \
     }
 
-/* Rows side by side, their sums in registers. */
+/* Rows side by side, their sums in registers; in blocks of inputs, for shorter chains of rounding. */
+enum { INPUT_BLOCK = 32 };
+
 #define DEFINE_PANEL(count)                                                                      \
     MULTIVERSION                                                                                 \
     static void panel_##count(const float *restrict w, int64_t inputs, const float *restrict x,  \
                               float *restrict y, int64_t stride) {                               \
-        float sums[count][SH_PANEL];                                                             \
-        for (int r = 0; r < (count); r++) {                                                      \
-            memcpy(sums[r], y + r * stride, sizeof sums[r]);                                     \
-        }                                                                                        \
-        for (int64_t i = 0; i < inputs; i++, w += SH_PANEL) {                                    \
-            for (int r = 0; r < (count); r++) {                                                  \
-                for (int l = 0; l < SH_PANEL; l++) {                                             \
-                    sums[r][l] += w[l] * x[r * inputs + i];                                      \
+        for (int64_t from = 0; from < inputs; from += INPUT_BLOCK) {                             \
+            int64_t to = from + INPUT_BLOCK < inputs ? from + INPUT_BLOCK : inputs;              \
+            float sums[count][SH_PANEL] = {{0}};                                                 \
+            for (int64_t i = from; i < to; i++, w += SH_PANEL) {                                 \
+                for (int r = 0; r < (count); r++) {                                              \
+                    for (int l = 0; l < SH_PANEL; l++) {                                         \
+                        sums[r][l] += w[l] * x[r * inputs + i];                                  \
+                    }                                                                            \
                 }                                                                                \
             }                                                                                    \
-        }                                                                                        \
-        for (int r = 0; r < (count); r++) {                                                      \
-            memcpy(y + r * stride, sums[r], sizeof sums[r]);                                     \
+            for (int r = 0; r < (count); r++) {                                                  \
+                for (int l = 0; l < SH_PANEL; l++) {                                             \
+                    y[r * stride + l] += sums[r][l];                                             \
+                }                                                                                \
+            }                                                                                    \
         }                                                                                        \
     }
 

@@ -70,7 +70,7 @@ static void over_request(walk *w, const steerhook_session *s, sh_request *reques
         over(w, request->rules, (size_t)s->package->n_rules, sizeof *request->rules);
         over(w, request->running, (size_t)s->n_row_probes, sizeof *request->running);
     }
-    if (rows && s->n_row_probes > 0) {
+    if (rows && sh_knows_rows(s)) {
         size_t n = (size_t)request->cache.rows.n;
         over(w, request->cache.rows.logits, n * (size_t)s->n_row_probes, sizeof(float));
         over(w, request->cache.rows.kinds, n, sizeof *request->cache.rows.kinds);
@@ -131,7 +131,7 @@ static bool plausible(const steerhook_session *s, const header *h) {
     bool counts = h->n_kept >= 0 && h->first_steered >= SH_NO_ROW && h->n_cached >= 0 &&
                   h->n_prompt >= 0 && h->count >= 0 && h->count < SH_ENDLESS &&
                   (h->n_kept_readings > 0 || h->n_kept == 0) && h->n_rows >= 0 &&
-                  h->n_rows < SH_ENDLESS && (h->n_row_probes > 0 || h->n_rows == 0) &&
+                  h->n_rows < SH_ENDLESS && (sh_knows_rows(s) || h->n_rows == 0) &&
                   (h->open_ended == 0) == (h->n_prompt < SH_ENDLESS);
     return fits && flags && counts;
 }
@@ -148,7 +148,7 @@ static size_t body_of(const steerhook_session *s, const header *h) {
     sh_request closed = {.open = h->open != 0};
     over_request(&w, s, &closed, false);
     w.at += rows && s->keeps ? (size_t)h->n_kept * row : 0;
-    return w.at + (rows && s->n_row_probes > 0 ? (size_t)h->n_rows * known : 0);
+    return w.at + (rows && sh_knows_rows(s) ? (size_t)h->n_rows * known : 0);
 }
 
 /* Whether a byte of another writer can be read as a bool. */

@@ -60,12 +60,16 @@ static bool grow(void **array, int64_t count, size_t size) {
     return larger != NULL;
 }
 
+bool sh_knows_rows(const steerhook_session *s) {
+    return s->n_row_probes > 0 || s->listens;
+}
+
 bool sh_rows_room(const steerhook_session *s, sh_rows *rows, int64_t need) {
-    if (s->n_row_probes == 0 || need <= rows->capacity) {
+    if (!sh_knows_rows(s) || need <= rows->capacity) {
         return true;
     }
     int64_t capacity = need < 256 ? 256 : need + need / 2;
-    size_t width = (size_t)s->n_row_probes * sizeof *rows->logits;
+    size_t width = (size_t)(s->n_row_probes + 1) * sizeof *rows->logits; /* one to spare: not 0 */
     if (capacity > SH_ENDLESS || (size_t)capacity > SIZE_MAX / width) {
         return false;
     }
@@ -106,7 +110,7 @@ void sh_rows_announce(const steerhook_session *s, sh_request *request, int64_t r
 }
 
 void sh_rows_cut(const steerhook_session *s, sh_rows *rows, int64_t from, int64_t to) {
-    if (s->n_row_probes == 0 || from >= rows->n) {
+    if (from >= rows->n) {
         return;
     }
     if (to < 0 || to >= rows->n) {
@@ -123,7 +127,7 @@ void sh_rows_cut(const steerhook_session *s, sh_rows *rows, int64_t from, int64_
 
 bool sh_rows_copy(const steerhook_session *s, const sh_rows *from, sh_rows *to) {
     to->n = 0;
-    if (s->n_row_probes == 0 || from->n == 0) {
+    if (from->n == 0) {
         return true;
     }
     if (!sh_rows_room(s, to, from->n)) {

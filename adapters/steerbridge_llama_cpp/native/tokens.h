@@ -13,6 +13,9 @@ bool sh_row_wanted(const steerhook_session *session, const sh_row_site *site,
 
 /* ---- kept logits, by row of a sequence ---- */
 
+/* Whether rows are noted at all: something reads tokens, or listens to their ids. */
+bool sh_knows_rows(const steerhook_session *session);
+
 /* Room for so many rows; false without memory. */
 bool sh_rows_room(const steerhook_session *session, sh_rows *rows, int64_t need);
 
