@@ -46,13 +46,14 @@ def measure(count: int) -> dict[str, Any]:
     long = token_packages.long_prompts(hf.render, np.linspace(600, 1850, count // 3).astype(int))
     short = [e for e in corpus_examples("test") if len(e.text) < 300]
     prompts = [*long, *short[:: len(short) // (count - len(long))][: count - len(long)]]
-    packages = {}
+    standard, packages = token_packages.moments(hf), {}
     for name, scope, act in (
         ("prompt_head", "prompt", token_packages.head()),
         ("both_head", "both", token_packages.head()),
         ("both_say", "both", token_packages.say(hf)),
     ):
-        packages[name] = at_median(hf, token_packages.guard(hf.facts, scope, 1.0, act), prompts)
+        made = token_packages.guard(hf.facts, scope, 1.0, act, standard=standard)
+        packages[name] = at_median(hf, made, prompts)
     ours = open_model(smollm2_f32(), n_ctx=CONTEXT, type_k=0, type_v=0, flash_attn=False)
     result: dict[str, Any] = {"prompts": len(prompts), "long": len(long), "new_tokens": NEW}
     result["logits_max_diff"] = logits_diff(hf, ours, packages["both_head"], prompts)

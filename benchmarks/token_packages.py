@@ -10,7 +10,7 @@ import numpy as np
 from steerbridge import Example, SteeringPackage, corpus_examples
 from steerbridge.fingerprint import ModelFacts
 from steerbridge.package import parse
-from steerbridge.spec import SPEC_VERSION, tensor_shapes
+from steerbridge.spec import SPEC_VERSION, LayerInput, PromptEnd, Reading, tensor_shapes
 from steerbridge.tensors import Tensor
 
 LAYERS: Final = (14, 20)
@@ -20,12 +20,19 @@ SENTENCE: Final = "I cannot help with that."
 
 
 def guard(
-    facts: ModelFacts, scope: str, threshold: float, act: Any, *, hidden: int = HIDDEN
+    facts: ModelFacts,
+    scope: str,
+    threshold: float,
+    act: Any,
+    *,
+    hidden: int = HIDDEN,
+    standard: Sequence[Any] = (),
 ) -> SteeringPackage:
     """An MLP with one hidden layer over two layers of the model, and a rule with one intervention.
 
     Args:
         hidden: 0: a linear probe.
+        standard: mean and deviation of its inputs, as a trained probe has them.
     """
     reading = {
         "sites": [{"stream": "layer_input", "layer": layer} for layer in LAYERS],
@@ -41,7 +48,15 @@ def guard(
         "output": {"type": "sigmoid", "harmful_when": "high"},
     }
     linear = {"type": "linear", "weight": "w0", "bias": 0.0, "link": "sigmoid"}
-    probe = {"id": "p", "token_reading": reading, "comparator": ">", "threshold": threshold}
+    names = ("input_mean", "input_scale")
+    moments = {name: name for name, _ in zip(names, standard, strict=False)}
+    probe = {
+        "id": "p",
+        **moments,
+        "token_reading": reading,
+        "comparator": ">",
+        "threshold": threshold,
+    }
     rule = {"id": "r", "condition": {"type": "any", "probes": ["p"]}, "interventions": ["act"]}
     spec = parse(
         {
@@ -63,7 +78,28 @@ def guard(
     for name in ("ua", "va"):
         sizes = (facts.hidden_size, 8) if name == "ua" else (8, facts.hidden_size)
         tensors[name] = Tensor.of(rng.normal(size=sizes).astype(np.float32) * 0.2)
+    tensors |= {n: Tensor.of(v) for n, v in zip(names, standard, strict=False)}
+    if standard:  # inputs of unit deviation
+        tensors["w0"] = Tensor.of(tensors["w0"].float32() / 0.02 * len(standard[0]) ** -0.5)
     return SteeringPackage(spec, tensors)
+
+
+def moments(model: Any) -> tuple[Any, Any]:
+    """Mean and deviation of the states at the two layers, over the last rows of some prompts."""
+    readings = [
+        Reading(
+            site=LayerInput(stream="layer_input", layer=layer),
+            position=PromptEnd(type="prompt_end", offset=-row),
+        )
+        for layer in LAYERS
+        for row in range(12)
+    ]
+    prompts = [e for e in corpus_examples("train") if e.kind == "general"][:24]
+    states = np.empty((len(prompts), len(readings), model.facts.hidden_size), np.float32)
+    model.capture(prompts, readings, states)
+    by_layer = states.reshape(len(prompts), len(LAYERS), -1, model.facts.hidden_size)
+    rows = by_layer.transpose(0, 2, 1, 3).reshape(-1, len(LAYERS) * model.facts.hidden_size)
+    return rows.mean(axis=0), rows.std(axis=0) + 1e-3
 
 
 def head() -> dict[str, Any]:
