@@ -49,7 +49,8 @@ def outcome(files, package, prompt, answer):
 )
 def test_each_returned_sequence_has_its_outcome(files, model, options):
     """The probe acts on nothing, so what the reference makes of the sequence itself is right."""
-    case = cases.case(files.model, [of_rows(linear(), window=1, scope="answer", skip=0)], [], [], seed=41)
+    probe = of_rows(linear(), window=1, scope="answer", skip=0)
+    case = cases.case(files.model, [probe], [], [], seed=41)
     texts = [*case.fired[:3], *case.quiet[:2]]
     prompts = [files.model.encode(text) for text in texts]
     width = max(map(len, prompts))
