@@ -38,7 +38,7 @@ def describe(package: SteeringPackage) -> str:
 
 
 def _probe(probe: Probe) -> str:
-    where = " + ".join(map(str, probe.readings)) or str(probe.token_reading)
+    where = " + ".join(probe.reads)
     when = f"fires when score {probe.comparator} {probe.threshold:.6g}"
     return f"{probe.id}: {probe.type} on {where}; {when}"
 

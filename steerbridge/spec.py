@@ -172,6 +172,12 @@ class _Probe(_Deciding):
     comparator: Comparator
     threshold: float
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """What it reads, in words."""
+        pooled = tuple(map(str, self.readings))
+        return pooled if self.token_reading is None else (str(self.token_reading),)
+
 
 class DenseLayer(_Deciding):
     """y = weight x + bias, weight [out, in], bias [out]."""

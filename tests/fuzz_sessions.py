@@ -22,9 +22,9 @@ import numpy as np
 from steerbridge import reference
 from steerbridge.fingerprint import ModelFacts
 from steerbridge.package import SteeringPackage, parse
-from steerbridge.spec import tensor_shapes
+from steerbridge.spec import SPEC_VERSION, tensor_shapes
 from steerbridge.tensors import Tensor
-from steerbridge.testing.cases import at_layers, head, linear, reading, rule
+from steerbridge.testing.cases import at_layers, head, linear, of_rows, reading, rule
 from steerbridge.testing.model import TinyModel
 
 TESTS: Final = Path(__file__).resolve().parent
@@ -32,12 +32,25 @@ PRELOAD: Final = TESTS.parent / "plugins" / "steerbridge_run" / "native"
 STUB: Final = TESTS / "native" / "stub_llama.c"
 PROGRAM: Final = TESTS / "native" / "sessions.py"
 TOLERANCE: Final = 2e-3  # of scores: real ones are computed in float32, in other orders
-_READINGS: Final = (  # and the deepest block input among them
-    ([reading("layer_input[2]")], 2),
-    ([reading("layer_input[2]", "prompt_mean")], 2),
-    ([reading("layer_input[2]", offset=-2), reading("layer_input[3]")], 3),
-    ([reading("layer_input[1]", "prompt_mean"), reading("layer_input[3]")], 3),
-    ([reading("layer_input[4]")], 4),
+_PROBES: Final = (  # and the deepest block input that they read
+    (linear("identity", readings=[reading("layer_input[2]")]), 2),
+    (linear("identity", readings=[reading("layer_input[2]", "prompt_mean")]), 2),
+    (of_rows(linear(), scope="prompt"), 2),
+    (
+        linear(
+            "identity", readings=[reading("layer_input[2]", offset=-2), reading("layer_input[3]")]
+        ),
+        3,
+    ),
+    (
+        linear(
+            "identity",
+            readings=[reading("layer_input[1]", "prompt_mean"), reading("layer_input[3]")],
+        ),
+        3,
+    ),
+    (of_rows(linear(), sites=("layer_input[3]",), scope="prompt", window=9, skip=0), 3),
+    (linear("identity", readings=[reading("layer_input[4]")]), 4),
 )
 
 State = Callable[[list[int]], dict[int, np.ndarray]]
@@ -97,14 +110,14 @@ def hashed(ids: list[int]) -> dict[int, np.ndarray]:
 def guard(backend: Backend, seed: int) -> SteeringPackage:
     """A package with one linear probe that fires on about half of the prompts."""
     draw = random.Random(seed)
-    readings, deepest = _READINGS[seed % len(_READINGS)]
+    probe_of, deepest = _PROBES[seed % len(_PROBES)]
     block = at_layers("add_vector", deepest - 1, alpha=2.0)  # its rows stay in the cache
     acts = draw.choice([[head("dense")], [head("low_rank")], [block], [head("dense"), block]])
     raw = {
-        "spec_version": "1.0",
+        "spec_version": SPEC_VERSION,
         "name": "fuzz",
         "base_model": backend.facts.info().model_dump(mode="json", exclude_none=True),
-        "probes": [linear("identity", readings=readings)],
+        "probes": [probe_of],
         "interventions": acts,
         "rules": [rule(["p"], [act["id"] for act in acts])],
     }
@@ -127,9 +140,14 @@ def score(backend: Backend, package: SteeringPackage, ids: list[int]) -> tuple[f
     """The oracle's score of a prompt, and whether it fires; a prompt too short fires."""
     states = backend.states(ids)
     depth = package.spec.depth
-    verdict = reference.judge(
-        package.spec.probes[0], package.tensors, lambda site: states[depth(site)]
-    )
+    [probe] = package.spec.probes
+    if probe.token_reading is not None:
+        x = reference.row_inputs(probe.token_reading, lambda site: states[depth(site)])
+        logits = reference.row_logits(probe, package.tensors, x)
+        every = np.ones(len(ids), np.bool_)
+        rows = reference.judge_rows(probe, logits, every, every, len(ids) - 1)
+        return rows.score, rows.fired
+    verdict = reference.judge(probe, package.tensors, lambda site: states[depth(site)])
     return verdict.score, verdict.fired
 
 

@@ -144,7 +144,7 @@ class TGI:
         probes = [
             {
                 "probe": probe.id,
-                "readings": [str(reading) for reading in probe.readings],
+                "readings": list(probe.reads),
                 **({"threshold": probe.threshold, "comparator": probe.comparator} if shown else {}),
             }
             for probe in spec.probes

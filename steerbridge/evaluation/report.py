@@ -122,7 +122,7 @@ def _card(package: SteeringPackage) -> dict[str, Any]:
                 "id": p.id,
                 "type": p.type,
                 "rule": f"{p.comparator} {p.threshold:.4f}",
-                "readings": [str(r) for r in p.readings],
+                "readings": list(p.reads),
             }
             for p in spec.probes
         ],
