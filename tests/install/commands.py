@@ -21,6 +21,7 @@ NEEDS: Final = {
     "report": "report",
     "run": "run",
     "schema": "",
+    "score": MODEL,
     "serve": "serve",
     "train": "hf",
 }
