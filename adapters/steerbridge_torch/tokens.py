@@ -120,11 +120,6 @@ class RowScores:
         self._broken = full(_LEAST_ROOM, False, torch.bool)  # some row so far is not sound
         self._fired = full(1, NEVER, torch.int64)[:, 0]  # the first column
 
-    @property
-    def columns(self) -> int:
-        """C."""
-        return self._columns
-
     def add(
         self, start: int, logits_BQ: Tensor, sound_BQ: Tensor, inside_BQ: Tensor, ends_BQ: Tensor
     ) -> None:
