@@ -79,6 +79,7 @@ static bool leaves_rows(const steerhook_session *s, const sh_rule *rule) {
     return false;
 }
 
+/* A rule writes rows from the one where it begins: the next request is not to trust those. */
 static void note_steered(sh_request *request, int64_t begin) {
     int32_t first = (int32_t)begin;
     if (request->cache.first_steered == SH_NO_ROW || first < request->cache.first_steered) {
