@@ -18,7 +18,8 @@ from typing import Any
 import steerbridge
 from common import CACHE, open_demo, open_smollm2, progress, say, splits
 from steerbridge import Example, SteeringPackage, TrainSettings, corpus_examples, smollm2
-from steerbridge.data import folds, sha256
+from steerbridge.data import sha256
+from steerbridge.datasets.groups import folds
 from steerbridge.training.settings import HeadSettings
 from steerbridge_demo.guard import guard_examples
 from steerbridge_demo.weights import shipped_bytes

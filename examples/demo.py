@@ -22,7 +22,7 @@ from PIL import Image
 import steerbridge
 import steerbridge_demo
 from steerbridge import Evaluation, Example, TrainSettings
-from steerbridge.data import folds
+from steerbridge.datasets.groups import folds
 from steerbridge_demo import gguf_files
 from steerbridge_demo.guard import guard_examples
 

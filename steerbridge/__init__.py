@@ -29,7 +29,8 @@ from steerbridge.registry import lazy as _lazy
 if TYPE_CHECKING:
     from steerbridge._version import __version__
     from steerbridge.conversion import ConversionReport, convert
-    from steerbridge.data import Example, corpus_examples, read_examples
+    from steerbridge.data import Example, corpus_examples
+    from steerbridge.datasets.reading import read_examples
     from steerbridge.errors import (
         BrokenPackage,
         ConversionError,
@@ -69,7 +70,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "steerbridge._version": ("__version__",),
     "steerbridge.conversion": ("ConversionReport", "convert"),
-    "steerbridge.data": ("Example", "corpus_examples", "read_examples"),
+    "steerbridge.data": ("Example", "corpus_examples"),
+    "steerbridge.datasets.reading": ("read_examples",),
     "steerbridge.errors": (
         "BrokenPackage",
         "ConversionError",

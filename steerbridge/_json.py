@@ -14,14 +14,14 @@ from steerbridge.errors import BrokenPackage, Problem
 MAX_BYTES = 16 << 20
 
 
-def loads(data: bytes, what: str) -> Any:
-    """Parse UTF-8 JSON.
+def loads(data: bytes, what: str, limit: int = MAX_BYTES) -> Any:
+    """Parse UTF-8 JSON of at most `limit` bytes.
 
     Raises:
         BrokenPackage: too large, not UTF-8, not JSON, duplicate keys, NaN or too deep.
     """
-    if len(data) > MAX_BYTES:
-        raise BrokenPackage(Problem(what, f"at most {MAX_BYTES} bytes", f"{len(data)} bytes"))
+    if len(data) > limit:
+        raise BrokenPackage(Problem(what, f"at most {limit} bytes", f"{len(data)} bytes"))
     try:
         value = json.loads(
             data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant

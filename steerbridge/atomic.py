@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+
+def require_writable(target: Path) -> None:
+    """Refuse a file that could not be written later: before an hour of work, not after it.
+
+    Raises:
+        OSError: its folder cannot be made or written, or it is a directory.
+    """
+    parent = target.parent.absolute()
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        raise NotADirectoryError(f"{parent} is no directory, so {target} cannot be written")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"{target} cannot be written: {parent} is not writable")
+    if target.is_dir():
+        raise IsADirectoryError(f"{target} is a directory")
 
 
 @contextmanager

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from steerbridge import data, registry, runtime
-from steerbridge.data import Example
+from steerbridge import registry, runtime
 from steerbridge.errors import UnsupportedFeature
 from steerbridge.runtime import LoadedModel, Progress, TrainableModel, model_path
 
@@ -36,17 +34,6 @@ Ignore = Annotated[
     typer.Option(
         "--ignore", help="Field of the base model that may differ, such as chat_template_sha256."
     ),
-]
-Data = Annotated[
-    list[Path],
-    typer.Option(
-        "--data",
-        help="Prompts or pairs: JSON Lines, CSV, Parquet, a dataset saved by `datasets`, or a "
-        "directory of images in `harmful` and `harmless`; may be repeated.",
-    ),
-]
-Corpus = Annotated[
-    str, typer.Option(help="Splits of the shipped prompts to add, joined by +, or `none`.")
 ]
 Fpr = Annotated[
     float, typer.Option(help="Largest share of harmless prompts that may fire.", min=0, max=0.5)
@@ -89,15 +76,6 @@ def identity(name: str, runtime_name: str, mmproj: str, loaded: LoadedModel) -> 
             if file.is_file()
         ]
     return "|".join([runtime_name, name, loaded.quantisation, *stamps])
-
-
-def examples(paths: Sequence[Path], corpus: str) -> list[Example]:
-    """Prompts of the files, and of the shipped corpus' splits unless it is `none`."""
-    prompts = [e for p in paths for e in data.read_examples(p)]
-    if corpus != "none":
-        for split in corpus.split("+"):
-            prompts += data.corpus_examples(split)
-    return prompts
 
 
 def say(text: str) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ from pydantic import ValidationError
 
 from steerbridge import _json, encodings, fingerprint
 from steerbridge import spec as spec_module
-from steerbridge.atomic import replacing
+from steerbridge.atomic import replacing, require_writable
 from steerbridge.errors import (
     BrokenPackage,
     InvalidSpec,
@@ -57,8 +58,10 @@ class SteeringPackage:
 
     @property
     def sha256(self) -> str:
-        """Hash of the spec and the tensors' bytes, the same for a directory and a GGUF file."""
-        digest = hashlib.sha256(_json.dumps(self.spec.to_json()))
+        """Hash of the spec but for `created`, and of the tensors' bytes: the same for a directory
+        and a GGUF file, and for two trainings with the same seed and data."""
+        spec = {key: value for key, value in self.spec.to_json().items() if key != "created"}
+        digest = hashlib.sha256(_json.dumps(spec))
         for name, tensor in sorted(self.tensors.items()):
             digest.update(f"\0{name}\0{tensor.dtype}\0{tensor.shape}\0".encode())
             digest.update(np.ascontiguousarray(tensor.array).reshape(-1).view(np.uint8).data)
@@ -114,7 +117,7 @@ class SteeringPackage:
         Raises:
             PackageError: the target exists and is something else, or did not read back equal.
         """
-        target = Path(path)
+        target = check_target(path)
         if target.suffix == ".gguf":
             _save_gguf(self, target)
         else:
@@ -148,7 +151,11 @@ def load(source: str | Path, *, revision: str | None = None) -> SteeringPackage:
         raw, tensors = encodings.read_directory(path)
     else:
         raw, tensors = encodings.read_gguf(path)
-    return SteeringPackage(parse(raw, path), tensors, path)
+    spec = parse(raw, path)
+    for name, near in spec_module.unknown_fields(spec):
+        if near:  # other unknown fields may be of a newer minor version
+            warnings.warn(f"{path}: {name} is not known: did you mean {near}?", stacklevel=2)
+    return SteeringPackage(spec, tensors, path)
 
 
 def parse(raw: Any, path: Path | None = None) -> SteeringSpec:
@@ -176,6 +183,9 @@ def _problem(error: Any) -> Problem:
     if error["type"] == "missing":
         return Problem(where or "spec", "this field", "nothing")
     want = error["msg"].removeprefix("Input should be ")
+    if error["type"] == "extra_forbidden":
+        near = spec_module.nearest(str(error["loc"][-1]), spec_module.field_names())
+        want = "no such field" + (f" (did you mean {near}?)" if near else "")
     got = repr(error["input"])
     return Problem(where or "spec", want, got if len(got) <= 80 else got[:77] + "...")
 
@@ -223,18 +233,43 @@ def _scale_problems(package: SteeringPackage) -> list[Problem]:
 # ---------------------------------------------------------------- saving
 
 
+def check_target(path: str | Path) -> Path:
+    """The path as `save` takes it, if a package can be written there.
+
+    Raises:
+        PackageError: it exists and is something else.
+        OSError: its folder cannot be written.
+    """
+    target = Path(path)
+    if target.suffix == ".gguf":
+        if target.is_dir():
+            raise PackageError("a directory is in the way of the GGUF file", target)
+        ours = target.exists() and _is_gguf_package(target)
+        free = not target.exists()
+    else:
+        ours = (target / encodings.CONFIG_NAME).is_file()
+        free = not target.exists() or (target.is_dir() and not any(target.iterdir()))
+    if not ours and not free:
+        raise PackageError("exists and is not a steering package", target)
+    require_writable(target.parent / f".{target.name}")  # what is renamed into its place
+    return target
+
+
+def _is_gguf_package(path: Path) -> bool:
+    try:
+        encodings.read_gguf(path)
+    except BrokenPackage:
+        return False
+    return True
+
+
 def _save_gguf(package: SteeringPackage, target: Path) -> None:
-    if target.is_dir():
-        raise PackageError("a directory is in the way of the GGUF file", target)
     with replacing(target) as fresh:
         encodings.write_gguf(fresh, package.spec.to_json(), package.tensors)
         _compare(package, *encodings.read_gguf(fresh), target)
 
 
 def _save_directory(package: SteeringPackage, target: Path) -> None:
-    ours = (target / encodings.CONFIG_NAME).is_file()
-    if target.exists() and not ours and (not target.is_dir() or any(target.iterdir())):
-        raise PackageError("exists and is not a steering package", target)
     with replacing(target) as fresh:
         fresh.mkdir()
         encodings.write_directory(fresh, package.spec.to_json(), package.tensors)

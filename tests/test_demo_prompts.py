@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from steerbridge.data import read_jsonl
+from steerbridge import read_examples
 from steerbridge.errors import DataError
 
 Image = pytest.importorskip("PIL.Image", reason="needs the extra `demo`")
@@ -54,7 +54,7 @@ def test_guard_prompts_are_the_same_again_and_read_back(tmp_path):
     first = guard.write_jsonl(tmp_path / "a", "validation", per_kind=3)
     second = guard.write_jsonl(tmp_path / "b", "validation", per_kind=3)
     assert first.read_bytes() == second.read_bytes()
-    pairs = zip(read_jsonl(first), read_jsonl(second), strict=True)
+    pairs = zip(read_examples(first), read_examples(second), strict=True)
     for one, other in pairs:
         assert one.images[0].read_bytes() == other.images[0].read_bytes()
         assert (one.text, one.harmful, one.kind) == (other.text, other.harmful, other.kind)

@@ -9,6 +9,8 @@ import typer
 
 from steerbridge import command_line
 from steerbridge.conversion import ConversionReport
+from steerbridge.data import Example
+from steerbridge.datasets import options as prompt_options
 from steerbridge.errors import DataError, Problem, SteerbridgeError
 from steerbridge.evaluation import measure
 from steerbridge.format import formats as installed_formats
@@ -58,6 +60,8 @@ def convert(
         list[Path],
         typer.Option(help="Prompts for comparing refusals before and after; needs --model."),
     ] = [],
+    label: prompt_options.Label = [],
+    map: prompt_options.Map = [],
     runtime: command_line.Runtime = "hf",
     json: command_line.Json = False,
 ) -> None:
@@ -66,6 +70,10 @@ def convert(
         raise SteerbridgeError(f"--dtype: expected F32, F16 or BF16, found {dtype!r}")
     if data and model is None:
         raise SteerbridgeError("--data needs --model")
+    prompts = prompt_options.Prompts(data, label, map).read("to compare on") if data else []
+    prompts = [e for e in prompts if e.harmful]
+    if data and not prompts:
+        raise DataError(Problem("--data", "harmful prompts", "none"))
     origin: dict[str, Any] = {
         "source_format": source_format or None,
         "answers": dict(_pair(text) for text in answers),
@@ -83,9 +91,9 @@ def convert(
         **origin,
     )
     refused: dict[str, float] = {}
-    if data:
+    if prompts:
         before, _ = conversion.read(source, **origin)
-        refused = _refused(before, load(target), str(model), runtime, data)
+        refused = _refused(before, load(target), str(model), runtime, prompts)
     if json:
         command_line.print_json(report.to_json() | ({"refused": refused} if refused else {}))
     else:
@@ -106,17 +114,18 @@ def _print(report: ConversionReport, refused: dict[str, float]) -> None:
 
 
 def _refused(
-    before: SteeringPackage, after: SteeringPackage, model: str, runtime: str, data: list[Path]
+    before: SteeringPackage,
+    after: SteeringPackage,
+    model: str,
+    runtime: str,
+    prompts: list[Example],
 ) -> dict[str, float]:
-    """The refused share of the harmful prompts with each package."""
+    """The refused share of harmful prompts with each package."""
     loaded = command_line.open_model(model, runtime)
-    prompts = [e for e in command_line.examples(data, "none") if e.harmful]
-    if not prompts:
-        raise DataError(Problem("--data", "harmful prompts", "none"))
     shares = {}
     for name, package in (("before", before), ("after", after)):
         rows = measure.run(loaded, package, prompts)
-        shares[name] = 1 - measure.summary(rows)["asr_steered"]
+        shares[name] = 1 - measure.summary(rows)["asr_guard_steered"]
     return shares
 
 

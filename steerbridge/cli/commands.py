@@ -4,6 +4,10 @@ from typing import Final
 
 from steerbridge.registry import Command
 
+DATA: Final = Command(
+    target="steerbridge.cli.data:data",
+    summary="Show what files of prompts hold, and how they are read.",
+)
 TRAIN: Final = Command(
     target="steerbridge.cli.train:train",
     summary="Train a package on labelled prompts.",

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from steerbridge import command_line
+from steerbridge.atomic import require_writable
 from steerbridge.data import Example
+from steerbridge.datasets import options
 from steerbridge.errors import DataError, Problem
 from steerbridge.evaluation import compare as comparing
 from steerbridge.evaluation import judges, measure, record
@@ -35,8 +36,11 @@ def evaluate(
     baseline_url: Annotated[
         str, typer.Option(help="The same model without a guard, for comparison with --url.")
     ] = "",
-    data: command_line.Data = [],
-    corpus: command_line.Corpus = "none",
+    data: options.Data = [],
+    label: options.Label = [],
+    map: options.Map = [],
+    encoding: options.Encoding = "",
+    corpus: options.Corpus = "none",
     limit: Annotated[
         int, typer.Option(help="Number of prompts to use, evenly spaced; 0 uses all.")
     ] = 0,
@@ -79,8 +83,11 @@ def evaluate(
     if url and compare:
         raise DataError(Problem("--compare", "a package, whose probe is left out", "--url"))
     measure.require()
-    prompts = _prompts(data, corpus, limit)
-    options: dict[str, Any] = {
+    for path in filter(None, (rows, out)):
+        require_writable(path)
+    prompts = options.Prompts(data, label, map, encoding, corpus).read("to measure on")
+    prompts = _limited(prompts, limit)
+    how: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "judges": [judges.named(name, concurrency) for name in judge],
         "progress": command_line.progress(),
@@ -91,15 +98,15 @@ def evaluate(
             _server("unsteered", baseline_url, concurrency, BASELINE_KEY) if baseline_url else None
         )
         server = _server("steered", url, concurrency, KEY)
-        evaluation = evaluate_server(server, baseline, prompts, store=store, **options)
+        evaluation = evaluate_server(server, baseline, prompts, store=store, **how)
     else:
         steering = load(package)
         sizes = {"batch_size": batch_size} if batch_size else {}
         loaded = command_line.open_model(model, runtime, mmproj, **sizes)
         identity = command_line.identity(model, runtime, mmproj, loaded)
         store = Store(cache, identity) if cache else None
-        options |= {"compare": compare, "ignore": ignore, "name": model, "store": store}
-        evaluation = measured(loaded, steering, prompts, **options)
+        how |= {"compare": compare, "ignore": ignore, "name": model, "store": store}
+        evaluation = measured(loaded, steering, prompts, **how)
     if rows:
         measure.write_rows(rows, evaluation.rows)
     _tell(evaluation, out, json)
@@ -119,10 +126,8 @@ def _tell(evaluation: Evaluation, out: Path | None, json: bool) -> None:
         print("\n".join(["", *comparing.table(evaluation.comparison)]))
 
 
-def _prompts(paths: Sequence[Path], corpus: str, limit: int) -> list[Example]:
-    prompts = command_line.examples(paths, corpus)
-    if not prompts:
-        raise DataError(Problem("--data or --corpus", "prompts to measure on", "none"))
+def _limited(prompts: list[Example], limit: int) -> list[Example]:
+    """At most so many, evenly spaced; 0: all."""
     if limit and limit < len(prompts):
         prompts = [prompts[i * len(prompts) // limit] for i in range(limit)]
     return prompts

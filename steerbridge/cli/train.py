@@ -8,9 +8,13 @@ from typing import Annotated, Any
 import typer
 
 from steerbridge import command_line
+from steerbridge.atomic import require_writable
+from steerbridge.datasets import options
 from steerbridge.evaluation import plots
+from steerbridge.package import check_target
 from steerbridge.sheet import describe
 from steerbridge.training.settings import DEFAULT_REFUSAL, TrainSettings
+from steerbridge.training.train import check
 from steerbridge.training.train import train as run
 
 
@@ -18,8 +22,11 @@ def train(
     out: Annotated[Path, typer.Argument(help="Package to write: a directory, or a .gguf file.")],
     model: command_line.Model = "smollm2",
     runtime: command_line.Runtime = "hf",
-    data: command_line.Data = [],
-    corpus: command_line.Corpus = "train+validation",
+    data: options.Data = [],
+    label: options.Label = [],
+    map: options.Map = [],
+    encoding: options.Encoding = "",
+    corpus: options.Corpus = "train+validation",
     refusal: Annotated[
         str, typer.Option(help="The sentence that the guard says when it refuses.")
     ] = DEFAULT_REFUSAL,
@@ -56,10 +63,13 @@ def train(
         target_fpr=command_line.targets(fpr, borderline_fpr),
         seed=seed,
     )
+    check_target(out)
     if report:
         plots.require()
+        require_writable(report)
+    prompts = options.Prompts(data, label, map, encoding, corpus).read("to train on")
+    check(prompts)
     loaded = command_line.trainable(command_line.open_model(model, runtime))
-    prompts = command_line.examples(data, corpus)
     package = run(loaded, prompts, settings, workdir=cache, progress=command_line.progress())
     package.save(out)
     if report:

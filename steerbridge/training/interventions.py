@@ -8,8 +8,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from steerbridge import data
 from steerbridge.data import Example
+from steerbridge.datasets import groups
 from steerbridge.evaluation.judge import refuses, well_formed
 from steerbridge.low_rank import low_rank
 from steerbridge.package import SteeringPackage
@@ -55,7 +55,7 @@ class Job:
     def harmful(self) -> tuple[list[Example], list[Example]]:
         """Harmful prompts to train on, and others to choose the strength on."""
         harmful = [e for e in self.examples if e.harmful]
-        fold = data.folds(harmful, FOLDS, self.settings.seed + 1)
+        fold = groups.folds(harmful, FOLDS, self.settings.seed + 1)
         order = np.random.default_rng(self.settings.seed).permutation(len(harmful))
         train = [harmful[i] for i in order if fold[i] != 0][: self.settings.head_prompts]
         held = [harmful[i] for i in order if fold[i] == 0][: self.settings.validation_prompts]

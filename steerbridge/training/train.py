@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Final
 
 from steerbridge.data import Example
+from steerbridge.datasets import checks
 from steerbridge.errors import DataError, Problem
 from steerbridge.package import SteeringPackage
 from steerbridge.registry import requires
 from steerbridge.runtime import Progress, TrainableModel, silent
 from steerbridge.training.settings import FOLDS, TrainSettings
 
-FEWEST: Final = 4 * FOLDS  # prompts per label
+FEWEST: Final = 4 * FOLDS  # distinct prompts per label
 
 
 def train(
@@ -31,8 +32,8 @@ def train(
 
     Args:
         model: opened by a runtime that can train, such as `open_model("hf", ...)`.
-        examples: harmful and harmless prompts, at least 20 of each; the two sides of an aligned
-            pair share `Example.pair`.
+        examples: harmful and harmless prompts, at least 20 of each that differ; the two sides of
+            an aligned pair share `Example.pair`.
         settings: None for the defaults.
         workdir: captured states are kept here, and a later run continues from them; None keeps
             nothing.
@@ -42,13 +43,11 @@ def train(
         The package, in memory; `save` writes it.
 
     Raises:
-        DataError: too few prompts with either label, or `workdir` holds states of other prompts.
+        DataError: too few prompts with either label, one with both, or `workdir` holds states
+            of other prompts.
         RuntimeMissing: torch is not installed (extra `hf`).
     """
-    for harmful, label in ((True, "harmful"), (False, "harmless")):
-        count = sum(e.harmful == harmful for e in examples)
-        if count < FEWEST:
-            raise DataError(Problem("examples", f"{FEWEST} or more {label} prompts", str(count)))
+    check(examples)
     with requires("hf"):
         from steerbridge.training import recipe
     settings = settings or TrainSettings()
@@ -56,3 +55,20 @@ def train(
         return recipe.run(model, examples, settings, workdir, progress or silent)
     with tempfile.TemporaryDirectory(prefix="steerbridge-") as scratch:
         return recipe.run(model, examples, settings, Path(scratch), progress or silent)
+
+
+def check(examples: Sequence[Example]) -> None:
+    """Refuse prompts that nothing can be learnt from.
+
+    Raises:
+        DataError: a prompt has both labels, or there are too few of either that differ.
+    """
+    checks.check(examples)
+    for label, count in checks.distinct(examples).items():
+        if count < FEWEST:
+            want = f"{FEWEST} or more {label} prompts that differ"
+            raise DataError(Problem("examples", want, str(count)))
+    for label, count in checks.groups_by_label(examples).items():
+        if count < FOLDS:
+            want = f"{FOLDS} or more groups of {label} prompts that are not alike"
+            raise DataError(Problem("examples", want, str(count)))

@@ -13,6 +13,7 @@ MODEL: Final = "hf or llama-cpp"  # the extras of a command that opens a model
 NEEDS: Final = {
     "calibrate": MODEL,
     "convert": "",
+    "data": "",
     "doctor": "run",
     "eval": f"eval, and {MODEL}",
     "formats": "",

@@ -1,0 +1,1 @@
+"""Prompt sets as people have them: files read, labels found, contents checked."""
