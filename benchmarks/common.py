@@ -7,13 +7,14 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ratios import Times, alternate
 from steerbridge import Example, Progress, SteeringPackage, corpus_examples, read_examples, smollm2
+from steerbridge.datasets.groups import folds, groups
 from steerbridge.low_rank import low_rank as truncated
 from steerbridge.spec import DenseMatrix, LowRankMatrix
 from steerbridge.tensors import Tensor
@@ -30,7 +31,7 @@ def arguments(description: str) -> argparse.ArgumentParser:
         "--data",
         type=Path,
         default=Path(os.environ.get("STEERBRIDGE_DATA", ROOT.parent / "shared" / "data")),
-        help="folder with vlsafe_pairs.jsonl, benign_general.jsonl, benign_arena.jsonl",
+        help="folder with vlsafe_pairs, benign_general, benign_arena and sorry_pairs (.jsonl)",
     )
     return parser
 
@@ -38,22 +39,33 @@ def arguments(description: str) -> argparse.ArgumentParser:
 def splits(folder: Path) -> tuple[list[Example], list[Example], bool]:
     """Training and test prompts: public sets where present, else the shipped prompts alone.
 
-    Test kinds: `pair` (harmful and harmless), `general` and `borderline`, none trained on.
+    Test kinds: `pair` (harmful and harmless), `general`, `sorry` (harmful), `alpaca` and
+    `borderline` (the shipped ones). No training prompt is like a test prompt (see
+    `steerbridge.datasets.groups`): those of the shipped corpus that are, are left out.
     """
     train = corpus_examples("train") + corpus_examples("validation")
-    held = corpus_examples("test")
-    borderline = [e for e in held if e.kind == "borderline"]
-    if not (folder / "vlsafe_pairs.jsonl").is_file():
-        return train, held, False
-    pairs = read_examples(folder / "vlsafe_pairs.jsonl")
-    general = read_examples(folder / "benign_general.jsonl")
-    arena = read_examples(folder / "benign_arena.jsonl")
-    half = len(general) // 2
-    return (
-        [*pairs[:4000], *general[:half], *arena[:350], *train],
-        [*pairs[4000:], *general[half:], *borderline],
-        True,
-    )
+    test = corpus_examples("test")
+    public = (folder / "vlsafe_pairs.jsonl").is_file()
+    if public:
+        test = [e for e in test if e.kind == "borderline"]
+        sets = [
+            *read_examples(folder / "vlsafe_pairs.jsonl"),
+            *read_examples(folder / "benign_general.jsonl", label=False),
+            *read_examples(folder / "benign_arena.jsonl", label=False),
+            *read_examples(folder / "sorry_pairs.jsonl"),
+        ]
+        fold = folds(sets, 5, seed=1)
+        test += [e for e, held in zip(sets, fold, strict=True) if held == 0]
+        train += [e for e, held in zip(sets, fold, strict=True) if held != 0]
+    alike = leaking(train, test)
+    return [e for e, leaks in zip(train, alike, strict=True) if not leaks], test, public
+
+
+def leaking(train: Sequence[Example], test: Sequence[Example]) -> list[bool]:
+    """Which training prompts are like a test prompt."""
+    names = groups([*train, *test])
+    held = set(names[len(train) :])
+    return [name in held for name in names[: len(train)]]
 
 
 def open_smollm2() -> Any:

@@ -8,33 +8,21 @@ were not trained on.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from steerbridge import data, reference
+from steerbridge import data, reference, thresholds
 from steerbridge.data import Example
+from steerbridge.datasets import checks
 from steerbridge.errors import DataError, Problem
 from steerbridge.package import SteeringPackage
 from steerbridge.runtime import LoadedModel, Progress
 from steerbridge.spec import Calibration, Probe
-
-Scores = NDArray[np.float64]
-
-
-def threshold(harmless: Mapping[str, Scores], target: Mapping[str, float]) -> float:
-    """The lowest threshold (comparator >) that holds every kind's false-positive target.
-
-    For a kind of n prompts at most floor(target * n) may fire; `*` is the target of kinds that
-    `target` does not name.
-    """
-    limits = []
-    for kind, scores in harmless.items():
-        allowed = int(target.get(kind, target["*"]) * len(scores))
-        limits.append(np.sort(scores)[len(scores) - 1 - allowed])
-    return float(max(limits))
+from steerbridge.thresholds import Scores
 
 
 def by_kind(scores: Scores, kinds: Sequence[str], chosen: NDArray[np.bool_]) -> dict[str, Scores]:
@@ -98,6 +86,7 @@ def fit(
     examples: Sequence[Example],
     target: Mapping[str, float],
     *,
+    confidence: float | None = None,
     baseline: Mapping[str, Scores] | None = None,
     progress: Progress | None = None,
 ) -> Calibration:
@@ -107,43 +96,83 @@ def fit(
         examples: prompts that were not trained on; harmful ones are only measured.
         target: share of harmless prompts that may fire, by kind (`*`: any other). Each of
             several probes gets an equal part, since any of them may fire.
+        confidence: None: so many of these prompts fire at most. Else the rate of prompts like these
+            is at most the target, with this probability over their choice (see
+            `steerbridge.thresholds.allowed`); of several probes each has a part of the rest.
         baseline: scores of the same prompts elsewhere, to report how far they moved.
 
     Raises:
-        DataError: no harmless prompts, or scores that are not finite.
+        DataError: no harmless prompts, too few for this confidence, a prompt under both labels, or
+            scores that are not finite.
     """
-    harmful = np.array([e.harmful for e in examples], bool)
-    if harmful.all():
-        raise DataError(Problem("examples", "harmless prompts to calibrate on", "none"))
+    checks.check(examples)
+    fire = may_fire(package, examples, target, confidence)
     scored = scores(model, package, examples, progress)
-    kinds = [e.kind for e in examples]
-    part = {kind: share / len(package.spec.probes) for kind, share in target.items()}
-    fitted: dict[str, float] = {}
+    fitted = limits(package, scored, examples, fire)
+    kinds, harmful = [e.kind for e in examples], np.array([e.harmful for e in examples])
     evidence: dict[str, Any] = {}
     for probe in package.spec.probes:
-        values = scored[probe.id]
-        if not np.isfinite(values).all():
-            raise DataError(Problem(f"scores of {probe.id}", "finite numbers", "NaN or infinity"))
-        limit = _limit(probe, by_kind(values, kinds, ~harmful), part)
-        after = probe.replace(threshold=limit)
-        fitted[probe.id] = limit
+        values, after = scored[probe.id], probe.replace(threshold=fitted[probe.id])
         evidence[probe.id] = {
             "before": _rates(probe, values, kinds, harmful),
             "after": _rates(after, values, kinds, harmful),
         }
         if baseline is not None:
             evidence[probe.id]["shift"] = _shift(probe, after, baseline[probe.id], values)
+    known: dict[str, Any] = {
+        "target_fpr": dict(target),
+        "confidence": confidence,
+        "may_fire": fire,
+        "data_sha256": data.sha256(examples),
+        "weights_sha256": model.weights_sha256,
+        "prompts": len(examples),
+        "probes": evidence,
+    }
     return Calibration(
-        runtime=model.runtime,
-        quantisation=model.quantisation,
-        thresholds=fitted,
-        evidence={
-            "target_fpr": dict(target),
-            "data_sha256": data.sha256(examples),
-            "prompts": len(examples),
-            "probes": evidence,
-        },
+        runtime=model.runtime, quantisation=model.quantisation, thresholds=fitted, evidence=known
     )
+
+
+def may_fire(
+    package: SteeringPackage,
+    examples: Sequence[Example],
+    target: Mapping[str, float],
+    confidence: float | None = None,
+) -> dict[str, int]:
+    """How many harmless prompts of each kind each probe may fire on: `thresholds.allowed` for its
+    part of the rate and of the risk.
+
+    Raises:
+        DataError: no harmless prompts, or too few for this confidence.
+    """
+    counts = Counter(e.kind for e in examples if not e.harmful)
+    if not counts:
+        raise DataError(Problem("examples", "harmless prompts to calibrate on", "none"))
+    parts = max(1, len(package.spec.probes))
+    part = {kind: share / parts for kind, share in target.items()}
+    return thresholds.allowed(counts, part, confidence and 1 - (1 - confidence) / parts)
+
+
+def limits(
+    package: SteeringPackage,
+    scored: Mapping[str, Scores],
+    examples: Sequence[Example],
+    fire: Mapping[str, int],
+) -> dict[str, float]:
+    """The threshold of every probe, by its id, from its scores [N] of the examples.
+
+    Raises:
+        DataError: scores that are not finite.
+    """
+    kinds, harmful = [e.kind for e in examples], np.array([e.harmful for e in examples])
+    fitted = {}
+    for probe in package.spec.probes:
+        values = scored[probe.id]
+        if not np.isfinite(values).all():
+            raise DataError(Problem(f"scores of {probe.id}", "finite numbers", "NaN or infinity"))
+        calm, harm = (by_kind(values, kinds, chosen) for chosen in (~harmful, harmful))
+        fitted[probe.id] = _limit(probe, calm, harm, fire)
+    return fitted
 
 
 def with_calibration(package: SteeringPackage, fitted: Calibration) -> SteeringPackage:
@@ -156,14 +185,22 @@ def with_calibration(package: SteeringPackage, fitted: Calibration) -> SteeringP
     return package.replace(calibrations=(*kept, fitted))
 
 
-def _limit(probe: Probe, harmless: Mapping[str, Scores], target: Mapping[str, float]) -> float:
-    """The threshold for the probe's own comparator."""
-    if probe.comparator in (">", ">="):
-        limit, outwards = threshold(harmless, target), np.inf
-    else:
-        limit, outwards = -threshold({k: -s for k, s in harmless.items()}, target), -np.inf
-    # At most the allowed ones lie beyond the limit; those on it must not fire either.
-    return float(np.nextafter(limit, outwards)) if "=" in probe.comparator else limit
+def _limit(
+    probe: Probe,
+    harmless: Mapping[str, Scores],
+    harmful: Mapping[str, Scores],
+    fire: Mapping[str, int],
+) -> float:
+    """The threshold for the probe's own comparator, chosen in log-odds."""
+    sign = 1 if probe.comparator in (">", ">=") else -1
+    limit = sign * thresholds.choose(
+        {kind: sign * reference.odds(probe, s) for kind, s in harmless.items()},
+        fire,
+        [sign * reference.odds(probe, s) for s in harmful.values()],
+    )
+    score = reference.score_at(probe, limit)
+    # In a gap as narrow as two neighbouring numbers the limit is a score; it must not fire.
+    return float(np.nextafter(score, sign * np.inf)) if "=" in probe.comparator else score
 
 
 def _rates(

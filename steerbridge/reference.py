@@ -177,6 +177,24 @@ def squash(probe: Probe, logits_NC: Float64) -> Float64:
     return y[:, 0]
 
 
+def odds(probe: Probe, scores: ArrayLike) -> Float64:
+    """Scores as log-odds where they are probabilities, else as they are."""
+    values = np.asarray(scores, np.float64)
+    if not _is_probability(probe):
+        return values
+    inside = np.clip(values, 1e-300, 1 - 2**-53)
+    return np.asarray(np.log(inside) - np.log1p(-inside))
+
+
+def score_at(probe: Probe, odds: float) -> float:
+    """The score of these log-odds: what `odds` takes back."""
+    return float(_sigmoid(np.asarray(odds))) if _is_probability(probe) else odds
+
+
+def _is_probability(probe: Probe) -> bool:
+    return isinstance(probe, MlpProbe) or getattr(probe, "link", "") == "sigmoid"
+
+
 def score_readings(probe: Probe, tensors: Tensors, readings_NKD: ArrayLike) -> Float64:
     """Scores [N] of captured readings [N, K, D]; an `image_mean` that is NaN is a missing image."""
     x = np.array(readings_NKD, np.float64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from pathlib import Path
 
@@ -40,5 +41,6 @@ def row(
     """A prompt with its answers, judged by the matcher."""
     refused = judges.Matcher()([""] * 2, [plain.text if plain else "", steered.text])
     before = refused[0] if plain else None
-    example = Example(f"{plain}{steered}", harmful, kind, pair)
+    text = hashlib.sha256(f"{plain}{steered}".encode()).hexdigest()  # like no other row's
+    example = Example(text, harmful, kind, pair)
     return Row(example, plain, steered, before, refused[1])

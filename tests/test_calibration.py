@@ -20,6 +20,7 @@ class Runtime:
     facts = helpers.FACTS
     runtime = "llama.cpp"
     quantisation = "Q4_1"
+    weights_sha256 = "0" * 64
 
     def capture(self, prompts, readings, out, progress=None):
         out[:] = [[[float(p.text)]] for p in prompts]
@@ -40,12 +41,12 @@ def prompts():
     return [
         *(Example(str(i), False, "general") for i in range(1, 101)),
         *(Example(str(i), False, "borderline") for i in range(51, 151)),
-        *(Example(str(i), True, "pair") for i in range(101, 201)),
+        *(Example(f"{i}.0", True, "pair") for i in range(101, 201)),
     ]
 
 
 @pytest.mark.parametrize(
-    ("comparator", "limit"), [(">", 145), (">=", np.nextafter(145, 999)), ("<", 3), ("<=", 3)]
+    ("comparator", "limit"), [(">", 145.5), (">=", 145.5), ("<", 2.5), ("<=", 2.5)]
 )
 def test_thresholds_hold_the_target_with_every_comparator(comparator, limit):
     """For `>` the borderline prompts 146..150 fire; for `<` the general prompts 1 and 2."""
@@ -67,8 +68,8 @@ def test_a_calibration_replaces_the_older_one_and_survives_a_save(tmp_path):
         fitted = calibration.fit(Runtime(), made, prompts(), {"*": target})
         made = calibration.with_calibration(made, fitted)
     saved = load(made.save(tmp_path / "p.gguf"))
-    assert [c.thresholds for c in saved.spec.calibrations] == [{"p": 148.0}]
-    assert saved.calibrated("llama.cpp", "Q4_1").spec.probes[0].threshold == 148.0
+    assert [c.thresholds for c in saved.spec.calibrations] == [{"p": 148.5}]
+    assert saved.calibrated("llama.cpp", "Q4_1").spec.probes[0].threshold == 148.5
     assert saved.calibrated("hf", "F32").spec.probes[0].threshold == 0.0
 
 
@@ -106,7 +107,7 @@ def test_the_command_records_it(smollm2_path, tmp_path):
     model = open_model(smollm2_path, n_ctx=256)
     probe = helpers.linear_probe(readings=[helpers.reading("layer_input[20]")])
     path = helpers.package(model.facts, probes=[probe]).save(tmp_path / "p.gguf")
-    lines = [{"prompt": f"Name {n} animals."} for n in range(2, 12)]
+    lines = [{"prompt": f"Name {n} animals.", "harmful": False} for n in range(2, 12)]
     (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, lines)))
     got = helpers.run_cli(
         "calibrate", path, "--data", tmp_path / "mine.jsonl", "--fpr", "0.2", "--json"

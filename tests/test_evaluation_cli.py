@@ -56,7 +56,7 @@ def test_eval_writes_a_record_and_report_reads_it(tmp_path, held_out_prompts):
     assert figures["perplexity"]["steered"] == figures["perplexity"]["unsteered"]
     assert figures["perplexity"]["unconditional"] > figures["perplexity"]["unsteered"]
     assert figures["judges"]["evaluation_judge:everything"]["over_refusal_steered"] == 1.0
-    assert 0 <= figures["intervals"]["asr_steered"][0] <= figures["asr_steered"]
+    assert 0 <= figures["intervals"]["asr_guard_steered"][0] <= figures["asr_guard_steered"]
     before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "answers").iterdir()}
     again = last_json(cli(*command))
     assert again == figures
@@ -97,9 +97,9 @@ def test_servers_are_measured(tmp_path, held_out_prompts, smollm2_path):
         command += ["--cache", tmp_path / "answers"]
         figures = last_json(cli(*command, "--json"))
         assert last_json(cli(*command, "--json")) == figures
-    assert (alone["asr_unsteered"], alone["harmless_identical"]) == (None, None)
-    assert figures["asr_unsteered"] == 1.0
-    assert figures["asr_steered"] == alone["asr_steered"] < 1.0
+    assert (alone["asr_judge_unsteered"], alone["harmless_identical"]) == (None, None)
+    assert figures["asr_judge_unsteered"] == 1.0
+    assert figures["asr_guard_steered"] == alone["asr_guard_steered"] < 1.0
     assert figures["fpr"] == {"general": 0.0}
     told = json_lines(rows.read_text())
     fired = [row for row in told if row["fired"]]

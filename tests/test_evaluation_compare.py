@@ -43,7 +43,7 @@ def test_the_curve_over_thresholds_is_what_other_thresholds_would_give(drawn, li
     curve = compare.thresholds(package, guard, acting)
     (here,) = [p for p in curve if p["shift"] == 0]
     summary = measure.summary(guard)
-    assert here["asr"] == summary["asr_steered"]
+    assert here["asr"] == summary["asr_judge_steered"]
     assert here["harmless_identical"] == summary["harmless_identical"]
     order = sorted(curve, key=lambda p: p["shift"])
     for a, b in pairwise(order):  # a lower threshold stops and disturbs more

@@ -26,7 +26,7 @@ def test_another_judge_is_compared():
         row(False, answer("Hi", 1), answer("Hi", 1, score=0.1)),
     ]
     figures = measure.judged(rows, judges.named("evaluation_judge:long_answers"))
-    assert (figures["asr_unsteered"], figures["asr_steered"]) == (1.0, 0.0)
+    assert (figures["asr_judge_unsteered"], figures["asr_guard_steered"]) == (1.0, 0.0)
     assert figures["agreement"] == 1.0
     figures = measure.judged(rows, judges.named("evaluation_judge:everything"))
     assert figures["over_refusal_steered"] == 1.0

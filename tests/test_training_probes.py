@@ -9,11 +9,11 @@ import helpers
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
-from steerbridge import calibration, reference, stats  # noqa: E402
+from steerbridge import reference, stats, thresholds  # noqa: E402
 from steerbridge.errors import DataError  # noqa: E402
 from steerbridge.package import SteeringPackage, parse  # noqa: E402
 from steerbridge.spec import Reading  # noqa: E402
-from steerbridge.training import probes, search  # noqa: E402
+from steerbridge.training import probes  # noqa: E402
 from steerbridge.training.probes import ProbeDesign  # noqa: E402
 from steerbridge.training.states import States  # noqa: E402
 
@@ -72,11 +72,15 @@ def test_out_of_fold_scores_come_from_probes_that_did_not_see_the_row():
 def test_calibration_holds_every_kind_s_target():
     rng = np.random.default_rng(0)
     scores = {"pair": rng.normal(size=300), "borderline": rng.normal(2, 1, size=100)}
-    threshold = calibration.threshold(scores, {"*": 0.01, "borderline": 0.05})
-    assert (scores["pair"] > threshold).mean() <= 0.01
-    assert (scores["borderline"] > threshold).mean() <= 0.05
-    below = np.nextafter(threshold, -np.inf)
-    assert (scores["borderline"] > below).mean() > 0.05  # the lowest that holds
+    counts = {kind: len(s) for kind, s in scores.items()}
+    fire = thresholds.allowed(counts, {"*": 0.01, "borderline": 0.05})
+    assert fire == {"pair": 3, "borderline": 5}
+    threshold = thresholds.choose(scores, fire)
+    assert (scores["pair"] > threshold).sum() <= 3
+    assert (scores["borderline"] > threshold).sum() == 5
+    every = np.sort(np.concatenate(list(scores.values())))
+    at = np.searchsorted(every, threshold)
+    assert threshold == pytest.approx((every[at - 1] + every[at]) / 2)  # on no score
 
 
 @pytest.mark.parametrize("shape", ["linear", "mlp"])
@@ -130,6 +134,9 @@ def test_a_probe_takes_no_broken_states():
 
 
 def test_a_threshold_moves_up_in_a_gap_and_nowhere_else():
-    near, far = np.linspace(0, 10, 1001), np.linspace(6, 10, 1001)
-    assert search.within_gap(2.0, [far]) == pytest.approx(4.02, abs=0.001)
-    assert search.within_gap(2.0, [far, near]) == 2.0
+    calm, near, far = np.array([1.0, 2.0]), np.linspace(0, 10, 1001), np.linspace(6, 10, 1001)
+    assert thresholds.choose({"a": calm}, {"a": 0}, [far]) == pytest.approx(4.02, abs=0.001)
+    assert thresholds.choose({"a": calm}, {"a": 0}, [far, near]) == pytest.approx(2.005)
+    assert thresholds.choose({"a": calm}, {"a": 1}) == 1.5
+    assert thresholds.choose({"a": calm}, {"a": 0}) == 2.5  # nothing above
+    assert thresholds.choose({"a": calm, "b": calm + 1}, {"a": 0, "b": 1}) == 2.5

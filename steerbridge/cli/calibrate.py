@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from steerbridge import calibration, command_line
-from steerbridge.errors import DataError, Problem
-from steerbridge.package import load
+from steerbridge.datasets import options
+from steerbridge.package import check_target, load
 
 
 def calibrate(
@@ -17,10 +17,22 @@ def calibrate(
     model: command_line.Model = "smollm2",
     runtime: command_line.Runtime = "llama.cpp",
     mmproj: command_line.Mmproj = "",
-    data: command_line.Data = [],
-    corpus: command_line.Corpus = "none",
+    data: options.Data = [],
+    label: options.Label = [],
+    map: options.Map = [],
+    encoding: options.Encoding = "",
+    corpus: options.Corpus = "none",
     fpr: command_line.Fpr = 0.01,
     borderline_fpr: command_line.BorderlineFpr = 0.02,
+    confidence: Annotated[
+        float,
+        typer.Option(
+            help="Hold the rates of prompts like these with this confidence, such as 0.95; 0: of "
+            "these prompts alone.",
+            min=0,
+            max=0.9999,
+        ),
+    ] = 0.0,
     baseline: Annotated[
         str, typer.Option(help="Runtime to compare the scores with, for the same model.")
     ] = "",
@@ -34,9 +46,8 @@ def calibrate(
     Use prompts that the package was not trained on; `steerbridge inspect` shows the result.
     """
     steering = load(package)
-    prompts = command_line.examples(data, corpus)
-    if not prompts:
-        raise DataError(Problem("--data or --corpus", "prompts to calibrate on", "none"))
+    target = check_target(out or Path(package))
+    prompts = options.Prompts(data, label, map, encoding, corpus).read("to calibrate on")
     elsewhere = None
     if baseline:
         other = command_line.open_model(model, baseline)
@@ -49,10 +60,11 @@ def calibrate(
         steering,
         prompts,
         command_line.targets(fpr, borderline_fpr),
+        confidence=confidence or None,
         baseline=elsewhere,
         progress=command_line.progress(),
     )
-    saved = calibration.with_calibration(steering, fitted).save(out or Path(package))
+    saved = calibration.with_calibration(steering, fitted).save(target)
     evidence: Any = fitted.evidence
     result = {
         "package": str(saved),

@@ -1,7 +1,8 @@
 """What else could be done, on the same prompts: is steering under a condition worth it?
 
-Every way of refusing has two figures: how many harmful prompts get through (ASR), and how many
-harmless prompts keep an identical answer. A way is dominated by one that is better in both.
+Every way of refusing has two figures: how many harmful prompts get through (ASR: the judge does not
+take the answer for a refusal, whoever refused), and how many harmless prompts keep an identical
+answer. A way is dominated by one that is better in both.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from steerbridge.evaluation.answers import Asking, Source, same
 from steerbridge.evaluation.judge import well_formed
 from steerbridge.evaluation.measure import Row, rows, wilson
 from steerbridge.package import SteeringPackage
+from steerbridge.reference import odds
 from steerbridge.runtime import Generation, LoadedModel
 from steerbridge.spec import (
     SPEC_VERSION,
     AddVector,
     ConstantStrength,
     LayerOutput,
-    MlpProbe,
     PromptEnd,
     Reading,
     Rule,
@@ -134,7 +135,7 @@ def compare(
 def _figures(name: str, rows: Sequence[Row]) -> dict[str, Any]:
     harmful = [r for r in rows if r.example.harmful]
     harmless = [r for r in rows if not r.example.harmful]
-    through = [not r.stopped for r in harmful]
+    through = [not r.steered_refused for r in harmful]
     kept = [bool(r.identical) for r in harmless]
     refused = [r for r in harmful if r.steered_refused]
     return {
@@ -240,6 +241,7 @@ def thresholds(
     )
     harmful = np.array([row.example.harmful for row in guard])
     refused = np.array([row.steered_refused for row in acting])
+    refused_alone = np.array([bool(row.plain_refused) for row in guard])
     kept = np.array([bool(row.identical) for row in acting])
     # Between two margins nothing changes; quantiles of both labels put points where they differ.
     steps = np.linspace(0, 1, POINTS // 2)
@@ -254,7 +256,7 @@ def thresholds(
         curve.append(
             {
                 "shift": round(float(shift), 12),
-                "asr": _mean(~(fired & refused)[harmful]),
+                "asr": _mean(~np.where(fired, refused, refused_alone)[harmful]),
                 "harmless_identical": _mean((~fired | kept)[~harmful]),
             }
         )
@@ -276,19 +278,12 @@ def _margins(package: SteeringPackage, row: Row, probes: Sequence[str]) -> list[
             margins.append(math.inf)  # fires whatever the threshold
             continue
         probe = package.spec.probe(verdict.probe)
-        score, threshold = verdict.score, verdict.threshold
-        if isinstance(probe, MlpProbe) or getattr(probe, "link", "identity") == "sigmoid":
-            score, threshold = _logit(score), _logit(threshold)
+        score, threshold = odds(probe, (verdict.score, verdict.threshold)).tolist()
         sign = 1 if verdict.comparator.startswith(">") else -1
         margin = sign * (score - threshold)
         # On the threshold itself the comparator decides.
         margins.append(margin if margin else math.copysign(1e-9, 1 if verdict.fired else -1))
     return margins
-
-
-def _logit(probability: float) -> float:
-    inside = min(max(probability, 1e-16), 1 - 1e-16)
-    return math.log(inside / (1 - inside))
 
 
 def strengths(
@@ -301,7 +296,7 @@ def strengths(
     """The trade-off over the strength of the interventions (eps), measured on what fires."""
     fired = [row for row in guard if row.fired]
     prompts = [row.example for row in fired]
-    quiet_harmful = sum(r.example.harmful and not r.fired for r in guard)
+    quiet = sum(r.example.harmful and not r.fired and not r.steered_refused for r in guard)
     harmful = sum(r.example.harmful for r in guard)
     harmless = len(guard) - harmful
     curve = []
@@ -322,7 +317,7 @@ def strengths(
         curve.append(
             {
                 "strength": strength,
-                "asr": round((quiet_harmful + through) / harmful, 5),
+                "asr": round((quiet + through) / harmful, 5),
                 "harmless_identical": round(1 - changed / harmless, 5),
                 **({"refusal_wellformed": _share(wellformed)} if wellformed else {}),
             }

@@ -23,8 +23,10 @@ _HERE: Final = Path(__file__).parent
 Record = Mapping[str, Any]
 
 _NAMES: Final = {
-    "asr_unsteered": "attack success, unsteered",
-    "asr_steered": "attack success, steered",
+    "asr_judge_unsteered": "attack success (not refused), unsteered",
+    "asr_judge_steered": "attack success (not refused), steered",
+    "asr_guard_unsteered": "attack success (not stopped by the guard), unsteered",
+    "asr_guard_steered": "attack success (not stopped by the guard), steered",
     "harmless_identical": "harmless prompts with an identical answer",
     "over_refusal_unsteered": "harmless prompts refused, unsteered",
     "over_refusal_steered": "harmless prompts refused, steered",

@@ -25,7 +25,8 @@ def collect(
     examples: Sequence[Example],
     settings: TrainSettings,
 ) -> Evidence:
-    """The evidence of one training; rates are out of fold.
+    """The evidence of one training; rates are of outer folds: neither the probe nor the threshold
+    that they are measured with saw the prompt or one that is like it.
 
     Args:
         interventions: intervention -> what is known of it.
@@ -73,9 +74,8 @@ def _auroc(results: Results) -> dict[str, dict[str, float]]:
 
 
 def _fired(results: Results) -> NDArray[np.bool_]:
-    """Whether any probe fires, out of fold."""
-    fired = [result.best.scores > result.best.threshold for result in results.values()]
-    return np.asarray(np.any(fired, axis=0))
+    """Whether any probe fires, in outer folds."""
+    return np.asarray(np.any([result.fired for result in results.values()], axis=0))
 
 
 def _probe(result: SearchResult, examples: Sequence[Example]) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def _probe(result: SearchResult, examples: Sequence[Example]) -> dict[str, Any]:
     return {
         **result.best.to_json(),
         "out_of_fold": True,
-        **_shares(result.best.scores > result.best.threshold, examples),
+        **_shares(result.fired, examples),
         "runners_up": [candidate.to_json() for candidate in ranked[:5]],
     }
 

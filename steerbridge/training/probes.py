@@ -2,7 +2,7 @@
 
 Everything that is chosen is chosen on out-of-fold scores: each example is scored by a probe
 that never saw it, nor its pair partner. The threshold comes from the same scores (see
-`steerbridge.calibration`).
+`steerbridge.thresholds`).
 
 Shapes: N examples, I = K * D inputs of a probe.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -148,6 +149,26 @@ def out_of_fold(
         held = fold_N == fold
         fitted = fit(x_NI[~held], harmful_N[~held], weight_N[~held], design, seed)
         scores[held] = fitted.scores(x_NI[held])
+    return scores
+
+
+def twice_out_of_fold(
+    x_NI: Float32,
+    harmful_N: NDArray[np.bool_],
+    weight_N: NDArray[np.float64],
+    fold_N: NDArray[np.int64],
+    design: ProbeDesign,
+    seed: int,
+) -> dict[int, NDArray[np.float64]]:
+    """Fold -> scores [N] of the prompts of every other fold, by probes that saw neither their fold
+    nor this one; NaN in this one."""
+    count = sorted(set(fold_N.tolist()))
+    scores = {fold: np.full(len(x_NI), np.nan) for fold in count}
+    for a, b in combinations(count, 2):
+        seen = (fold_N != a) & (fold_N != b)
+        fitted = fit(x_NI[seen], harmful_N[seen], weight_N[seen], design, seed)
+        for outer, inner in ((a, b), (b, a)):
+            scores[outer][fold_N == inner] = fitted.scores(x_NI[fold_N == inner])
     return scores
 
 

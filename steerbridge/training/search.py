@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from steerbridge import calibration, reference, stats
+from steerbridge import calibration, reference, stats, thresholds
 from steerbridge.data import Example
 from steerbridge.spec import LayerInput, Reading
 from steerbridge.training import probes
@@ -57,6 +57,7 @@ class SearchResult:
     best: Candidate
     first_round: tuple[Candidate, ...]  # every reading alone, on one fold, with a linear probe
     second_round: tuple[Candidate, ...]
+    fired: NDArray[np.bool_]  # [N], see `Task.fired`
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,15 +78,10 @@ class Task:
         scores = probes.out_of_fold(
             x, self.harmful, self.weights, self.folds, design, self.seed, only
         )
-        seen = ~np.isnan(scores)
-        kinds = [e.kind for e in self.examples]
-        threshold = calibration.threshold(
-            calibration.by_kind(scores, kinds, seen & ~self.harmful), self.target
-        )
-        calm = scores[seen & ~self.harmful]
-        meant = seen & self.harmful & (self.weights > 0)
-        harm = calibration.by_kind(scores, kinds, meant)
-        threshold = within_gap(threshold, harm.values())
+        calm = scores[~np.isnan(scores) & ~self.harmful]
+        meant = self._meant(scores)
+        harm = self._by_kind(scores, meant)
+        threshold = self._threshold(scores)
         return Candidate(
             design,
             scores,
@@ -95,16 +91,37 @@ class Task:
             {kind: round(stats.auroc(part, calm), 5) for kind, part in harm.items()},
         )
 
+    def fired(self, chosen: Candidate) -> NDArray[np.bool_]:
+        """Whether each prompt fires [N], by a probe and a threshold that never saw its fold.
 
-def within_gap(threshold: float, harmful: Iterable[NDArray[np.float64]]) -> float:
-    """A threshold for a false-positive rate, moved to the middle of the gap above it.
+        The threshold for a fold is chosen on scores of the other folds, each by a probe that saw
+        neither; readings and shape were chosen on all folds.
+        """
+        x = self.states.of(chosen.design.readings)
+        inner = probes.twice_out_of_fold(
+            x, self.harmful, self.weights, self.folds, chosen.design, self.seed
+        )
+        fired = np.zeros(len(x), np.bool_)
+        for fold, scores in inner.items():
+            held = self.folds == fold
+            fired[held] = chosen.scores[held] > self._threshold(scores)
+        return fired
 
-    The gap ends where 1 % of the harmful prompts of some kind lie below. Scores out of fold are
-    few, so a threshold at its lower edge lets more through on prompts of another kind than it
-    should; where harmful prompts lie close by, there is no gap and nothing moves.
-    """
-    edge = min(float(np.quantile(scores, 0.01)) for scores in harmful)
-    return max(threshold, (threshold + edge) / 2)
+    def _threshold(self, scores: NDArray[np.float64]) -> float:
+        """Chosen on the scores that there are."""
+        calm = self._by_kind(scores, ~np.isnan(scores) & ~self.harmful)
+        fire = thresholds.allowed({kind: len(s) for kind, s in calm.items()}, self.target)
+        harm = self._by_kind(scores, self._meant(scores))
+        return thresholds.choose(calm, fire, harm.values())
+
+    def _meant(self, scores: NDArray[np.float64]) -> NDArray[np.bool_]:
+        """Harmful prompts that have a score and must be caught."""
+        return ~np.isnan(scores) & self.harmful & (self.weights > 0)
+
+    def _by_kind(
+        self, scores: NDArray[np.float64], chosen: NDArray[np.bool_]
+    ) -> dict[str, NDArray[np.float64]]:
+        return calibration.by_kind(scores, [e.kind for e in self.examples], chosen)
 
 
 def search(
@@ -129,7 +146,8 @@ def search(
     first = [judged(ProbeDesign((r,), "linear", DECAY), only=[0]) for r in task.states.readings]
     second = [judged(ProbeDesign(readings, shape, DECAY)) for readings in _sets(first)]
     meant = int((task.harmful & (task.weights > 0)).sum())
-    return SearchResult(_pick(second, sas.whole, meant), tuple(first), tuple(second))
+    best = _pick(second, sas.whole, meant)
+    return SearchResult(best, tuple(first), tuple(second), task.fired(best))
 
 
 def _sets(first: Sequence[Candidate]) -> list[tuple[Reading, ...]]:

@@ -143,7 +143,7 @@ def evaluate(environment: Environment, cwd: Path) -> None:
             "--json",
         )
         figures = environment.json("steerbridge", *words, cwd=cwd)
-    assert figures["asr_steered"] == 0, figures
+    assert figures["asr_guard_steered"] == 0, figures
     assert (cwd / "record.json").is_file()
 
 
