@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 from steerbridge.errors import ModelMismatch, Problem
@@ -22,7 +23,8 @@ CHECKED: Final = (
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What a runtime knows about its language model; None where it cannot tell."""
+    """What a runtime knows about its language model; None where it cannot tell. `context_length` is
+    in tokens, as the model was trained; it is not compared."""
 
     model_type: str | None
     hidden_size: int
@@ -32,6 +34,7 @@ class ModelFacts:
     architecture: str | None = None
     tokenizer_sha256: str | None = None
     chat_template_sha256: str | None = None
+    context_length: int | None = None
 
     def info(self) -> BaseModelInfo:
         """The facts as the `base_model` of a spec."""
@@ -64,7 +67,7 @@ def tokenizer_sha256(tokens: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-def tokenizer_facts(tokenizer: Any) -> dict[str, str | None]:
+def tokenizer_facts(tokenizer: Any) -> dict[str, Any]:
     """Hashes of vocabulary and chat template of a Hugging Face tokenizer, as fields of
     `ModelFacts`; none for None."""
     if tokenizer is None:
@@ -75,6 +78,40 @@ def tokenizer_facts(tokenizer: Any) -> dict[str, str | None]:
         "tokenizer_sha256": tokenizer_sha256(token for _, token in by_id),
         "chat_template_sha256": text_sha256(template) if isinstance(template, str) else None,
     }
+
+
+_BLOCK: Final = 4096  # bytes
+
+
+def weights_sha256(
+    sizes: Mapping[str, int], read: Callable[[str, int, int], bytes], blocks: int
+) -> str:
+    """Hash of samples of a model's weights as they are stored: another checkpoint of the same
+    shape, or the same one quantised otherwise, has another. A few changed values may be missed.
+
+    Args:
+        sizes: bytes of every part, by name: tensors, or one file.
+        read: the bytes of a part from an offset on, so many or what there is.
+        blocks: how many are read of each part, evenly spaced.
+    """
+    digest = hashlib.sha256()
+    for name, size in sorted(sizes.items()):
+        digest.update(f"{name}\0{size}\0".encode())
+        last = max(0, size - _BLOCK)
+        for at in sorted({last * i // max(1, blocks - 1) for i in range(blocks)}):
+            digest.update(read(name, at, min(_BLOCK, size)))
+    return digest.hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """The same of a file that holds all weights."""
+    with path.open("rb") as file:
+
+        def read(_name: str, at: int, count: int) -> bytes:
+            file.seek(at)
+            return file.read(count)
+
+        return weights_sha256({"": path.stat().st_size}, read, blocks=1024)
 
 
 def text_sha256(text: str) -> str:

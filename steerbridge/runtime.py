@@ -200,6 +200,12 @@ class LoadedModel(Answering, Protocol):
         """Name of the weights' storage, as in `calibrations` (F32, BF16, Q4_1, ...)."""
         ...
 
+    @property
+    def weights_sha256(self) -> str:
+        """Hash of samples of the weights (`steerbridge.fingerprint.weights_sha256`): another
+        checkpoint of the same shape has another."""
+        ...
+
     def render(self, prompt: Example) -> list[int]:
         """Token ids of a prompt, its chat template and generation prompt included."""
         ...

@@ -9,8 +9,10 @@ newer minor version survives a load and a save.
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from difflib import get_close_matches
 from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
@@ -581,6 +583,9 @@ def _say_problems(spec: SteeringSpec, say: Say, field: str) -> Iterator[Problem]
 def _rule_problems(spec: SteeringSpec) -> Iterator[Problem]:
     probes = {p.id: p for p in spec.probes}
     interventions = {x.id: x for x in spec.interventions}
+    # Depths once for all rules: rules times targets would make a small file a long check.
+    reads = {id: _extreme(spec, sites_read(p), max) for id, p in probes.items()}
+    acts = {id: (x, *_extreme(spec, sites(x), min)) for id, x in interventions.items()}
     for i, rule in enumerate(spec.rules):
         field = f"rules[{i}]"
         read = list(rule.condition.probes) if rule.condition else []
@@ -597,9 +602,10 @@ def _rule_problems(spec: SteeringSpec) -> Iterator[Problem]:
         for part, ids in (("condition", condition), ("interventions", rule.interventions)):
             if len(set(ids)) != len(ids):
                 yield Problem(f"{field}.{part}", "each id once", str(list(ids)))
-        if not unknown:
-            acting = [interventions[id] for id in rule.interventions]
-            yield from _order_problems(spec, field, [probes[id] for id in read], acting)
+        if not unknown and read:
+            deepest = max((reads[id] for id in read), key=lambda known: known[0])
+            acting = [acts[id] for id in rule.interventions]
+            yield from _order_problems(field, deepest, acting)
 
 
 def _count_problems(spec: SteeringSpec) -> Iterator[Problem]:
@@ -610,28 +616,37 @@ def _count_problems(spec: SteeringSpec) -> Iterator[Problem]:
         yield Problem("rules", f"{MAX_ACTS} targets at most", str(acts))
 
 
+def _extreme(spec: SteeringSpec, of: tuple[Any, ...], pick: Any) -> tuple[float, Any]:
+    """The deepest (max) or first (min) of some sites, with its depth; of none, at no depth."""
+    if not of:
+        return (-math.inf if pick is max else math.inf), None
+    site = pick(of, key=spec.depth)
+    return spec.depth(site), site
+
+
 def _order_problems(
-    spec: SteeringSpec, field: str, read: list[Any], acting: list[Any]
+    field: str, deepest: tuple[float, Any], acting: list[tuple[Any, float, Any]]
 ) -> Iterator[Problem]:
-    """A decision must be known before it acts: later sites only, from the prompt end on."""
-    read_sites = [site for probe in read for site in sites_read(probe)]
-    if not read_sites:
-        return
-    deepest = max(read_sites, key=spec.depth)
-    for intervention in acting:
+    """A decision must be known before it acts: later sites only, from the prompt end on.
+
+    Args:
+        deepest: depth and site of the last thing that the rule reads.
+        acting: what the rule does, with depth and site of where it first acts.
+    """
+    depth, read = deepest
+    for intervention, first, site in acting:
         if intervention.position != "from_prompt_end":
             yield Problem(
                 f"{field}.interventions",
                 "position from_prompt_end under a rule that reads a probe",
                 f"{intervention.id!r} at {intervention.position}",
             )
-        for site in sites(intervention):
-            if spec.depth(site) < spec.depth(deepest):
-                yield Problem(
-                    f"{field}.interventions",
-                    f"sites at or after {deepest}, which the rule reads",
-                    f"{intervention.id!r} at {site}",
-                )
+        if first < depth:
+            yield Problem(
+                f"{field}.interventions",
+                f"sites at or after {read}, which the rule reads",
+                f"{intervention.id!r} at {site}",
+            )
 
 
 def _calibration_problems(spec: SteeringSpec) -> Iterator[Problem]:
@@ -642,6 +657,37 @@ def _calibration_problems(spec: SteeringSpec) -> Iterator[Problem]:
                 yield Problem(
                     f"calibrations[{i}].thresholds", "the id of a probe of this spec", repr(id)
                 )
+
+
+# ---------------------------------------------------------------- fields that nobody knows
+
+
+def unknown_fields(part: BaseModel, path: str = "") -> Iterator[tuple[str, str]]:
+    """(path, known field of nearly that name or empty) of every field that this version ignores."""
+    known = type(part).model_fields
+    for name in part.model_extra or {}:
+        yield f"{path}{name}", nearest(name, known)
+    for name in known:
+        value = getattr(part, name)
+        for at, one in enumerate(value) if isinstance(value, tuple) else [(None, value)]:
+            if isinstance(one, BaseModel):
+                index = "" if at is None else f"[{at}]"
+                yield from unknown_fields(one, f"{path}{name}{index}.")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The known name that this one may be a slip of; empty: none."""
+    return next(iter(get_close_matches(name, list(known), 1, 0.75)), "")
+
+
+def field_names() -> frozenset[str]:
+    """The fields of all parts of a spec."""
+    parts, names = [_Model], set()
+    while parts:
+        part = parts.pop()
+        parts += part.__subclasses__()
+        names |= set(part.model_fields)
+    return frozenset(names)
 
 
 # ---------------------------------------------------------------- tensors the spec names

@@ -55,6 +55,40 @@ def test_a_broken_package_names_the_field(tmp_path):
     assert "probes[0].linear.comparator" in got.stderr
 
 
+def test_a_misspelt_field_is_told_and_refused_where_it_decides(tmp_path):
+    path = helpers.package().save(tmp_path / "dir")
+    config = path / "steering_config.json"
+    text = config.read_text()
+    config.write_text(text.replace('"vocab_size"', '"architectur": "x", "colour": 1, "vocab_size"'))
+    got = run("inspect", path)
+    assert got.returncode == 0
+    assert "unknown    base_model.architectur: did you mean architecture?" in got.stdout
+    assert "unknown    base_model.colour\n" in got.stdout
+    assert "base_model.architectur is not known: did you mean architecture?" in got.stderr
+    strict = run("inspect", path, "--strict")
+    assert strict.returncode == 1
+    assert "base_model.colour: expected a field of the format" in strict.stderr
+    config.write_text(text.replace('"comparator"', '"input_scal": "p.w", "comparator"'))
+    got = run("inspect", path)
+    assert got.returncode == 1
+    assert "input_scal: expected no such field (did you mean input_scale?)" in got.stderr
+
+
+def test_a_model_is_not_overwritten_by_a_package(tmp_path):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"GGUF, but no package")
+    with pytest.raises(steerbridge.PackageError, match="exists and is not a steering package"):
+        helpers.package().save(path)
+    assert path.read_bytes() == b"GGUF, but no package"
+    prompts = tmp_path / "a.jsonl"
+    prompts.write_text('{"prompt": "One", "harmful": true}')
+    for out, reason in ((path, "is not a steering package"), (prompts / "x.gguf", "no directory")):
+        got = run("train", out, "--data", prompts, "--model", tmp_path / "none")
+        assert got.returncode == 1
+        assert reason in got.stderr
+        assert "opening" not in got.stderr
+
+
 def test_unknown_runtime_lists_the_installed_ones(tmp_path):
     path = helpers.package().save(tmp_path / "p.gguf")
     got = run("generate", path, "hello", "--runtime", "abacus", "--model", tmp_path)

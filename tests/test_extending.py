@@ -362,6 +362,7 @@ def test_a_runtime_that_cannot_train_says_so(toy, model):
         def __init__(self):
             opened = toy("toy_runtime").ToyModel(model)
             self.runtime, self.facts, self.quantisation = "toy", opened.facts, "F32"
+            self.weights_sha256 = opened.weights_sha256
             for name in ("generate", "render", "log_likelihoods", "capture", "trace"):
                 setattr(self, name, getattr(opened, name))
 

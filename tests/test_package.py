@@ -19,6 +19,7 @@ from steerbridge.errors import (
 )
 from steerbridge.fingerprint import ModelFacts
 from steerbridge.package import SteeringPackage, load, parse
+from steerbridge.spec import SteeringSpec
 from steerbridge.tensors import Tensor
 
 MEAN_AT_HEAD = helpers.reading("head_input", helpers.MEAN)
@@ -244,3 +245,21 @@ def test_rules_name_an_id_once_and_act_on_a_bounded_number_of_targets():
     rules = [{**helpers.rule(["p"], ["v"]), "id": f"r{i}"} for i in range(200)]
     with pytest.raises(InvalidSpec, match="targets at most"):
         helpers.package(interventions=[vector], rules=rules)
+
+
+def test_many_rules_about_many_targets_are_checked_in_linear_time(monkeypatch):
+    """Every rule looks at every target once: rules times targets would be 4 million."""
+    target = {"site": helpers.site("layer_output[3]"), "vector": "v"}
+    vector = {**helpers.add_vector(3, alpha=1.0), "targets": [target] * 2000}
+    rules = [{**helpers.rule(["p"], ["v"]), "id": f"r{i}"} for i in range(2000)]
+    looked = []
+    depth = SteeringSpec.depth
+
+    def counted(self, site):
+        looked.append(site)
+        return depth(self, site)
+
+    monkeypatch.setattr(SteeringSpec, "depth", counted)
+    with pytest.raises(InvalidSpec, match="targets at most"):
+        helpers.package(interventions=[vector], rules=rules)
+    assert len(looked) < 10_000

@@ -94,12 +94,17 @@ def test_capture_equals_the_oracle_and_resumes(model, tmp_path):
     assert np.array_equal(again.array, whole)
     with pytest.raises(DataError, match="prompts"):
         capture(model, examples[:10], readings, tmp_path / "a")
+    with torch.no_grad():  # another checkpoint of the same shape
+        model.model.lm_head.weight.mul_(1.01)
+    with pytest.raises(DataError, match="weights"):
+        capture(model, examples, readings, tmp_path / "a")
 
 
 @pytest.mark.parametrize(
     "kind", [pytest.param("head_matrix", marks=pytest.mark.slow), "add_vector", "project_out"]
 )
-def test_the_journey_on_a_tiny_model_is_deterministic(model, tmp_path, kind):
+def test_the_journey_on_a_tiny_model_is_deterministic(model, tmp_path, monkeypatch, kind):
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
     settings = TrainSettings(
         refusal="w5 w9 w11",
         intervention=kind,
@@ -110,10 +115,10 @@ def test_the_journey_on_a_tiny_model_is_deterministic(model, tmp_path, kind):
     )
     examples = made_up()
     made = [train(model, examples, settings, workdir=tmp_path / name) for name in "ab"]
-    one, two = (p.spec.to_json() for p in made)
-    assert one.pop("created") <= two.pop("created")
-    assert one == two
-    assert dict(made[0].tensors) == dict(made[1].tensors)
+    assert made[0].spec.created == "2023-11-14T22:13:20Z"
+    files = [p.save(tmp_path / f"{i}.gguf").read_bytes() for i, p in enumerate(made)]
+    assert files[0] == files[1]
+    assert made[0].replace(created="2020-01-01T00:00:00Z").sha256 == made[0].sha256
     evidence = made[0].spec.evidence.probes["harm"]
     assert evidence["auroc"] > 0.9
     assert set(made[0].spec.evidence.sas) == {str(r) for r in all_readings(4)}

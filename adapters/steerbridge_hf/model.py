@@ -34,7 +34,7 @@ from steerbridge.spec import HeadInput, ImageMean, LayerOutput, PromptEnd, Readi
 from steerbridge.tensors import Float32
 from steerbridge_hf.adapter import steer
 from steerbridge_hf.sites import RUNTIME, facts, has_vision, image_rows, locate, ordinary_tokens
-from steerbridge_torch import quantisation
+from steerbridge_torch import quantisation, weights_sha256
 
 TOKENS_PER_BATCH = 2048
 ROWS_PER_BATCH = 32
@@ -120,6 +120,10 @@ class HfModel:
     @property
     def quantisation(self) -> str:
         return quantisation(self.model.dtype, self.model.config)
+
+    @property
+    def weights_sha256(self) -> str:
+        return weights_sha256(self.model)
 
     # -------------------------------------------------------- prompts
 

@@ -168,5 +168,6 @@ def facts(model: Any, tokenizer: Any = None) -> ModelFacts:
         num_layers=config.num_hidden_layers,
         vocab_size=config.vocab_size,
         name=model.config.name_or_path,
+        context_length=getattr(config, "max_position_embeddings", None),
         **tokenizer_facts(tokenizer),
     )

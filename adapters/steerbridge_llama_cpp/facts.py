@@ -22,6 +22,7 @@ def facts(model: Any) -> ModelFacts:
         num_layers=llama_cpp.llama_model_n_layer(model.model),
         vocab_size=model.n_vocab(),
         name=metadata.get("general.name", ""),
+        context_length=model.n_ctx_train(),
         tokenizer_sha256=tokenizer_sha256(_tokens(model)),
         chat_template_sha256=None if template is None else text_sha256(template),
     )

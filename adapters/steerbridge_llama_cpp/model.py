@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from steerbridge.data import Example
 from steerbridge.errors import DataError, Problem, UnsupportedFeature
-from steerbridge.fingerprint import ModelFacts
+from steerbridge.fingerprint import ModelFacts, file_sha256
 from steerbridge.package import SteeringPackage
 from steerbridge.runtime import Generation, Progress, Trace
 from steerbridge.serving import Question, chat_messages, template_errors
@@ -81,6 +81,10 @@ class LlamaCppModel:
     @property
     def quantisation(self) -> str:
         return quantisation(self.llama._model)
+
+    @property
+    def weights_sha256(self) -> str:
+        return file_sha256(Path(self.llama.model_path))
 
     def render(self, prompt: Example) -> list[int]:
         """Token ids of a prompt: the chat template with its generation prompt, if there is one.

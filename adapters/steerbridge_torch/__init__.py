@@ -5,7 +5,7 @@ site of a pass was reached once. Nothing here knows a library of models.
 """
 
 from steerbridge_torch.decisions import Judged, begins, strengths
-from steerbridge_torch.kernels import Weights, quantisation
+from steerbridge_torch.kernels import Weights, quantisation, weights_sha256
 from steerbridge_torch.ledger import Ledger
 from steerbridge_torch.tokens import NEVER, RowLogits, RowScores
 
@@ -19,4 +19,5 @@ __all__ = [
     "begins",
     "quantisation",
     "strengths",
+    "weights_sha256",
 ]

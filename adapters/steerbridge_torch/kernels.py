@@ -14,9 +14,10 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
+from steerbridge import fingerprint
 from steerbridge.package import SteeringPackage
 from steerbridge.spec import (
     AddVector,
@@ -31,6 +32,25 @@ from steerbridge.spec import (
 )
 
 Kernel = TypeVar("Kernel", bound=Callable[..., Any])
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """Hash of samples of a module's tensors, packed ones as they are stored (see
+    `steerbridge.fingerprint.weights_sha256`)."""
+    tensors = {
+        name: t.detach().reshape(-1)
+        for name, t in model.state_dict().items()
+        if isinstance(t, Tensor) and not t.is_meta
+    }
+
+    def read(name: str, at: int, count: int) -> bytes:
+        flat = tensors[name]
+        size = flat.element_size()
+        some = flat[at // size : -(-(at + count) // size)].cpu().contiguous()
+        return bytes(some.view(torch.uint8).numpy().data)
+
+    sizes = {name: t.numel() * t.element_size() for name, t in tensors.items()}
+    return fingerprint.weights_sha256(sizes, read, blocks=8)
 
 
 def quantisation(dtype: torch.dtype, config: Any) -> str:

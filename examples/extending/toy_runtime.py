@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from steerbridge import Example, Generation, Outcome, Progress, SteeringPackage, Verdict, reference
 from steerbridge.errors import UnsupportedFeature
-from steerbridge.fingerprint import ModelFacts, text_sha256, tokenizer_sha256
+from steerbridge.fingerprint import ModelFacts, file_sha256, text_sha256, tokenizer_sha256
 from steerbridge.plan import plan
 from steerbridge.reference import Action, AnySite
 from steerbridge.runtime import OutputHead, Trace
@@ -117,6 +117,7 @@ class ToyModel:
             tokenizer_sha256=tokenizer_sha256(self.tokenizer.tokens),
             chat_template_sha256=None if template is None else text_sha256(template),
         )
+        self.weights_sha256 = file_sha256(folder / "model.safetensors")
         self.context: int = config["max_position_embeddings"]
 
     def checked(self, package: SteeringPackage, ignore: Sequence[str] = ()) -> SteeringPackage:

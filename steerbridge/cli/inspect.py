@@ -4,18 +4,24 @@ from __future__ import annotations
 
 from json import dumps
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from steerbridge import command_line
 from steerbridge.encodings import CONFIG_NAME
-from steerbridge.errors import UnknownFormat
+from steerbridge.errors import InvalidSpec, Problem, UnknownFormat
 from steerbridge.format import Format, detect
 from steerbridge.package import SteeringPackage, load
 from steerbridge.sheet import describe
+from steerbridge.spec import unknown_fields
 
 
 def inspect(
     package: command_line.Package,
+    strict: Annotated[
+        bool, typer.Option(help="Refuse fields of a package that this version does not know.")
+    ] = False,
     json: command_line.Json = False,
 ) -> None:
     """Show what a package reads, when it fires, what it changes, and its evidence.
@@ -30,10 +36,17 @@ def inspect(
             print(f"{package}: {foreign.title}\n{dumps(shown, indent=2)}")
         return
     loaded = load(package)
+    unknown = list(unknown_fields(loaded.spec))
+    if strict and unknown:
+        want = "a field of the format"
+        found = [(field, f"did you mean {near}?" if near else "none") for field, near in unknown]
+        raise InvalidSpec([Problem(field, want, near) for field, near in found], loaded.path)
     if json:
         command_line.print_json({"spec": loaded.spec.to_json(), "tensors": _tensors(loaded)})
     else:
         print(describe(loaded))
+        for field, near in unknown:
+            print(f"unknown    {field}" + (f": did you mean {near}?" if near else ""))
 
 
 def _foreign(path: Path) -> Format | None:

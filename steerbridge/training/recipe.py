@@ -6,7 +6,6 @@ prompts -> capture -> SAS and search -> probes and thresholds -> intervention ->
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from steerbridge import data
+from steerbridge import environment
 from steerbridge.data import Example
+from steerbridge.datasets import groups
 from steerbridge.package import SteeringPackage, parse
 from steerbridge.runtime import Progress, TrainableModel
 from steerbridge.spec import SPEC_VERSION, SteeringSpec
@@ -47,7 +47,7 @@ def run(
     spec = SteeringSpec(
         spec_version=SPEC_VERSION,
         name=settings.name,
-        created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        created=environment.now().strftime("%Y-%m-%dT%H:%M:%SZ"),
         base_model=model.facts.info(),
         probes=fitted,
         interventions=(),
@@ -80,7 +80,7 @@ def _search(
 ) -> dict[str, SearchResult]:
     """For each goal in use, by the name of its probe, where the probe should read."""
     numbers = count(1)
-    folds = np.asarray(data.folds(examples, FOLDS, settings.seed))
+    folds = np.asarray(groups.folds(examples, FOLDS, settings.seed))
     goals = [goal for goal in settings.goals if goal.applies(examples)]
     shares = sum(goal.share for goal in goals)
     results: dict[str, SearchResult] = {}

@@ -106,6 +106,7 @@ def capture(
         "prompts": data.sha256(examples),
         "model": model.facts.info().model_dump(exclude={"name"}),
         "quantisation": model.quantisation,
+        "weights": model.weights_sha256,
         "readings": [str(r) for r in readings],
     }
     done = _done(note, want)
