@@ -57,6 +57,8 @@ def corpus_examples(split: str) -> list[Example]:
             p.harmful,
             "borderline" if p.kind == "twin" and not p.harmful else p.kind,
             None if p.partner is None else f"corpus:{p.kind}:{p.partner}",
+            group=None if p.template is None else f"corpus:{p.template}",
+            source=f"corpus {p.kind} ({split})",
         )
         for p in corpus.prompts(split=split)
     ]

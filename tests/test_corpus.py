@@ -12,6 +12,8 @@ import pytest
 
 from steerbridge import corpus
 from steerbridge.corpus import Prompt
+from steerbridge.data import corpus_examples
+from steerbridge.datasets.groups import folds
 
 ALL = corpus.prompts()
 HARM = {
@@ -132,3 +134,18 @@ def test_command_prints_one_json_object():
     out = json.loads(subprocess.run(run, capture_output=True, text=True, check=True).stdout)
     assert set(out) == set(corpus.KINDS)
     assert sum(sum(kind["split"].values()) for kind in out.values()) == len(ALL)
+
+
+def test_prompts_of_one_template_are_never_parted():
+    examples = corpus_examples("train")
+    made = Counter(p.template for p in corpus.prompts("train") if p.template)
+    assert max(made.values()) >= 8
+    fold = folds(examples, 5, seed=0)
+    where = defaultdict(set)
+    for e, at in zip(examples, fold, strict=True):
+        where[e.group].add(at)
+    del where[None]
+    assert len(where) == len(made)
+    assert all(len(at) == 1 for at in where.values())
+    share = len(examples) / 5
+    assert all(abs(fold.count(k) - share) < 0.02 * share for k in range(5))

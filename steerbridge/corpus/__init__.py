@@ -28,7 +28,8 @@ _CHOICE = re.compile(r"\{((?:[^{}]|\{[^{}]*\})*)\}")
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One prompt. `partner` is the number that both sides of a pair or twin share."""
+    """One prompt. `partner` is the number that both sides of a pair or twin share, `template` that
+    of the line that it and others were made of."""
 
     text: str
     harmful: bool
@@ -36,6 +37,7 @@ class Prompt:
     category: str
     split: str
     partner: int | None
+    template: str | None = None
 
 
 def prompts(split: str | None = None, kind: str | None = None) -> list[Prompt]:
@@ -79,16 +81,16 @@ def _lines(name: str) -> Iterator[tuple[str, str, str]]:
 def _pairs() -> Iterator[Prompt]:
     number = 0
     for kind, lines in (
-        ("pair", _lines("pairs")),
-        ("twin", _lines("twins")),
+        ("pair", _alone("pairs")),
+        ("twin", _alone("twins")),
         ("pair", _filled_templates()),
     ):
-        for category, split, line in lines:
+        for category, split, line, template in lines:
             sides = [_chosen(line, [_side(c, i) for c in _CHOICE.findall(line)]) for i in (0, 1)]
             if sides[0].casefold() == sides[1].casefold():
                 continue
             for harmful, text in zip((True, False), sides, strict=True):
-                yield Prompt(text, harmful, kind, category, split, number)
+                yield Prompt(text, harmful, kind, category, split, number, template)
             number += 1
 
 
@@ -104,29 +106,35 @@ def _side(choice: str, index: int) -> str:
     return parts[index] if len(parts) == 2 else parts[0]
 
 
-def _filled_templates() -> Iterator[tuple[str, str, str]]:
+def _alone(name: str) -> Iterator[tuple[str, str, str, None]]:
+    """Lines that make one pair each."""
+    return ((category, split, line, None) for category, split, line in _lines(name))
+
+
+def _filled_templates() -> Iterator[tuple[str, str, str, str]]:
     """Rows of `slot ; slot` below a template with `{0}`, `{1}`: one pair line per row."""
-    template, head = "", ("", "")
+    template, head, number = "", ("", ""), 0
     for category, split, line in _lines("pair_templates"):
         if "{0}" in line:
-            template, head = line, (category, split)
+            template, head, number = line, (category, split), number + 1
             continue
         slots = [part.strip() for part in line.split(" ; ")]
         if head == (category, split) and len(slots) == len(set(re.findall(r"\{\d\}", template))):
             filled = template
             for i, slot in enumerate(slots):
                 filled = filled.replace(f"{{{i}}}", f"{{{slot}}}")
-            yield category, split, filled
+            yield category, split, filled, f"pair template {number}"
 
 
 def _general(kind: str, harmful: bool) -> Iterator[Prompt]:
-    for category, split, line in _lines(kind):
+    for number, (category, split, line) in enumerate(_lines(kind), 1):
         choices = [m[1].split("|") for m in _CHOICE.finditer(line)]
         size = max(map(len, choices))
         for i in range(size if len(choices) == 1 else 2 * size):
             # In the second round the later choices are shifted, so that combinations are new.
             picks = [c[(i + k * (1 + i // size)) % len(c)] for k, c in enumerate(choices)]
-            yield Prompt(_chosen(line, picks), harmful, kind, category, split, None)
+            made_of = f"{kind} line {number}"
+            yield Prompt(_chosen(line, picks), harmful, kind, category, split, None, made_of)
 
 
 def _literal(kind: str, harmful: bool) -> Iterator[Prompt]:

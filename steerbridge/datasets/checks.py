@@ -178,11 +178,11 @@ def _near(examples: Sequence[Example], names: Sequence[str]) -> int:
 
 
 def _odd_pairs(examples: Sequence[Example]) -> int:
-    sides: dict[str, list[bool]] = defaultdict(list)
+    sides: dict[str, set[tuple[bool, bytes]]] = defaultdict(set)
     for e in examples:
         if e.pair is not None:
-            sides[e.pair].append(e.harmful)
-    return sum(sorted(labels) != [False, True] for labels in sides.values())
+            sides[e.pair].add((e.harmful, _identity(e)))
+    return sum(sorted(h for h, _ in some) != [False, True] for some in sides.values())
 
 
 def _spread(examples: Sequence[Example], lengths: Sequence[int]) -> dict[str, tuple[int, ...]]:
@@ -234,10 +234,18 @@ def lines(sheet: Sheet) -> Iterator[str]:
         yield f"{'beyond the context':<24} {sheet.beyond_context}"
     if sheet.length_auroc is not None:
         yield f"{'AUROC of length alone':<24} {sheet.length_auroc}"
-    languages = "not told (extra: eval)" if sheet.languages is None else _shown(sheet.languages)
-    yield f"{'languages':<24} {languages}"
+    yield f"{'languages':<24} {_spoken(sheet)}"
     yield f"{'under both labels':<24} {len(sheet.contradictions)}"
     yield from (f"  {one}" for one in sheet.contradictions)
+
+
+def _spoken(sheet: Sheet) -> str:
+    """Languages of one prompt in 200 or more, and how many there are of others."""
+    if sheet.languages is None:
+        return "not told (extra: eval)"
+    most = {name: n for name, n in sheet.languages.items() if n >= sheet.prompts / 200}
+    others = sum(sheet.languages.values()) - sum(most.values())
+    return _shown(most | ({"others": others} if others else {}))
 
 
 def _shown(counts: Mapping[str, int]) -> str:
