@@ -105,7 +105,9 @@ def recalibrated(guard: SteeringPackage, hf: Any, quantised: Any) -> dict[str, A
     here = calibration.scores(hf, guard, fitting)
     target = {"*": 0.01, "borderline": 0.02}
     fitted = calibration.fit(quantised, guard, fitting, target, baseline=here)
-    after = calibration.with_calibration(guard, fitted).calibrated("llama.cpp", "Q4_1")
+    after = calibration.with_calibration(guard, fitted).calibrated(
+        "llama.cpp", "Q4_1", lambda: quantised.weights_sha256
+    )
     harmful = np.array([e.harmful for e in test])
     there = calibration.scores(quantised, guard, test)["harm"]
     evidence: Any = fitted.evidence

@@ -124,12 +124,15 @@ def fit(
         "confidence": confidence,
         "may_fire": fire,
         "data_sha256": data.sha256(examples),
-        "weights_sha256": model.weights_sha256,
         "prompts": len(examples),
         "probes": evidence,
     }
     return Calibration(
-        runtime=model.runtime, quantisation=model.quantisation, thresholds=fitted, evidence=known
+        runtime=model.runtime,
+        quantisation=model.quantisation,
+        weights=model.weights_sha256,
+        thresholds=fitted,
+        evidence=known,
     )
 
 
@@ -176,11 +179,11 @@ def limits(
 
 
 def with_calibration(package: SteeringPackage, fitted: Calibration) -> SteeringPackage:
-    """The package with this calibration in the place of an older one for the same runtime."""
+    """The package with this calibration in the place of an older one for the same runtime,
+    quantisation and checkpoint."""
+    mine = (fitted.runtime, fitted.quantisation, fitted.weights)
     kept = tuple(
-        c
-        for c in package.spec.calibrations
-        if (c.runtime, c.quantisation) != (fitted.runtime, fitted.quantisation)
+        c for c in package.spec.calibrations if (c.runtime, c.quantisation, c.weights) != mine
     )
     return package.replace(calibrations=(*kept, fitted))
 

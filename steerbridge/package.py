@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -71,9 +71,12 @@ class SteeringPackage:
         """Compare with a model; see `fingerprint.check`."""
         return fingerprint.check(self.spec.base_model, facts, ignore)
 
-    def calibrated(self, runtime: str, quantisation: str) -> SteeringPackage:
-        """The package with thresholds fitted for this runtime and quantisation, if it has any."""
-        spec = self.spec.calibrated(runtime, quantisation)
+    def calibrated(
+        self, runtime: str, quantisation: str, weights: Callable[[], str] | None = None
+    ) -> SteeringPackage:
+        """The package with thresholds fitted for this runtime, quantisation and checkpoint, if it
+        has any; `weights` as in `SteeringSpec.calibrated`."""
+        spec = self.spec.calibrated(runtime, quantisation, weights)
         return SteeringPackage(spec, self.tensors, self.path)
 
     def unconditional(self) -> SteeringPackage:

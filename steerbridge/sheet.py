@@ -7,6 +7,7 @@ from typing import Any
 from steerbridge.package import SteeringPackage
 from steerbridge.spec import (
     AddVector,
+    Calibration,
     ConstantStrength,
     HeadMatrix,
     Intervention,
@@ -28,13 +29,17 @@ def describe(package: SteeringPackage) -> str:
         *(f"acts       {_intervention(i, package)}" for i in spec.interventions),
         *(f"rule       {_rule(r)}" for r in spec.rules),
         *(
-            f"calibrated {c.runtime} {c.quantisation}: "
+            f"calibrated {c.runtime} {c.quantisation}{_weights(c)}: "
             + ", ".join(f"{id} at {t:.6g}" for id, t in c.thresholds.items())
             for c in spec.calibrations
         ),
         *_evidence(package),
     ]
     return "\n".join(lines)
+
+
+def _weights(calibration: Calibration) -> str:
+    return f" (weights {calibration.weights[:12]})" if calibration.weights else ""
 
 
 def _probe(probe: Probe) -> str:

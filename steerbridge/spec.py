@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal, Self, TypeAlias
 
@@ -379,10 +379,13 @@ class BaseModelInfo(_Model):
 
 
 class Calibration(_Deciding):
-    """Thresholds re-fitted on the hidden states of a named runtime and quantisation."""
+    """Thresholds re-fitted on the hidden states of a named runtime and quantisation. `weights`
+    names the checkpoint: the hash of samples of its weights
+    (`steerbridge.fingerprint.weights_sha256`); absent: any one."""
 
     runtime: str
     quantisation: str
+    weights: Sha256 | None = None
     thresholds: dict[Identifier, float]
     evidence: dict[str, JsonValue] | None = None
 
@@ -435,16 +438,25 @@ class SteeringSpec(_Model):
             case HeadInput():
                 return self.base_model.num_layers + 1
 
-    def is_calibrated(self, runtime: str, quantisation: str) -> bool:
-        """Whether thresholds were calibrated for this runtime and quantisation."""
-        return bool(self._calibrations_of(runtime, quantisation))
+    def is_calibrated(
+        self, runtime: str, quantisation: str, weights: Callable[[], str] | None = None
+    ) -> bool:
+        """Whether thresholds were calibrated for this runtime, quantisation and checkpoint."""
+        return bool(self._calibrations_of(runtime, quantisation, weights))
 
-    def calibrated(self, runtime: str, quantisation: str) -> SteeringSpec:
-        """The spec with the thresholds calibrated for this runtime and quantisation, if any.
+    def calibrated(
+        self, runtime: str, quantisation: str, weights: Callable[[], str] | None = None
+    ) -> SteeringSpec:
+        """The spec with the thresholds calibrated for this runtime, quantisation and checkpoint, if
+        any.
 
         The last matching entry of `calibrations` wins; without one the spec is unchanged.
+
+        Args:
+            weights: gives the hash of the model's weights; called if an entry asks. None: it is not
+                known, and an entry that names a checkpoint does not match.
         """
-        matching = self._calibrations_of(runtime, quantisation)
+        matching = self._calibrations_of(runtime, quantisation, weights)
         if not matching:
             return self
         fitted = matching[-1].thresholds
@@ -452,10 +464,15 @@ class SteeringSpec(_Model):
             probes=tuple(p.replace(threshold=fitted.get(p.id, p.threshold)) for p in self.probes)
         )
 
-    def _calibrations_of(self, runtime: str, quantisation: str) -> list[Calibration]:
-        return [
+    def _calibrations_of(
+        self, runtime: str, quantisation: str, weights: Callable[[], str] | None
+    ) -> list[Calibration]:
+        fitting = [
             c for c in self.calibrations if c.runtime == runtime and c.quantisation == quantisation
         ]
+        named = any(c.weights is not None for c in fitting)
+        known = weights() if named and weights else None
+        return [c for c in fitting if c.weights is None or c.weights == known]
 
 
 def sites(intervention: HeadMatrix | AddVector | ProjectOut | Say) -> tuple[Any, ...]:

@@ -69,8 +69,15 @@ def test_a_calibration_replaces_the_older_one_and_survives_a_save(tmp_path):
         made = calibration.with_calibration(made, fitted)
     saved = load(made.save(tmp_path / "p.gguf"))
     assert [c.thresholds for c in saved.spec.calibrations] == [{"p": 148.5}]
-    assert saved.calibrated("llama.cpp", "Q4_1").spec.probes[0].threshold == 148.5
-    assert saved.calibrated("hf", "F32").spec.probes[0].threshold == 0.0
+
+    def threshold(runtime, quantisation, weights):
+        package = saved.calibrated(runtime, quantisation, weights)
+        return package.spec.probes[0].threshold
+
+    assert threshold("llama.cpp", "Q4_1", lambda: Runtime.weights_sha256) == 148.5
+    assert threshold("llama.cpp", "Q4_1", lambda: "1" * 64) == 0.0  # another checkpoint
+    assert threshold("llama.cpp", "Q4_1", None) == 0.0  # not known which one
+    assert threshold("hf", "F32", lambda: Runtime.weights_sha256) == 0.0
 
 
 def test_the_shift_against_a_baseline_is_reported():

@@ -21,7 +21,7 @@ def labels(path, **said):
     return [(e.text, e.harmful) for e in read_examples(path, **said)]
 
 
-@pytest.mark.parametrize("word", ["true", "True", "TRUE", "1", "yes", " Yes "])
+@pytest.mark.parametrize("word", ["true", "True", "TRUE", "1", "1.0", "yes", " Yes "])
 def test_words_of_a_label(tmp_path, word):
     path = write(tmp_path / "a.csv", f"Prompt,Harmful\nOne,{word}\nTwo,no\n")
     assert labels(path) == [("One", True), ("Two", False)]

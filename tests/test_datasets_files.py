@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import bz2
+import contextlib
+import csv
 import gzip
 import json
 import lzma
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from steerbridge import read_examples
 from steerbridge.data import Example
@@ -164,6 +168,7 @@ def _columns(arrow, rows):
         ("a.json", '["b"]', "row 1: expected a JSON object, found str"),
         ("a.json", '[{"prompt": "a"}', "file: expected JSON"),
         ("a.parquet", "PAR1 no parquet", "expected a Parquet file"),
+        ("a.feather", "ARROW1\0\0\x81\x82", "expected JSON, .*found a binary file"),
         ("a.xlsx", "PK\x03\x04....", r"a spreadsheet \(save it as CSV\)"),
         ("d/state.json", "{}", "state.json: expected a saved dataset"),
         ("d/state.json", "{", "state.json"),
@@ -173,9 +178,37 @@ def _columns(arrow, rows):
 def test_what_cannot_be_read_is_named(tmp_path, name, content, reason):
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
-    path.write_text(content)
+    path.write_bytes(content.encode("latin-1"))
     with pytest.raises(DataError, match=reason):
         read_examples(path if path.parent == tmp_path else path.parent)
+
+
+TEXTS = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0\r"), min_size=1)
+
+
+@given(
+    st.lists(st.tuples(TEXTS.filter(str.strip), st.booleans()), min_size=1, max_size=5),
+    st.sampled_from(",\t;"),
+    st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]),
+)
+def test_whatever_a_table_holds_is_read_back(tmp_path_factory, rows, delimiter, quoting):
+    path = tmp_path_factory.mktemp("t") / "a.csv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, delimiter=delimiter, quoting=quoting)
+        writer.writerows([("prompt", "harmful"), *rows])
+    assert [(e.text, e.harmful) for e in read_examples(path)] == rows
+
+
+@given(st.one_of(st.binary(max_size=60), st.text("{[\"',]}\n:ptruefals0e1 \t;").map(str.encode)))
+@example(b"[]")
+@example(b"{}")
+@example(b'{"a": []}')
+@example(b'{"a": {}}')
+def test_whatever_a_file_holds_an_error_is_typed(tmp_path_factory, content):
+    path = tmp_path_factory.mktemp("t") / "a"
+    path.write_bytes(content)
+    with contextlib.suppress(DataError):
+        assert read_examples(path)
 
 
 def test_a_file_that_is_not_there(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -25,7 +26,8 @@ from helpers import (
 )
 
 pytest.importorskip("elftools", reason="needs the extra `run`")
-from steerbridge import gguf_model
+from steerbridge import gguf_model, load
+from steerbridge.fingerprint import file_sha256
 from steerbridge_run import preload
 
 
@@ -221,3 +223,67 @@ def test_doctor_says_what_would_happen(tmp_path, smollm2_path):
     )
     assert done.returncode == 1
     assert "statically" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def checkpoint(smollm2_path, tmp_path_factory):
+    """The same shape with other weights: a run of quantised bytes changed."""
+    path = tmp_path_factory.mktemp("checkpoint") / "other.gguf"
+    path.write_bytes(smollm2_path.read_bytes())
+    with path.open("r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        some = file.read(1 << 20)
+        file.seek(-len(some), os.SEEK_CUR)
+        file.write(bytes(byte ^ 1 for byte in some))
+    return path
+
+
+@pytest.mark.parametrize("mmap", [True, False])
+def test_a_calibration_is_of_one_checkpoint(tmp_path, smollm2_path, checkpoint, mmap):
+    """Under `run` and in process: another one of the same shape keeps the package's thresholds."""
+    from steerbridge.spec import Calibration
+    from steerbridge_llama_cpp import SteeredLlama
+
+    quiet = load(package(smollm2_path, 1e9, tmp_path))
+    fitted = Calibration(
+        runtime="llama.cpp",
+        quantisation="Q4_1",
+        weights=file_sha256(smollm2_path),
+        thresholds={"p": -1e9},
+    )
+    guard = quiet.replace(calibrations=(fitted,)).save(tmp_path / "guard.gguf")
+    for model in (smollm2_path, checkpoint):
+        command = [*script(tmp_path), str(model), json.dumps({"use_mmap": mmap}), "My name is"]
+        _, events = steered(guard, command, log=tmp_path / f"{model.stem}.jsonl")
+        active, verdict = events
+        assert active["calibrated"] == (model == smollm2_path)
+        threshold = -1e9 if model == smollm2_path else 1e9
+        assert verdict["probes"][0]["threshold"] == threshold
+        llama = SteeredLlama(str(model), package=str(guard), n_ctx=64, verbose=False)
+        assert llama.steering_session.package.spec.probes[0].threshold == threshold
+        llama.close()
+
+
+def test_a_checkpoint_that_is_not_known_takes_no_calibration(tmp_path, smollm2_path, checkpoint):
+    """Both files are open: which one the context has is not seen."""
+    from steerbridge.spec import Calibration
+
+    fitted = Calibration(
+        runtime="llama.cpp",
+        quantisation="Q4_1",
+        weights=file_sha256(smollm2_path),
+        thresholds={"p": -1e9},
+    )
+    quiet = load(package(smollm2_path, 1e9, tmp_path))
+    guard = quiet.replace(calibrations=(fitted,)).save(tmp_path / "guard.gguf")
+    app = tmp_path / "two.py"
+    app.write_text(
+        "import llama_cpp, sys\n"
+        "models = [llama_cpp.Llama(path, n_ctx=64, verbose=False) for path in sys.argv[1:]]\n"
+        "for model in models:\n"
+        "    model.eval(model.tokenize(b'My name is'))\n"
+        "    model.scores[0]\n"
+    )
+    _, events = steered(guard, [sys.executable, str(app), str(smollm2_path), str(checkpoint)])
+    known = [e["calibrated"] for e in events if e["event"] == "active"]
+    assert known[-1] is False

@@ -36,7 +36,7 @@ from steerbridge_hf import passes
 from steerbridge_hf.observed import OBSERVED, Call
 from steerbridge_hf.request import Requests, Step
 from steerbridge_hf.sites import RUNTIME, facts, learned_positions, locate, media_tokens
-from steerbridge_torch import Ledger, RowLogits, Weights, quantisation
+from steerbridge_torch import Ledger, RowLogits, Weights, quantisation, weights_sha256
 
 _OWNER: Final = "_steerbridge_session"  # on the model: which session steers it
 _STEERED: Final = "_steerbridge_steered"  # on a cache: its states were rewritten (kept by copies)
@@ -91,7 +91,9 @@ class Session(Attachment):
             text_of = functools.partial(tokenizer.decode, skip_special_tokens=True)
             check_said(package.spec, text_of, ignore)
         self._package = package.calibrated(
-            RUNTIME, quantisation(self._sites.model.dtype, self._sites.model.config)
+            RUNTIME,
+            quantisation(self._sites.model.dtype, self._sites.model.config),
+            lambda: weights_sha256(model),
         )
         self._on_outcome = on_outcome
         self._plan = plan(self._package.spec)

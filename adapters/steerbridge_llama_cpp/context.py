@@ -14,13 +14,14 @@ import contextlib
 import ctypes
 from collections.abc import Callable, Collection, Iterator
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, Final
 
 import llama_cpp
 from llama_cpp import _internals as internals
 
 from steerbridge.errors import RowMappingLost, SteeringFailed, UnsupportedFeature
-from steerbridge.fingerprint import check_said
+from steerbridge.fingerprint import check_said, file_sha256
 from steerbridge.package import SteeringPackage
 from steerbridge.runtime import Outcome
 from steerbridge_llama_cpp.facts import facts_for, quantisation
@@ -79,7 +80,9 @@ class SteeredContext(internals.LlamaContext):
             raise UnsupportedFeature(RUNTIME, "another evaluation callback on the context")
         self.unchecked = package.check(facts_for(model, package.spec.base_model), ignore)
         check_said(package.spec, lambda ids: model.detokenize(ids).decode(errors="replace"), ignore)
-        self.package = package.calibrated(RUNTIME, quantisation(model))
+        self.package = package.calibrated(
+            RUNTIME, quantisation(model), lambda: file_sha256(Path(model.path_model))
+        )
         shape = Shape(
             model.metadata().get("general.architecture", ""),
             model.n_embd(),

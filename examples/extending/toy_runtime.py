@@ -130,7 +130,7 @@ class ToyModel:
         for act in package.spec.interventions:
             if act.type == "say":
                 raise UnsupportedFeature(NAME, f"{act.id}: {act.type}")
-        return package.calibrated(NAME, self.quantisation)
+        return package.calibrated(NAME, self.quantisation, lambda: self.weights_sha256)
         # --8<-- [end:open]
 
     def answer(

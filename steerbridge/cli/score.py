@@ -90,7 +90,9 @@ def score(
     whole = _text(file, text)
     loaded = command_line.open_model(model, runtime)
     steering.check(loaded.facts, ignore)
-    steering = steering.calibrated(loaded.runtime, loaded.quantisation)
+    steering = steering.calibrated(
+        loaded.runtime, loaded.quantisation, lambda: loaded.weights_sha256
+    )
     tokens, scored = scores(loaded, steering, Example(whole, False))
     if html is not None:
         with replacing(html) as fresh:

@@ -16,7 +16,10 @@ from steerbridge.datasets.files import Row, Table
 from steerbridge.errors import DataError, Problem
 
 FIELDS: Final = ("prompt", "harmful", "harmless", "kind", "pair", "group", "system", "images")
-_YES: Final = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+_YES: Final = {
+    **dict.fromkeys(("true", "1", "1.0", "yes"), True),
+    **dict.fromkeys(("false", "0", "0.0", "no"), False),
+}
 _SHOWN: Final = 5  # values named in an error
 
 

@@ -22,6 +22,7 @@ from steerbridge.errors import BrokenPackage, DataError, Problem
 
 Row = dict[str, Any]
 
+_KINDS: Final = "JSON, JSON Lines, CSV or Parquet"
 MAX_BYTES: Final = 2 << 30  # of a file, and of what it unpacks to
 _PACKED: Final[tuple[tuple[bytes, Any], ...]] = (
     (b"\x1f\x8b", gzip.open),
@@ -105,8 +106,8 @@ def _unpacked(path: Path) -> bytes:
         start = file.read(8)
     opener = next((o for magic, o in _PACKED if start.startswith(magic)), None)
     if start.startswith((b"PK\x03\x04", b"\xd0\xcf\x11\xe0")):
-        want = "JSON, JSON Lines, CSV or Parquet"
-        raise DataError(Problem("file", want, "an archive or a spreadsheet (save it as CSV)"), path)
+        found = "an archive or a spreadsheet (save it as CSV)"
+        raise DataError(Problem("file", _KINDS, found), path)
     try:
         with opener(path) if opener else path.open("rb") as file:
             data: bytes = file.read(MAX_BYTES + 1)
@@ -125,6 +126,8 @@ def _text(data: bytes, path: Path, encoding: str | None) -> str:
     except LookupError as error:
         raise DataError(Problem("encoding", "one that Python knows", repr(name)), path) from error
     except UnicodeDecodeError as error:
+        if encoding is None and b"\0" in data:
+            raise DataError(Problem("file", _KINDS, "a binary file"), path) from error
         line = data.count(b"\n", 0, error.start) + 1
         found = f"byte 0x{data[len(mark) + error.start]:02x} in line {line}"
         want = f"text in {name} (say --encoding cp1252, or what it is)"

@@ -69,6 +69,7 @@ def evaluate(
         comparison=comparison,
         perplexity=measure.perplexity(model, package, ignore),
         judges={judge.name: measure.judged(rows, judge) for judge in others},
+        weights=model.weights_sha256,
     )
 
 

@@ -38,6 +38,7 @@ class Evaluation:
         comparison: the guard beside other ways to refuse, if they were measured.
         perplexity: of a benign answer; see `measure.perplexity`.
         judges: name of another judge -> its rates.
+        weights: hash of the model's weights (`LoadedModel.weights_sha256`); None: not known.
     """
 
     rows: Sequence[Row]
@@ -50,6 +51,7 @@ class Evaluation:
     comparison: Comparison | None = None
     perplexity: Any = None
     judges: Mapping[str, Any] = field(default_factory=dict)
+    weights: str | None = None
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -85,7 +87,9 @@ class Evaluation:
         }
 
     def _package(self, package: SteeringPackage) -> dict[str, Any]:
-        probes = package.calibrated(self.runtime, self.quantisation).spec.probes
+        weights = self.weights
+        known = None if weights is None else lambda: weights
+        probes = package.calibrated(self.runtime, self.quantisation, known).spec.probes
         return {
             "name": package.spec.name,
             "sha256": package.sha256,

@@ -132,8 +132,14 @@ def head_guard(d: int, dtype: str) -> SteeringPackage:
         "eps": 0.1,
         "weight": {"form": "low_rank", "u": b.new(d, 3), "v": b.new(3, d)},
     }
-    calibration = {"runtime": "llama.cpp", "quantisation": "Q4_1", "thresholds": {"p": 0.25}}
-    return b.package([probe], [head], [rule("r", ["p"], ["h"])], calibrations=[calibration])
+    plain = {"runtime": "llama.cpp", "quantisation": "Q4_1", "thresholds": {"p": 0.25}}
+    checkpoint = {
+        **plain,
+        "quantisation": "Q5_1",
+        "weights": "00112233445566778899aabbccddeeff" * 2,
+    }
+    entries = [plain, checkpoint]
+    return b.package([probe], [head], [rule("r", ["p"], ["h"])], calibrations=entries)
 
 
 def layer_guard(d: int, dtype: str) -> SteeringPackage:

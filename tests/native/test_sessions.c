@@ -135,9 +135,18 @@ static void test_thresholds(const golden *g) {
     toy_new(&t, g, 64, 1);
     CHECK_STATUS(steerhook_set_threshold(t.session, "nobody", 1.0), STEERHOOK_ARGUMENT);
     CHECK_STATUS(steerhook_set_threshold(t.session, "p", (double)NAN), STEERHOOK_ARGUMENT);
-    CHECK_STATUS(steerhook_calibrate(t.session, "llama.cpp", "Q8_0", &found), STEERHOOK_OK);
+    CHECK_STATUS(steerhook_calibrate(t.session, "llama.cpp", "Q8_0", NULL, &found), STEERHOOK_OK);
     CHECK(!found);
-    CHECK_STATUS(steerhook_calibrate(t.session, "llama.cpp", "Q4_1", &found), STEERHOOK_OK);
+    CHECK_STATUS(steerhook_calibrate(t.session, "llama.cpp", "Q4_1", NULL, &found), STEERHOOK_OK);
+    CHECK(found);
+    const char *checkpoint = "00112233445566778899aabbccddeeff00112233445566778899aabbccddeeff";
+    CHECK_STATUS(steerhook_calibrate(t.session, "llama.cpp", "Q5_1", NULL, &found), STEERHOOK_OK);
+    CHECK(!found);
+    CHECK_STATUS(steerhook_calibrate(t.session, "llama.cpp", "Q5_1", checkpoint + 1, &found),
+                 STEERHOOK_OK);
+    CHECK(!found);
+    CHECK_STATUS(steerhook_calibrate(t.session, "llama.cpp", "Q5_1", checkpoint, &found),
+                 STEERHOOK_OK);
     CHECK(found);
     begin(&t, 0, r);
     const steerhook_batch batch = {.n_tokens = r->n_prompt};

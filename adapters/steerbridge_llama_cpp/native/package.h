@@ -89,7 +89,7 @@ typedef struct {
 } sh_rule;
 
 typedef struct {
-    sh_text runtime, quantisation;
+    sh_text runtime, quantisation, weights; /* weights: no bytes for any checkpoint */
     int32_t n_thresholds;
     int32_t *probes;
     double *thresholds;

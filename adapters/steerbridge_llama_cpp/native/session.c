@@ -192,7 +192,8 @@ steerhook_status steerhook_set_threshold(steerhook_session *s, const char *probe
 }
 
 steerhook_status steerhook_calibrate(steerhook_session *s, const char *runtime,
-                                     const char *quantisation, bool *calibrated) {
+                                     const char *quantisation, const char *weights,
+                                     bool *calibrated) {
     steerhook_status status = sh_session_check(s);
     if (status != STEERHOOK_OK) {
         return status;
@@ -203,7 +204,8 @@ steerhook_status steerhook_calibrate(steerhook_session *s, const char *runtime,
     bool match = false;
     for (int32_t i = s->package->n_calibrations - 1; i >= 0 && !match; i--) {
         const sh_calibration *c = &s->package->calibrations[i];
-        match = sh_text_is(c->runtime, runtime) && sh_text_is(c->quantisation, quantisation);
+        match = sh_text_is(c->runtime, runtime) && sh_text_is(c->quantisation, quantisation) &&
+                (c->weights.size == 0 || (weights != NULL && sh_text_is(c->weights, weights)));
         for (int32_t j = 0; match && j < c->n_thresholds; j++) {
             s->thresholds[c->probes[j]] = c->thresholds[j];
         }

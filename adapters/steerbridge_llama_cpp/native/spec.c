@@ -245,13 +245,33 @@ static bool copy_text(const sh_compiler *c, const sh_place *in, const char *name
     return true;
 }
 
+/* The hash of a checkpoint, if the entry is for one alone. */
+static bool compile_weights(const sh_compiler *c, const sh_place *at, sh_text *out) {
+    sh_place place;
+    if (!sh_field(at, "weights", SH_JSON_STRING, SH_OPTIONAL | SH_NULLABLE, &place)) {
+        return false;
+    }
+    if (place.node == NULL) {
+        return true;
+    }
+    if (!copy_text(c, at, "weights", out)) {
+        return false;
+    }
+    bool digits = out->size == 64;
+    for (size_t i = 0; digits && i < out->size; i++) {
+        digits = strchr("0123456789abcdef", out->data[i]) != NULL;
+    }
+    return digits || sh_refuse(&place, "64 hexadecimal digits", "%s", sh_quote(*out).text);
+}
+
 static bool compile_calibration(const sh_compiler *c, const sh_place *at, sh_calibration *out) {
-    static const char *const fields[] = {"runtime", "quantisation", "thresholds", "evidence",
-                                         NULL};
+    static const char *const fields[] = {"runtime", "quantisation", "weights", "thresholds",
+                                         "evidence", NULL};
     sh_place map;
     sh_place evidence;
     if (!sh_only(at, fields) || !copy_text(c, at, "runtime", &out->runtime) ||
         !copy_text(c, at, "quantisation", &out->quantisation) ||
+        !compile_weights(c, at, &out->weights) ||
         !sh_field(at, "evidence", SH_JSON_OBJECT, SH_OPTIONAL | SH_NULLABLE, &evidence) ||
         !sh_field(at, "thresholds", SH_JSON_OBJECT, SH_REQUIRED, &map)) {
         return false;

@@ -154,12 +154,13 @@ STEERHOOK_API int32_t steerhook_kept_rows(const steerhook_session *session, int3
 STEERHOOK_API steerhook_status steerhook_set_threshold(steerhook_session *session,
                                                        const char *probe, double threshold);
 
-/* The thresholds that the package calibrated for a runtime and a quantisation; the last matching
- * entry counts, and without one nothing changes. `calibrated` (whether there is one) may be
- * NULL. */
+/* The thresholds that the package calibrated for a runtime, a quantisation and a checkpoint (the
+ * hash of samples of its weights; NULL: not known, and an entry for one checkpoint does not match).
+ * The last matching entry counts, and without one nothing changes. `calibrated` (whether there is
+ * one) may be NULL. */
 STEERHOOK_API steerhook_status steerhook_calibrate(steerhook_session *session,
                                                    const char *runtime, const char *quantisation,
-                                                   bool *calibrated);
+                                                   const char *weights, bool *calibrated);
 
 /* ---- requests ---- */
 

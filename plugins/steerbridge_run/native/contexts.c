@@ -112,7 +112,7 @@ static void open_watch(sb_watch *watch) {
         if (watch->sequences == NULL) {
             sb_fatal("no memory");
         }
-        calibrated = sb_calibrate(watch->session, f.file_type);
+        calibrated = sb_calibrate(watch->session, &f);
     }
     tell_active(watch, &f, calibrated);
 }

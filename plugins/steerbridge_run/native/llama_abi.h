@@ -16,6 +16,8 @@ typedef struct llama_memory llama_memory;
 typedef struct llama_sampler llama_sampler;
 typedef struct llama_batch_ext llama_batch_ext;
 typedef struct ggml_backend_sched ggml_backend_sched;
+typedef struct gguf_context gguf_context;
+struct ggml_context;
 struct ggml_tensor;
 struct ggml_cgraph;
 
@@ -45,6 +47,11 @@ typedef struct {
     int64_t selected; /* below 0: none yet */
     bool sorted;
 } llama_token_data_array;
+
+typedef struct {
+    bool no_alloc;
+    struct ggml_context **ctx;
+} gguf_init_params;
 
 typedef bool (*eval_callback)(struct ggml_tensor *, bool ask, void *data);
 

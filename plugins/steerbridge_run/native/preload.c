@@ -14,6 +14,7 @@
 #include "shadow.h"
 #include "states.h"
 #include "watch.h"
+#include "weights.h"
 
 #define EXPORT __attribute__((visibility("default")))
 
@@ -377,6 +378,17 @@ EXPORT float *OURS(llama_get_embeddings_seq)(llama_context *context, int32_t seq
     return sb_steered_embeddings(context) ? NULL : real(context, seq);
 }
 
+/* ---- files ---- */
+
+EXPORT gguf_context *OURS(gguf_init_from_file)(const char *path, gguf_init_params params) {
+    REAL(gguf_init_from_file)
+    gguf_context *file = real(path, params);
+    if (file != NULL) {
+        sb_gguf_opened(file, path);
+    }
+    return file;
+}
+
 EXPORT int OURS(ggml_backend_sched_graph_compute_async)(ggml_backend_sched *sched,
                                                         struct ggml_cgraph *graph) {
     REAL(ggml_backend_sched_graph_compute_async)
@@ -406,7 +418,7 @@ EXPORT int OURS(ggml_backend_sched_graph_compute_async)(ggml_backend_sched *sche
     X(llama_get_sampled_logits_ith) X(llama_get_sampled_candidates_ith)                      \
     X(llama_get_sampled_token_ith) X(llama_sampler_sample) X(llama_sampler_apply)            \
     X(llama_get_embeddings) X(llama_get_embeddings_ith) X(llama_get_embeddings_seq)          \
-    X(ggml_backend_sched_graph_compute_async)
+    X(ggml_backend_sched_graph_compute_async) X(gguf_init_from_file)
 
 #define ENTRY(name) {#name, (void *)&OURS(name)},
 static const struct {
@@ -435,7 +447,8 @@ SB_EARLY static bool special(const void *handle) {
 /* Ours where the program's own lookup finds one of these functions. */
 SB_EARLY EXPORT void *OURS(dlsym)(void *handle, const char *name) {
     /* Special handles depend on who asks: the call must leave this frame before it arrives. */
-    if (special(handle) || (strncmp(name, "llama_", 6) != 0 && strncmp(name, "ggml_", 5) != 0)) {
+    if (special(handle) || (strncmp(name, "llama_", 6) != 0 && strncmp(name, "ggml_", 5) != 0 &&
+                            strncmp(name, "gguf_", 5) != 0)) {
         return sb_real_dlsym(handle, name);
     }
     void *function = sb_real_dlsym(handle, name);

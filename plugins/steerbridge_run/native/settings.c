@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "events.h"
+#include "weights.h"
 
 /* Whether one of the items between `;` in a variable is `item`. */
 static bool listed(const char *variable, const char *item) {
@@ -47,7 +48,8 @@ const char *sb_package_sha256(void) {
 
 /* The name under which a package keeps thresholds for a `general.file_type`, from items such as
  * "3:Q4_1". */
-bool sb_calibrate(steerhook_session *session, const char *file_type) {
+bool sb_calibrate(steerhook_session *session, const sb_facts *model) {
+    const char *file_type = model->file_type;
     const char *list = getenv("STEERBRIDGE_FILE_TYPES");
     size_t length = strlen(file_type);
     bool calibrated = false;
@@ -57,7 +59,9 @@ bool sb_calibrate(steerhook_session *session, const char *file_type) {
             strncmp(list, file_type, length) == 0) {
             char name[64];
             snprintf(name, sizeof name, "%.*s", (int)(end - length - 1), list + length + 1);
-            steerhook_calibrate(session, "llama.cpp", name, &calibrated);
+            char weights[SB_SHA256_TEXT];
+            bool known = sb_weights_of(model, weights);
+            steerhook_calibrate(session, "llama.cpp", name, known ? weights : NULL, &calibrated);
         }
         list += end + (list[end] == ';');
     }

@@ -4,6 +4,7 @@
 
 #include <stdbool.h>
 
+#include "facts.h"
 #include "steerhook.h"
 
 /* The package, loaded once; ends the process without one. */
@@ -15,7 +16,8 @@ const char *sb_package_sha256(void);
 /* Whether a model may go unsteered: a shape "architecture:width:blocks" that --also named. */
 bool sb_may_go_unsteered(const char *shape);
 
-/* Takes the thresholds calibrated for a `general.file_type`; false if there are none. */
-bool sb_calibrate(steerhook_session *session, const char *file_type);
+/* Takes the thresholds calibrated for a model's quantisation and checkpoint; false if there are
+ * none. */
+bool sb_calibrate(steerhook_session *session, const sb_facts *model);
 
 #endif
