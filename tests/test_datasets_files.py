@@ -232,6 +232,8 @@ def test_images_in_folders_are_examples(tmp_path):
     ]
     assert {e.kind for e in examples} == {"image"}
     assert all(e.text for e in examples)
-    said = reading.read(tmp_path, reading.Said(label=False))
+    with pytest.raises(DataError, match="a folder harmful as well"):
+        read_examples(tmp_path, label=False)
+    said = reading.read(tmp_path / "harmless", reading.Said(label=False))
     assert {e.harmful for e in said.examples} == {False}
     assert "harmless as said" in str(said)

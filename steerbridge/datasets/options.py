@@ -74,7 +74,7 @@ class Prompts:
         checks.check(examples)
         return examples
 
-    def examples(self, readings: Sequence[reading.Reading], wanted: str) -> list[Example]:
+    def examples(self, readings: Sequence[reading.PromptFile], wanted: str) -> list[Example]:
         """The prompts of files that were read, and of the shipped corpus' splits."""
         examples = [e for one in readings for e in one.examples]
         if self.corpus != "none":
@@ -83,7 +83,7 @@ class Prompts:
             raise DataError(Problem("--data or --corpus", f"prompts {wanted}", "none"))
         return examples
 
-    def readings(self) -> list[reading.Reading]:
+    def readings(self) -> list[reading.PromptFile]:
         """What each file gave."""
         said = [self._said(path) for path in self.paths]
         self._all_used()

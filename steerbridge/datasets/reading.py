@@ -16,7 +16,7 @@ QUESTIONS = ("What is in the picture?", "Describe this image.", "What does this 
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class PromptFile:
     """What one file gave, and how it was understood."""
 
     path: Path
@@ -61,7 +61,7 @@ def read_examples(
     return list(read(Path(path), Said(label, columns or {}, encoding)).examples)
 
 
-def read(path: Path, said: Said | None = None) -> Reading:
+def read(path: Path, said: Said | None = None) -> PromptFile:
     """The same, with how the file was understood."""
     said = said or Said()
     if path.is_dir() and not _saved(path):
@@ -71,12 +71,12 @@ def read(path: Path, said: Said | None = None) -> Reading:
         raise DataError(Problem("file", "at least one example", "none"), path)
     known = None if said.columns else published.recognised(table)
     if known is None:
-        return Reading(path, tuple(columns.examples(table, said)), _named(table, said))
+        return PromptFile(path, tuple(columns.examples(table, said)), _named(table, said))
     found, left = published.examples(table, known, said.label)
     if not found:
         raise DataError(Problem(known.name, "at least one labelled prompt", "none"), path)
     without = f"{left} rows ({known.left_out})" if left else ""
-    return Reading(path, tuple(found), f"{known.name}: {_how(known, said)}", without)
+    return PromptFile(path, tuple(found), f"{known.name}: {_how(known, said)}", without)
 
 
 def _saved(path: Path) -> bool:
@@ -100,18 +100,21 @@ def _word(label: bool | None) -> str:
     return "harmful" if label else "harmless"
 
 
-def _pictures(folder: Path, said: Said) -> Reading:
+def _pictures(folder: Path, said: Said) -> PromptFile:
     """Images in the folders `harmful` and `harmless`, in those of ToViLaG, or with a label that
     was said; each with a question in turn, of kind `image`."""
     found: list[tuple[Path, bool]] = []
+    labelled = [folder / name for name in ("harmful", "harmless") if (folder / name).is_dir()]
+    if labelled and said.label is not None:
+        want = "one that is said or one in the folders"
+        raise DataError(Problem("label", want, f"a folder {labelled[0].name} as well"), folder)
     if said.label is not None:
         read_as = f"images, {_word(said.label)} as said"
         found = [(image, said.label) for image in files.images(folder)]
-    elif (folder / "harmful").is_dir() or (folder / "harmless").is_dir():
+    elif labelled:
         read_as = "images in harmful and harmless"
-        for label in ("harmful", "harmless"):
-            images = files.images(folder / label)
-            found += [(image, label == "harmful") for image in images]
+        for one in labelled:
+            found += [(image, one.name == "harmful") for image in files.images(one)]
     else:
         read_as = f"ToViLaG: {published.TOVILAG}"
         for name in published.TOVILAG_FOLDERS:
@@ -130,4 +133,4 @@ def _pictures(folder: Path, said: Said) -> Reading:
         )
         for i, (path, harmful) in enumerate(found)
     ]
-    return Reading(folder, tuple(examples), read_as)
+    return PromptFile(folder, tuple(examples), read_as)
