@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from steerbridge.serving import Cancelled, Ended, Prompt, Question, Sampling, Token
 from steerbridge_serve.text import Text
-from steerbridge_serve.worker import Finish, Job, State, Worker
+from steerbridge_serve.worker import Finish, Job, State, Step, Worker
 
 
 class Slow:
@@ -52,6 +52,31 @@ async def events(one):
         except Exception as error:
             seen.append(error)
     return seen
+
+
+def test_a_loop_that_waits_for_the_whole_is_woken_once():
+    """A third thread between the two that compute would cost time at every token."""
+    engine = Slow()
+    worker = Worker(engine, hold_back=0)
+
+    async def run():
+        loop, woken = asyncio.get_running_loop(), []
+        real = loop.call_soon_threadsafe
+        loop.call_soon_threadsafe = lambda *a: (woken.append(a), real(*a))[1]
+        whole, streamed = job("a", new=5), job("b", new=3)
+        worker.submit(whole)
+        engine.go.release(5)
+        await asyncio.wait_for(whole.ended(), 5)
+        assert len(woken) == 1
+        assert len(await events(whole)) == 6
+        worker.submit(streamed)
+        for _ in range(3):
+            engine.go.release()
+            assert isinstance(await asyncio.wait_for(streamed.event(), 5), Step)
+        assert isinstance(await asyncio.wait_for(streamed.event(), 5), Finish)
+
+    asyncio.run(run())
+    worker.close()
 
 
 async def begun(engine, count=1):

@@ -100,13 +100,15 @@ class Run:
 
     async def answers(self) -> list[Answer]:
         """All answers, once they are whole."""
-        steps: list[list[Step]] = [[] for _ in self.jobs]
         done = []
-        async for index, event in self.events():
-            if isinstance(event, Step):
-                steps[index].append(event)
-            else:
-                done.append(Answer(self.jobs[index].text.whole, steps[index], event))
+        for index, job in enumerate(self.jobs):
+            await job.ended()
+            steps: list[Step] = []
+            event = await (_event(job) if index else self.first())
+            while not isinstance(event, Finish):
+                steps.append(event)
+                event = await _event(job)
+            done.append(Answer(job.text.whole, steps, event))
         return done
 
 

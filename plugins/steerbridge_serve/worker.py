@@ -62,7 +62,8 @@ Event = Step | Finish | Prompt | BaseException
 @dataclass(slots=True, eq=False)
 class Job:
     """One answer, or with `sampling` None only the prompt's tokens. Its events are read on the
-    event loop that created it."""
+    event loop that created it. That loop is woken for a token only if somebody waits for it:
+    two cores that compute the next one are slower with a third thread between them."""
 
     ask: Callable[[], Question]  # called on the model's thread: it decodes pictures
     sampling: Sampling | None
@@ -71,22 +72,40 @@ class Job:
     outcome: Outcome | None = None
     tokens: int = 0
     _loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
-    _events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
+    _events: deque[Event] = field(default_factory=deque)
+    _last: bool = False  # the last of the events is there
+    _awaited: bool = False  # somebody waits for the next one
+    _woken: asyncio.Event = field(default_factory=asyncio.Event)
 
     def put(self, event: Event) -> None:
         """Add an event; called on the model's thread."""
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+        self._events.append(event)
+        if not isinstance(event, Step):
+            self._last = True
+        # Who waits says so first and looks again after: no event is missed between the two.
+        if (self._last or self._awaited) and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._woken.set)
 
     async def event(self) -> Step | Finish | Prompt:
         """The next event.
 
         Raises: what the engine raised; Cancelled.
         """
-        event = await self._events.get()
+        self._awaited = True
+        while not self._events:
+            await self._woken.wait()
+            self._woken.clear()
+        self._awaited = False
+        event = self._events.popleft()
         if isinstance(event, BaseException):
             raise event
         return event
+
+    async def ended(self) -> None:
+        """Wait until the last event is there."""
+        while not self._last:
+            await self._woken.wait()
+            self._woken.clear()
 
 
 class Worker:
