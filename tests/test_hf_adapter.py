@@ -266,3 +266,23 @@ def test_captured_states_do_not_know_their_neighbours():
         alone = np.empty((1, 2, 16), np.float32)
         model.capture([prompt], readings, alone)
         np.testing.assert_allclose(together[i], alone[0], atol=1e-5)
+
+
+def test_a_calibration_is_of_one_checkpoint(tiny_llama):
+    """Another checkpoint of the same shape, or a changed one, keeps the package's thresholds."""
+    from steerbridge.spec import Calibration
+    from steerbridge_torch import weights_sha256
+
+    base = helpers.package(facts(tiny_llama), probes=[helpers.linear_probe(threshold=1e9)])
+    fitted = Calibration(
+        runtime="hf",
+        quantisation="F32",
+        weights=weights_sha256(tiny_llama),
+        thresholds={"p": -1e9},
+    )
+    package = base.replace(calibrations=(fitted,))
+    for model, threshold in ((tiny_llama, -1e9), (helpers.tiny(seed=1), 1e9)):
+        session = steer(model, package)
+        assert session.package.spec.probes[0].threshold == threshold
+        session.remove()
+    assert weights_sha256(tiny_llama) == fitted.weights  # steering left nothing behind
