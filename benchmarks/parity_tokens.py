@@ -47,12 +47,13 @@ def measure(count: int) -> dict[str, Any]:
     short = [e for e in corpus_examples("test") if len(e.text) < 300]
     prompts = [*long, *short[:: len(short) // (count - len(long))][: count - len(long)]]
     standard, packages = token_packages.moments(hf), {}
+    skip = shared(prompts, hf.render)
     for name, scope, act in (
         ("prompt_head", "prompt", token_packages.head()),
         ("both_head", "both", token_packages.head()),
         ("both_say", "both", token_packages.say(hf)),
     ):
-        made = token_packages.guard(hf.facts, scope, 1.0, act, standard=standard)
+        made = token_packages.guard(hf.facts, scope, 1.0, act, standard=standard, skip=skip)
         packages[name] = at_median(hf, made, prompts)
     ours = open_model(smollm2_f32(), n_ctx=CONTEXT, type_k=0, type_v=0, flash_attn=False)
     result: dict[str, Any] = {"prompts": len(prompts), "long": len(long), "new_tokens": NEW}
@@ -73,6 +74,16 @@ def measure(count: int) -> dict[str, Any]:
     return result
 
 
+def shared(prompts: Sequence[Example], render: Any) -> int:
+    """Rows that the template puts before every prompt: with them in scope many prompts would have
+    one and the same largest score."""
+    rows = [render(prompt) for prompt in prompts]
+    same = 0
+    while len({tuple(row[: same + 1]) for row in rows}) == 1:
+        same += 1
+    return same
+
+
 def at_median(hf: Any, package: SteeringPackage, prompts: Sequence[Example]) -> SteeringPackage:
     """The package with the threshold between the two middle scores."""
     told = hf.generate(prompts, package, max_new_tokens=NEW)
@@ -85,9 +96,12 @@ def at_median(hf: Any, package: SteeringPackage, prompts: Sequence[Example]) -> 
 def logits_diff(hf: Any, ours: Any, package: SteeringPackage, prompts: Sequence[Example]) -> float:
     """The largest difference of a row's logit, relative above 1."""
     worst = 0.0
+    [probe] = package.spec.probes
+    assert probe.token_reading is not None
+    skip = probe.token_reading.skip
     for prompt in prompts:
-        want = hf.trace(prompt, package).logits["p"][4:]
-        got = ours.trace(prompt, package).logits["p"][4:]
+        want = hf.trace(prompt, package).logits["p"][skip:]
+        got = ours.trace(prompt, package).logits["p"][skip:]
         worst = max(worst, float((np.abs(want - got) / np.maximum(1, np.abs(want))).max()))
     return worst
 

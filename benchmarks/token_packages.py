@@ -27,18 +27,20 @@ def guard(
     *,
     hidden: int = HIDDEN,
     standard: Sequence[Any] = (),
+    skip: int = 4,
 ) -> SteeringPackage:
     """An MLP with one hidden layer over two layers of the model, and a rule with one intervention.
 
     Args:
         hidden: 0: a linear probe.
         standard: mean and deviation of its inputs, as a trained probe has them.
+        skip: rows at the start that are not counted.
     """
     reading = {
         "sites": [{"stream": "layer_input", "layer": layer} for layer in LAYERS],
         "scope": scope,
         "window": WINDOW,
-        "skip": 4,
+        "skip": skip,
         "rows": "all",
     }
     mlp = {
