@@ -23,6 +23,7 @@ from steerbridge.serving import Question, chat_messages, template_errors
 from steerbridge.spec import SPEC_VERSION, ImageMean, LinearProbe, Reading, SteeringSpec
 from steerbridge.stats import log_probability
 from steerbridge.tensors import Tensor
+from steerbridge_llama_cpp.cores import physical_cores
 from steerbridge_llama_cpp.facts import facts, quantisation
 from steerbridge_llama_cpp.llama import steer
 from steerbridge_llama_cpp.media import MediaPrompts, is_media_handler
@@ -39,7 +40,7 @@ def open_model(
     Args:
         mmproj: the GGUF file of its vision tower, for prompts with images.
         n_ctx: longest prompt with its answer, in tokens; 0: the model's trained context length.
-        options: passed on to `llama_cpp.Llama`.
+        options: passed on to `llama_cpp.Llama`. Threads: one for each core, unless said.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -54,7 +55,7 @@ def open_model(
         if path is not None and not Path(path).is_file():
             raise FileNotFoundError(path)
     handler = None if mmproj is None else MTMDChatHandler(str(mmproj), verbose=False)
-    settings = {"verbose": False, **options}
+    settings = {"verbose": False, "n_threads": physical_cores(), **options}
     return LlamaCppModel(llama_cpp.Llama(str(model), n_ctx=n_ctx, chat_handler=handler, **settings))
 
 
