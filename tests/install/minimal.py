@@ -27,15 +27,21 @@ TESTS: Final = (
     "test_cli.py",
     "test_corpus.py",
     "test_data.py",
+    "test_datasets_checks.py",
+    "test_datasets_columns.py",
+    "test_datasets_files.py",
+    "test_datasets_groups.py",
+    "test_datasets_published.py",
     "test_native.py",
     "test_package.py",
     "test_properties.py",
     "test_reference.py",
 )
 LEFT_OUT: Final = tuple(
-    f"test_data.py::test_what_cannot_be_read_is_named[{case}]"  # of Parquet, so of the extra `eval`
+    # Of Parquet, so of the extra `eval`.
+    f"test_datasets_files.py::test_what_cannot_be_read_is_named[{case}]"
     for case in (
-        "a.parquet-no parquet-expected a Parquet file",
+        "a.parquet-PAR1 no parquet-expected a Parquet file",
         "d/state.json-{}-state.json: expected a saved dataset",
         "d/state.json-{-state.json",
     )
