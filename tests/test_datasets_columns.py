@@ -177,11 +177,12 @@ def test_options_that_would_do_nothing_are_refused(tmp_path, options, reason):
         Prompts([], ["harmful"]).read("to test")
 
 
-def test_no_command_opens_a_model_before_it_has_read_its_prompts(tmp_path):
+@pytest.mark.parametrize("command", ["train", "calibrate", "eval"])
+def test_no_command_opens_a_model_before_it_has_read_its_prompts(tmp_path, command):
     path = write(tmp_path / "a.csv", "prompt\nOne\n")
     package = helpers.package().save(tmp_path / "p.gguf")
-    for command in (["train", tmp_path / "out"], ["calibrate", package], ["eval", package]):
-        done = helpers.run_cli(*command, "--data", path, "--model", tmp_path / "none")
-        assert done.returncode == 1, command
-        assert "--label harmful" in done.stderr, command
-        assert "opening" not in done.stderr
+    target = tmp_path / "out" if command == "train" else package
+    done = helpers.run_cli(command, target, "--data", path, "--model", tmp_path / "none")
+    assert done.returncode == 1
+    assert "--label harmful" in done.stderr
+    assert "opening" not in done.stderr
