@@ -232,6 +232,10 @@ def test_images_in_folders_are_examples(tmp_path):
     ]
     assert {e.kind for e in examples} == {"image"}
     assert all(e.text for e in examples)
+    (tmp_path / "other.png").touch()
+    with pytest.raises(DataError, match=r"a label for every image, found none for other\.png"):
+        read_examples(tmp_path)
+    (tmp_path / "other.png").unlink()
     with pytest.raises(DataError, match="a folder harmful as well"):
         read_examples(tmp_path, label=False)
     said = reading.read(tmp_path / "harmless", reading.Said(label=False))

@@ -257,6 +257,9 @@ def test_tovilag(tmp_path):
     name, prompts = known(tmp_path)
     assert name == "ToViLaG"
     assert [(harmful, kind) for _, harmful, kind in prompts] == [(True, "image")] * 2
+    picture(tmp_path / "calm" / "c.png")
+    with pytest.raises(DataError, match=r"a label for every image, found none for calm/c\.png"):
+        read_examples(tmp_path)
 
 
 def test_columns_of_our_own_or_named_by_the_user_come_first(tmp_path):

@@ -278,7 +278,7 @@ def _vlsafe(entry: Entry) -> Iterator[Example]:
     yield entry.example(entry.text("query"), True, images=images, group=f"VLSafe:{name}")
 
 
-TOVILAG_FOLDERS: Final = ("porn", "protest", "bloody", "violence", "violent")
+TOVILAG_FOLDERS: Final = ("porn", "protest", "bloody")
 TOVILAG: Final = "the picture is toxic: harmful"
 
 

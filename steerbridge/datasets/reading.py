@@ -122,6 +122,11 @@ def _pictures(folder: Path, said: Said) -> PromptFile:
     if not found:
         want = "images in the folders harmful and harmless, or --label harmful or harmless"
         raise DataError(Problem("directory", want, "none"), folder)
+    if others := set(files.images(folder)) - {image for image, _ in found}:
+        where = str(min(others).relative_to(folder))
+        raise DataError(
+            Problem("directory", "a label for every image", f"none for {where}"), folder
+        )
     examples = [
         Example(
             QUESTIONS[i % len(QUESTIONS)],
