@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from steerbridge import data
 from steerbridge.data import Example
+from steerbridge.datasets import checks
 from steerbridge.errors import DataError, Problem
 from steerbridge.evaluation import compare as comparing
 from steerbridge.evaluation import measure
@@ -44,7 +45,7 @@ def evaluate(
         progress: told how many prompts are answered.
 
     Raises:
-        DataError: no prompts.
+        DataError: no prompts, or one under both labels.
         ModelMismatch: the package was made for another model.
         RuntimeMissing: scipy is not installed (extra `eval`).
     """
@@ -86,7 +87,7 @@ def evaluate_server(
     """The same for a guarded model behind an address, compared with an unguarded one if given.
 
     Raises:
-        DataError: no prompts.
+        DataError: no prompts, or one under both labels.
         EndpointFailed: a server gives no answer.
         RuntimeMissing: scipy is not installed (extra `eval`).
     """
@@ -111,3 +112,4 @@ def _check(prompts: Sequence[Example]) -> None:
     measure.require()
     if not prompts:
         raise DataError(Problem("prompts", "at least one to measure on", "none"))
+    checks.check(prompts)
