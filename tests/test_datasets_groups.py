@@ -85,3 +85,14 @@ def test_what_makes_prompts_alike(tmp_path):
 @pytest.mark.parametrize("text", ["", "a", "abcde", "ab cd"])
 def test_short_texts_are_their_own_grams(text):
     assert grams(text) == {text}
+
+
+def test_every_fold_has_every_kind_beside_a_group_that_fills_one():
+    """One question about many pictures is a large group; the texts beside it are many small ones.
+    By labels alone the fold of the large group would get no text."""
+    pictures = [Example(f"what is {i}", i % 2 == 0, "image", group="q") for i in range(160)]
+    texts = [Example(text(i), i % 2 == 0, "text") for i in range(40)]
+    fold = folds([*pictures, *texts], 5, seed=0)
+    assert len(set(fold[:160])) == 1
+    for side in (0, 1):
+        assert set(fold[160 + side :: 2]) == set(range(5))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Final
 
@@ -56,26 +56,25 @@ def _keys(e: Example) -> Iterator[tuple[str, str]]:
 def folds(examples: Sequence[Example], count: int, seed: int) -> list[int]:
     """A fold 0..count-1 for each example; prompts that are alike (see `groups`) share one.
 
-    Every fold gets about the same share of either label: large groups first, each into the fold
-    that has least of its labels, and by a hash where several have.
+    Every fold gets about the same share of either label of every kind: large groups first, each
+    into the fold that has least of what is in it, and by a hash where several have.
     """
     names = groups(examples)
-    sizes: dict[str, list[int]] = {}
+    sizes: dict[str, Counter[tuple[str, bool]]] = defaultdict(Counter)
     for e, name in zip(examples, names, strict=True):
-        sizes.setdefault(name, [0, 0])[e.harmful] += 1
-    totals = [max(1, sum(size[side] for size in sizes.values())) for side in (0, 1)]
-    filled = [[0, 0] for _ in range(count)]
+        sizes[name][e.kind, e.harmful] += 1
+    totals = sum(sizes.values(), Counter[tuple[str, bool]]())
+    filled: list[Counter[tuple[str, bool]]] = [Counter() for _ in range(count)]
     fold_of: dict[str, int] = {}
-    for name in sorted(sizes, key=lambda name: (-sum(sizes[name]), _hash(seed, name))):
+    for name in sorted(sizes, key=lambda name: (-sizes[name].total(), _hash(seed, name))):
         first = _hash(seed, name) % count
 
-        def load(fold: int, size: list[int] = sizes[name], first: int = first) -> tuple[float, int]:
-            share = sum(filled[fold][s] / totals[s] for s in (0, 1) if size[s])
+        def load(fold: int, name: str = name, first: int = first) -> tuple[float, int]:
+            share = math.fsum(filled[fold][part] / totals[part] for part in sizes[name])
             return share, (fold - first) % count
 
         fold_of[name] = fold = min(range(count), key=load)
-        for side in (0, 1):
-            filled[fold][side] += sizes[name][side]
+        filled[fold] += sizes[name]
     return [fold_of[name] for name in names]
 
 

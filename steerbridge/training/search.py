@@ -132,8 +132,9 @@ def search(
 ) -> SearchResult:
     """Choose readings by detection at the target false-positive rates.
 
-    First round: every reading alone, on one fold, with a linear probe. Second, on all folds, as
-    `shape`: the best reading of the first, and every position at a few depths of the model.
+    First round: every reading alone, on the fold with most to catch, with a linear probe. Second, on
+    all folds, as `shape`: the best reading of the first, and every position at a few depths of the
+    model.
     Candidates within one standard error of the best are equal; among them the readings with the
     highest mean SAS (the paper's criterion) win, then the higher AUROC.
     """
@@ -143,10 +144,11 @@ def search(
         tried(candidate)
         return candidate
 
-    first = [judged(ProbeDesign((r,), "linear", DECAY), only=[0]) for r in task.states.readings]
+    meant_N = task.harmful & (task.weights > 0)
+    fold = int(np.bincount(task.folds[meant_N]).argmax())
+    first = [judged(ProbeDesign((r,), "linear", DECAY), [fold]) for r in task.states.readings]
     second = [judged(ProbeDesign(readings, shape, DECAY)) for readings in _sets(first)]
-    meant = int((task.harmful & (task.weights > 0)).sum())
-    best = _pick(second, sas.whole, meant)
+    best = _pick(second, sas.whole, int(meant_N.sum()))
     return SearchResult(best, tuple(first), tuple(second), task.fired(best))
 
 
