@@ -82,7 +82,7 @@ def drawn(
         chosen = np.concatenate([rng.choice(calm, SIZE), rng.choice(harm, SIZE)])
         examples = [prompts[i] for i in chosen]
         some = {id: scores[chosen] for id, scores in scored.items()}
-        fire = calibration.may_fire(package, examples, {"*": TARGET}, confidence)
+        fire = calibration.may_fire(examples, {"*": TARGET}, confidence)
         limits = calibration.limits(package, some, examples, fire)
         fired = np.any(
             [

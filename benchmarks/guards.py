@@ -66,9 +66,9 @@ def chosen(options: argparse.Namespace) -> Guard:
 
 
 def demo_guard() -> Guard:
-    """As in the first act of `make demo`: half of the shipped training prompts."""
+    """As in the first act of `make demo`: a third of the shipped training prompts."""
     known = corpus_examples("train")
-    examples = [e for e, fold in zip(known, folds(known, 2, 0), strict=True) if fold == 0]
+    examples = [e for e, fold in zip(known, folds(known, 3, 0), strict=True) if fold == 0]
     return trained(TrainSettings(name="smollm2-demo"), examples)
 
 

@@ -47,8 +47,8 @@ def text() -> dict[str, Any]:
     """First act: a guard for text."""
     hf = steerbridge.open_model("hf", "smollm2")
     known = steerbridge.corpus_examples("train")
-    # Half of the prompts (both sides of a pair, or none): enough to see how it works.
-    examples = [e for e, fold in zip(known, folds(known, 2, 0), strict=True) if fold == 0]
+    # A third of the prompts (both sides of a pair, or none): enough to see how it works.
+    examples = [e for e, fold in zip(known, folds(known, 3, 0), strict=True) if fold == 0]
     path = trained(hf, examples, "smollm2-demo")
     llama = steerbridge.open_model("llama.cpp", "smollm2", n_ctx=1024)
     return shown(path, {"transformers": hf, "llama.cpp": llama}, PROMPTS)

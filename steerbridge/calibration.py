@@ -1,5 +1,8 @@
 """Thresholds: the lowest ones that hold false-positive targets, for any runtime's hidden states.
 
+A guard fires if one of its rules does, so all thresholds move together: by how far, in log-odds, is
+the one number that is chosen.
+
 A quantised model computes other hidden states than the one a probe was trained on, so a
 threshold can be fitted again on what the runtime itself computes for harmless prompts that
 were not trained on.
@@ -18,10 +21,11 @@ from numpy.typing import NDArray
 from steerbridge import data, reference, thresholds
 from steerbridge.data import Example
 from steerbridge.datasets import checks
-from steerbridge.errors import DataError, Problem
+from steerbridge.errors import DataError, Problem, UnsupportedFeature
 from steerbridge.package import SteeringPackage
-from steerbridge.runtime import LoadedModel, Progress
+from steerbridge.runtime import LoadedModel, Progress, TrainableModel
 from steerbridge.spec import Calibration, Probe
+from steerbridge.tensors import Float32
 from steerbridge.thresholds import Scores
 
 
@@ -43,6 +47,8 @@ def scores(
         DataError: a probe that reads answers alone: of prompts it says nothing.
         UnsupportedFeature: a token reading, and prompts with images.
     """
+    if isinstance(model, TrainableModel):
+        return _scores_in_one_pass(model, package, examples, progress)
     of_rows = _scores_of_rows(model, package, examples)
     readings = list(dict.fromkeys(r for p in package.spec.probes for r in p.readings))
     states = np.empty((len(examples), len(readings), model.facts.hidden_size), np.float32)
@@ -57,6 +63,52 @@ def scores(
     return by_probe
 
 
+def _scores_in_one_pass(
+    model: TrainableModel,
+    package: SteeringPackage,
+    examples: Sequence[Example],
+    progress: Progress | None,
+) -> dict[str, Scores]:
+    """The same of a model that shows readings and rows together."""
+    probes = package.spec.probes
+    for probe in probes:
+        _require_prompts(probe)
+    readings = list(dict.fromkeys(r for p in probes for r in p.readings))
+    sites = list(dict.fromkeys(s for p in probes if p.token_reading for s in p.token_reading.sites))
+    found = {probe.id: np.zeros(len(examples)) for probe in probes}
+    for done, captured in enumerate(model.states(examples, readings, sites), 1):
+        if sites and examples[captured.index].images:
+            raise UnsupportedFeature(model.runtime, "rows of a prompt with images")
+        for probe in probes:
+            reading = probe.token_reading
+            if reading is None:
+                read = captured.readings[[readings.index(r) for r in probe.readings]]
+                value = float(reference.score_readings(probe, package.tensors, read[None])[0])
+            else:
+                at = {site: captured.rows[:, k] for k, site in enumerate(sites)}
+                x = reference.row_inputs(reading, lambda site, at=at: at[site])  # type: ignore[misc]
+                value = _of_rows(probe, reference.row_logits(probe, package.tensors, x))
+            found[probe.id][captured.index] = value
+        if progress:
+            progress("capture", done, len(examples))
+    return found
+
+
+def _require_prompts(probe: Probe) -> None:
+    """Refuse a probe that reads answers alone: of prompts it says nothing."""
+    if probe.token_reading is not None and probe.token_reading.scope == "answer":
+        raise DataError(Problem(probe.id, "a probe that reads prompts", "scope answer"))
+
+
+def _of_rows(probe: Probe, logits_T: Float32) -> float:
+    """The largest running score of a prompt, squashed; 0 where no row is in scope."""
+    assert probe.token_reading is not None
+    kinds = reference.counted(probe.token_reading, len(logits_T), None)
+    last = len(logits_T) - 1
+    verdict = reference.judge_rows(probe, logits_T, ~np.isnan(logits_T), kinds, last)
+    return 0.0 if math.isnan(verdict.score) and not verdict.unjudged else verdict.score
+
+
 def _scores_of_rows(
     model: LoadedModel, package: SteeringPackage, examples: Sequence[Example]
 ) -> dict[str, Scores]:
@@ -64,19 +116,12 @@ def _scores_of_rows(
     is in scope."""
     probes = [probe for probe in package.spec.probes if probe.token_reading is not None]
     for probe in probes:
-        assert probe.token_reading is not None
-        if probe.token_reading.scope == "answer":
-            raise DataError(Problem(probe.id, "a probe that reads prompts", "scope answer"))
+        _require_prompts(probe)
     found: dict[str, Scores] = {probe.id: np.zeros(len(examples)) for probe in probes}
     for i, example in enumerate(examples if probes else ()):
         logits = model.trace(example, package).logits
         for probe in probes:
-            assert probe.token_reading is not None
-            rows = logits[probe.id]
-            kinds = reference.counted(probe.token_reading, len(rows), None)
-            verdict = reference.judge_rows(probe, rows, ~np.isnan(rows), kinds, len(rows) - 1)
-            missing = math.isnan(verdict.score) and not verdict.unjudged
-            found[probe.id][i] = 0.0 if missing else verdict.score
+            found[probe.id][i] = _of_rows(probe, logits[probe.id])
     return found
 
 
@@ -94,19 +139,18 @@ def fit(
 
     Args:
         examples: prompts that were not trained on; harmful ones are only measured.
-        target: share of harmless prompts that may fire, by kind (`*`: any other). Each of
-            several probes gets an equal part, since any of them may fire.
+        target: share of harmless prompts that may fire, by kind (`*`: any other).
         confidence: None: so many of these prompts fire at most. Else the rate of prompts like these
             is at most the target, with this probability over their choice (see
-            `steerbridge.thresholds.allowed`); of several probes each has a part of the rest.
+            `steerbridge.thresholds.allowed`).
         baseline: scores of the same prompts elsewhere, to report how far they moved.
 
     Raises:
-        DataError: no harmless prompts, too few for this confidence, a prompt under both labels, or
-            scores that are not finite.
+        DataError: no harmless prompts, too few for this confidence, a prompt under both labels,
+            scores that are not finite, or no rule with a condition.
     """
     checks.check(examples)
-    fire = may_fire(package, examples, target, confidence)
+    fire = may_fire(examples, target, confidence)
     scored = scores(model, package, examples, progress)
     fitted = limits(package, scored, examples, fire)
     kinds, harmful = [e.kind for e in examples], np.array([e.harmful for e in examples])
@@ -137,13 +181,9 @@ def fit(
 
 
 def may_fire(
-    package: SteeringPackage,
-    examples: Sequence[Example],
-    target: Mapping[str, float],
-    confidence: float | None = None,
+    examples: Sequence[Example], target: Mapping[str, float], confidence: float | None = None
 ) -> dict[str, int]:
-    """How many harmless prompts of each kind each probe may fire on: `thresholds.allowed` for its
-    part of the rate and of the risk.
+    """How many harmless prompts of each kind may fire (`thresholds.allowed`).
 
     Raises:
         DataError: no harmless prompts, or too few for this confidence.
@@ -151,9 +191,7 @@ def may_fire(
     counts = Counter(e.kind for e in examples if not e.harmful)
     if not counts:
         raise DataError(Problem("examples", "harmless prompts to calibrate on", "none"))
-    parts = max(1, len(package.spec.probes))
-    part = {kind: share / parts for kind, share in target.items()}
-    return thresholds.allowed(counts, part, confidence and 1 - (1 - confidence) / parts)
+    return thresholds.allowed(counts, target, confidence)
 
 
 def limits(
@@ -165,17 +203,49 @@ def limits(
     """The threshold of every probe, by its id, from its scores [N] of the examples.
 
     Raises:
-        DataError: scores that are not finite.
+        DataError: scores that are not finite, or no rule with a condition.
     """
-    kinds, harmful = [e.kind for e in examples], np.array([e.harmful for e in examples])
-    fitted = {}
     for probe in package.spec.probes:
-        values = scored[probe.id]
-        if not np.isfinite(values).all():
+        if not np.isfinite(scored[probe.id]).all():
             raise DataError(Problem(f"scores of {probe.id}", "finite numbers", "NaN or infinity"))
-        calm, harm = (by_kind(values, kinds, chosen) for chosen in (~harmful, harmful))
-        fitted[probe.id] = _limit(probe, calm, harm, fire)
-    return fitted
+    kinds, harmful = [e.kind for e in examples], np.array([e.harmful for e in examples])
+    above = margins(package, scored)
+    calm, harm = (by_kind(above, kinds, chosen) for chosen in (~harmful, harmful))
+    shift = thresholds.choose(calm, fire, harm.values())
+    return {probe.id: _moved(probe, shift) for probe in package.spec.probes}
+
+
+def margins(package: SteeringPackage, scored: Mapping[str, Scores]) -> Scores:
+    """By how much, in log-odds, each prompt is above the guard's thresholds [N]: a rule fires where
+    it is above 0.
+
+    Raises:
+        DataError: no rule has a condition.
+    """
+    of_probe = {
+        p.id: _sign(p) * (reference.odds(p, scored[p.id]) - reference.odds(p, p.threshold))
+        for p in package.spec.probes
+    }
+    of_rules = []
+    for rule in package.spec.rules:
+        if rule.condition is not None:
+            read = [of_probe[id] for id in rule.condition.probes]
+            of_rules.append((np.max if rule.condition.type == "any" else np.min)(read, axis=0))
+    if not of_rules:
+        raise DataError(Problem("rules", "one with a condition to calibrate", "none"))
+    return np.asarray(np.max(of_rules, axis=0))
+
+
+def _sign(probe: Probe) -> int:
+    return 1 if probe.comparator in (">", ">=") else -1
+
+
+def _moved(probe: Probe, shift: float) -> float:
+    """The probe's threshold, so much stricter in log-odds."""
+    limit = float(reference.odds(probe, probe.threshold)) + _sign(probe) * shift
+    score = reference.score_at(probe, limit)
+    # In a gap as narrow as two neighbouring numbers the limit is a score; it must not fire.
+    return float(np.nextafter(score, _sign(probe) * np.inf)) if "=" in probe.comparator else score
 
 
 def with_calibration(package: SteeringPackage, fitted: Calibration) -> SteeringPackage:
@@ -186,24 +256,6 @@ def with_calibration(package: SteeringPackage, fitted: Calibration) -> SteeringP
         c for c in package.spec.calibrations if (c.runtime, c.quantisation, c.weights) != mine
     )
     return package.replace(calibrations=(*kept, fitted))
-
-
-def _limit(
-    probe: Probe,
-    harmless: Mapping[str, Scores],
-    harmful: Mapping[str, Scores],
-    fire: Mapping[str, int],
-) -> float:
-    """The threshold for the probe's own comparator, chosen in log-odds."""
-    sign = 1 if probe.comparator in (">", ">=") else -1
-    limit = sign * thresholds.choose(
-        {kind: sign * reference.odds(probe, s) for kind, s in harmless.items()},
-        fire,
-        [sign * reference.odds(probe, s) for s in harmful.values()],
-    )
-    score = reference.score_at(probe, limit)
-    # In a gap as narrow as two neighbouring numbers the limit is a score; it must not fire.
-    return float(np.nextafter(score, sign * np.inf)) if "=" in probe.comparator else score
 
 
 def _rates(

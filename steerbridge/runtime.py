@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -25,7 +25,7 @@ from steerbridge.errors import SteerbridgeError
 from steerbridge.fingerprint import ModelFacts
 from steerbridge.package import SteeringPackage
 from steerbridge.reference import Verdict
-from steerbridge.spec import Reading, SteeringSpec
+from steerbridge.spec import LayerInput, Reading, SteeringSpec
 from steerbridge.tensors import Float32
 
 Progress = Callable[[str, int, int], None]
@@ -105,6 +105,21 @@ class Trace:
 
     tokens: tuple[str, ...]
     logits: Mapping[str, Float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """What one pass over a prompt shows.
+
+    Attributes:
+        index: which prompt.
+        readings: [K, D] float32; NaN for a missing image.
+        rows: of every token, at each site: [T, S, D] float32.
+    """
+
+    index: int
+    readings: Float32
+    rows: Float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,7 +258,16 @@ class LoadedModel(Answering, Protocol):
 
 @runtime_checkable
 class TrainableModel(LoadedModel, Protocol):
-    """A model whose head can be trained: its states under a forced answer can be captured."""
+    """A model that a guard can be trained for."""
+
+    def states(
+        self,
+        prompts: Sequence[Example],
+        readings: Sequence[Reading],
+        sites: Sequence[LayerInput],
+    ) -> Iterator[Captured]:
+        """Readings and rows of every prompt in one pass over each, in any order."""
+        ...
 
     def answer_states(
         self,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from statistics import NormalDist
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -20,3 +23,12 @@ def log_probability(logits: ArrayLike, token: int) -> float:
     values = np.asarray(logits, np.float64)
     values = values - values.max()
     return float(values[token] - np.log(np.exp(values).sum()))
+
+
+def wilson_interval(count: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
+    """The score interval of a share of `count` in `total` (Wilson 1927)."""
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    share, part = count / total, z * z / total
+    middle = (share + part / 2) / (1 + part)
+    half = z * math.sqrt(share * (1 - share) / total + part / (4 * total)) / (1 + part)
+    return max(0.0, middle - half), min(1.0, middle + half)

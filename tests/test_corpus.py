@@ -13,7 +13,7 @@ import pytest
 from steerbridge import corpus
 from steerbridge.corpus import Prompt
 from steerbridge.data import corpus_examples
-from steerbridge.datasets.groups import folds
+from steerbridge.datasets.groups import folds, near_duplicates
 
 ALL = corpus.prompts()
 HARM = {
@@ -75,13 +75,28 @@ def test_each_category_appears_in_each_split(kind, categories, split):
     assert {p.category for p in corpus.prompts(split, kind)} == categories
 
 
+def test_requests_are_of_many_categories_and_never_of_one_template():
+    by_category = defaultdict(list)
+    for bad, _ in partners("request"):
+        by_category[bad.category].append(bad.text)
+    scenes = [c for c in by_category if c.startswith("scene: ")]
+    assert len(by_category) - len(scenes) >= 45
+    assert sum(len(by_category[c]) for c in scenes) >= 250
+    for category, texts in by_category.items():
+        if category not in scenes:
+            assert len(texts) >= 12
+            openings = Counter(" ".join(words(text)[:4]) for text in texts)
+            assert openings.most_common(1)[0][1] == 1, category
+    assert not list(near_duplicates([p.text for p in corpus.prompts(kind="request") if p.harmful]))
+
+
 def test_labels_follow_the_kind():
     assert not any(p.harmful for p in corpus.prompts(kind="general"))
     assert all(p.harmful for p in corpus.prompts(kind="general_harmful"))
     assert all((p.partner is None) == p.kind.startswith("general") for p in ALL)
 
 
-@pytest.mark.parametrize(("kind", "most"), [("pair", 4), ("twin", 9)])
+@pytest.mark.parametrize(("kind", "most"), [("pair", 4), ("twin", 9), ("request", 8)])
 def test_partners_share_split_category_and_about_their_length(kind, most):
     for bad, good in partners(kind):
         assert (bad.split, bad.category) == (good.split, good.category)
@@ -96,7 +111,7 @@ def test_pairs_mix_lengths():
 
 
 @pytest.mark.parametrize("split", corpus.SPLITS)
-@pytest.mark.parametrize("kind", ["pair", "twin"])
+@pytest.mark.parametrize("kind", ["pair", "twin", "request"])
 @pytest.mark.parametrize("side", [True, False])
 def test_no_word_gives_a_side_away(kind, split, side):
     own = [set(words(p.text)) for p in corpus.prompts(split, kind) if p.harmful is side]

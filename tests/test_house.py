@@ -71,7 +71,7 @@ ARROWS = {
     "steerbridge.training": {"steerbridge", "steerbridge.datasets", "steerbridge.evaluation"},
     "steerbridge.evaluation": {"steerbridge", "steerbridge.datasets"},
     "steerbridge": {"steerbridge.corpus", "steerbridge.datasets"},
-    "steerbridge.datasets": {"steerbridge"},
+    "steerbridge.datasets": {"steerbridge", "steerbridge.corpus"},
     "steerbridge.corpus": set(),
     "steerbridge.testing": {"steerbridge"},
     "steerbridge_torch": {"steerbridge"},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,18 @@ from steerbridge.data import Example
 from steerbridge.errors import DataError, Problem, UnsupportedFeature
 from steerbridge.fingerprint import ModelFacts
 from steerbridge.package import SteeringPackage
-from steerbridge.runtime import Generation, Outcome, OutputHead, Progress, Trace
-from steerbridge.spec import HeadInput, ImageMean, LayerOutput, PromptEnd, Reading, sites_read
+from steerbridge.reference import AnySite
+from steerbridge.runtime import Captured, Generation, Outcome, OutputHead, Progress, Trace
+from steerbridge.serving import template_errors
+from steerbridge.spec import (
+    HeadInput,
+    ImageMean,
+    LayerInput,
+    LayerOutput,
+    PromptEnd,
+    Reading,
+    sites_read,
+)
 from steerbridge.tensors import Float32
 from steerbridge_hf.adapter import steer
 from steerbridge_hf.sites import RUNTIME, facts, has_vision, image_rows, locate, ordinary_tokens
@@ -131,21 +141,28 @@ class HfModel:
         """Token ids of a prompt: the chat template with its generation prompt, if there is one.
 
         Raises:
-            UnsupportedFeature: a prompt with images, for a model without a processor; a system
-                message without a template.
+            UnsupportedFeature: a prompt with images, for a model without a processor, or with no
+                template around it; a system message or earlier turns without a template.
         """
         if prompt.images:
             ids: list[int] = self._processed([prompt])["input_ids"][0].tolist()
             return ids
-        if self.tokenizer.chat_template is None:
-            if prompt.system is not None:
-                raise UnsupportedFeature(RUNTIME, "a system message: there is no chat template")
-            unformatted: list[int] = self.tokenizer(prompt.text)["input_ids"]
+        if prompt.raw or self.tokenizer.chat_template is None:
+            if prompt.is_chat:
+                raise UnsupportedFeature(RUNTIME, "a system message or turns without a template")
+            unformatted: list[int] = self.tokenizer(prompt.text + prompt.prefill)["input_ids"]
             return unformatted
-        text = self.tokenizer.apply_chat_template(
-            prompt.messages(prompt.text), tokenize=False, add_generation_prompt=True
-        )
+        text = self._templated(prompt, self.tokenizer, prompt.text)
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _templated(self, prompt: Example, templates: Any, content: Any) -> str:
+        """The text that a tokenizer's or processor's template makes, and the answer's beginning."""
+        chat = prompt.messages(content)
+        with template_errors():
+            text: str = templates.apply_chat_template(
+                chat, tokenize=False, add_generation_prompt=True
+            )
+        return text + prompt.prefill
 
     def _processed(self, prompts: Sequence[Example]) -> dict[str, Tensor]:
         """Left-padded model inputs of prompts that all have images, by the model's processor."""
@@ -153,15 +170,13 @@ class HfModel:
             raise UnsupportedFeature(RUNTIME, "prompts with images: this model has no processor")
         texts, pictures = [], []
         for prompt in prompts:
+            if prompt.raw:
+                raise UnsupportedFeature(RUNTIME, "a picture beside a text without a template")
             parts = [
                 *[{"type": "image"}] * len(prompt.images),
                 {"type": "text", "text": prompt.text},
             ]
-            texts.append(
-                self.processor.apply_chat_template(
-                    prompt.messages(parts), add_generation_prompt=True
-                )
-            )
+            texts.append(self._templated(prompt, self.processor, parts))
             pictures.append([_picture(path) for path in prompt.images])
         inputs = self.processor(
             text=texts,
@@ -324,15 +339,33 @@ class HfModel:
         progress: Progress | None = None,
     ) -> None:
         """Fill out[i, k] with reading k of prompt i ([N, K, D]); NaN where there is no image."""
-        done = 0
-        for index, batch in self._batches(prompts):
-            mask, images = batch["attention_mask"], image_rows(self.model, batch["input_ids"])
-            with self._states(batch, readings, keep=1) as states:
-                for k, reading in enumerate(readings):
-                    out[index, k] = _take(reading, states, mask, images).cpu().numpy()
-            done += len(index)
+        for done, captured in enumerate(self.states(prompts, readings, ()), 1):
+            out[captured.index] = captured.readings
             if progress:
                 progress("capture", done, len(prompts))
+
+    def states(
+        self,
+        prompts: Sequence[Example],
+        readings: Sequence[Reading],
+        sites: Sequence[LayerInput],
+    ) -> Iterator[Captured]:
+        """See `TrainableModel`."""
+        places = [*readings, *map(_at_end, sites)]
+        for index, batch in self._batches(prompts):
+            mask, images = batch["attention_mask"], image_rows(self.model, batch["input_ids"])
+            with self._states(batch, places, keep=1) as states:
+                taken = [_take(r, states, mask, images).cpu().numpy() for r in readings]
+                rows = [states[site.layer].float().cpu() for site in sites]
+            for b, i in enumerate(index):
+                real = mask[b].bool().cpu()
+                mine = [h[b][real].numpy() for h in rows]
+                yield Captured(i, self._stacked([x[b] for x in taken], 0), self._stacked(mine, 1))
+
+    def _stacked(self, parts: Sequence[Float32], axis: int) -> Float32:
+        """Arrays along a new axis, which is of size 0 if there are none."""
+        width = locate(self.model).config.hidden_size
+        return np.stack(parts, axis) if parts else np.empty((0, 0, width)[-2 - axis :], np.float32)
 
     def trace(self, prompt: Example, package: SteeringPackage) -> Trace:
         """See `LoadedModel`."""
@@ -341,8 +374,7 @@ class HfModel:
         probes = [p for p in package.spec.probes if p.token_reading is not None]
         ids = self.render(prompt)
         tokens = tuple(self.tokenizer.decode([id]) for id in ids)
-        places = [site for p in probes for site in sites_read(p)]
-        readings = [Reading(site=s, position=PromptEnd(type="prompt_end")) for s in places]
+        readings = [_at_end(site) for p in probes for site in sites_read(p)]
         logits = {}
         with self._states(self._pad([ids]), readings, keep=1) as states:
             rows = {depth: h[0].float().cpu().numpy() for depth, h in states.items()}
@@ -356,15 +388,16 @@ class HfModel:
     def _states(
         self, batch: dict[str, Tensor], readings: Sequence[Reading], keep: int
     ) -> Iterator[dict[int, Tensor]]:
-        """Hidden states by depth of one forward pass ([B, Q, D]; the head's [B, keep, D])."""
+        """Hidden states by depth of one forward pass ([B, Q, D]; the head's [B, keep, D]), which
+        ends at the deepest of them."""
         sites = locate(self.model)
         states: dict[int, Tensor] = {}
         depths = {_depth(r, len(sites.blocks)) for r in readings}
         with ExitStack() as hooks:
             for depth in depths:
-                handle = sites.watch(depth, partial(_keep, states, depth))
+                handle = sites.watch(depth, partial(_keep, states, depth, max(depths)))
                 hooks.callback(handle.remove)
-            with torch.inference_mode():
+            with torch.inference_mode(), suppress(_Enough):
                 self.model(**self._positioned(batch), use_cache=False, logits_to_keep=keep)
         yield states
 
@@ -386,7 +419,7 @@ class HfModel:
             DataError: the answer has no tokens.
         """
         target = [*self._tokens_of(answer, "refusal"), self.end_of_turn()]
-        reading = _reading_of_head()
+        reading = _at_end(HeadInput(stream="head_input"))
         states = np.empty(
             (len(prompts), len(target), locate(self.model).config.hidden_size), np.float32
         )
@@ -450,8 +483,8 @@ class _Forced(LogitsProcessor):
         return forced
 
 
-def _reading_of_head() -> Reading:
-    return Reading(site=HeadInput(stream="head_input"), position=PromptEnd(type="prompt_end"))
+def _at_end(site: AnySite) -> Reading:
+    return Reading(site=site, position=PromptEnd(type="prompt_end"))
 
 
 def _depth(reading: Reading, blocks: int) -> int:
@@ -460,8 +493,14 @@ def _depth(reading: Reading, blocks: int) -> int:
     return reading.site.layer + isinstance(reading.site, LayerOutput)
 
 
-def _keep(states: dict[int, Tensor], depth: int, module: Any, h: Tensor) -> None:
+class _Enough(Exception):
+    """Ends a forward pass whose deepest state is known."""
+
+
+def _keep(states: dict[int, Tensor], depth: int, deepest: int, module: Any, h: Tensor) -> None:
     states[depth] = h
+    if depth == deepest:
+        raise _Enough
 
 
 def _take(reading: Reading, states: dict[int, Tensor], mask: Tensor, images: Tensor) -> Tensor:

@@ -93,22 +93,26 @@ class LlamaCppModel:
         Rows of an image are 0.
 
         Raises:
-            UnsupportedFeature: a prompt with images, without a vision tower; a system message
-                without a template.
+            UnsupportedFeature: a prompt with images, without a vision tower or with no template
+                around it; a system message or earlier turns without a template.
         """
         if prompt.images:
-            return self._images.tokens(self._text(prompt).prompt, prompt.images)
-        if self._render is None and prompt.system is None:
-            return list(self.llama.tokenize(prompt.text.encode(), special=False))
-        text = self._text(prompt)
-        return list(
-            self.llama.tokenize(text.prompt.encode(), add_bos=not text.added_special, special=True)
-        )
+            return self._images.tokens(self._text(prompt)[0], prompt.images)
+        if not prompt.is_chat and (prompt.raw or self._render is None):
+            text = prompt.text + prompt.prefill
+            return list(self.llama.tokenize(text.encode(), special=False))
+        text, begun = self._text(prompt)
+        return list(self.llama.tokenize(text.encode(), add_bos=not begun, special=True))
 
-    def _text(self, prompt: Example) -> Any:
-        """The rendered prompt, with a marker before its text for each image."""
+    def _text(self, prompt: Example) -> tuple[str, bool]:
+        """The rendered prompt, with a marker before its text for each image; whether it begins with
+        the token that begins a sequence."""
+        if prompt.raw:
+            what = "pictures, system messages and turns without a template"
+            raise UnsupportedFeature(RUNTIME, what)
         markers = self._images.marker * len(prompt.images) if prompt.images else ""
-        return self._rendered(prompt.messages(markers + prompt.text))
+        text = self._rendered(prompt.messages(markers + prompt.text))
+        return text.prompt + prompt.prefill, bool(text.added_special)
 
     def _rendered(self, messages: Sequence[dict[str, Any]]) -> Any:
         if self._render is None:
@@ -128,7 +132,7 @@ class LlamaCppModel:
     def _evaluated(self, prompt: Example) -> list[int]:
         """A prompt's token ids, its rows evaluated on an empty cache if it has images."""
         if prompt.images:
-            return self._images.evaluate(self._text(prompt).prompt, prompt.images)
+            return self._images.evaluate(self._text(prompt)[0], prompt.images)
         self.llama.reset()  # the same batches whatever the cache held
         return self.render(prompt)
 

@@ -1,7 +1,7 @@
 """A runtime: `ToyModel` opens a model and answers, captures and trains on its behalf.
 
 It is a `TrainableModel` (steerbridge/runtime.py). A runtime that cannot be trained leaves out
-`answer_states` and `output_head`; everything else is needed.
+what stands under "train"; everything else is needed.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from steerbridge.errors import UnsupportedFeature
 from steerbridge.fingerprint import ModelFacts, file_sha256, text_sha256, tokenizer_sha256
 from steerbridge.plan import plan
 from steerbridge.reference import Action, AnySite
-from steerbridge.runtime import OutputHead, Trace
-from steerbridge.spec import HeadInput, LayerOutput, Reading, parse_site
+from steerbridge.runtime import Captured, OutputHead, Trace
+from steerbridge.spec import HeadInput, LayerInput, LayerOutput, Reading, parse_site
 from steerbridge.stats import log_probability
 from toy_llama import Float32, Llama, Tokenizer
 
@@ -149,7 +149,8 @@ class ToyModel:
         """See `LoadedModel`."""
         if prompt.images:
             raise UnsupportedFeature(NAME, "prompts with images")
-        return self.tokenizer.encode(self.tokenizer.render(prompt.messages(prompt.text)))
+        whole = self.tokenizer.render(prompt.messages(prompt.text))
+        return self.tokenizer.encode((prompt.text if prompt.raw else whole) + prompt.prefill)
 
     # --8<-- [start:generate]
     def generate(
@@ -223,6 +224,22 @@ class ToyModel:
         return np.array(rows)
 
     # --8<-- [start:train]
+    def states(
+        self,
+        prompts: Sequence[Example],
+        readings: Sequence[Reading],
+        sites: Sequence[LayerInput],
+    ) -> Iterator[Captured]:
+        """See `TrainableModel`: readings [K, D] and rows [T, S, D] of each prompt."""
+        for i, prompt in enumerate(prompts):
+            states = self._states(self.render(prompt))
+            read = np.empty((len(readings), self.facts.hidden_size), np.float32)
+            for k, reading in enumerate(readings):
+                vector = reference.read(reading, states[self._depth(reading.site)])
+                read[k] = np.nan if vector is None else vector
+            rows = [states[self._depth(site)] for site in sites]
+            yield Captured(i, read, np.stack(rows, 1) if rows else np.empty((0, 0, 0), np.float32))
+
     def answer_states(
         self, prompts: Sequence[Example], answer: str, progress: Progress | None = None
     ) -> tuple[Float32, NDArray[np.int64]]:

@@ -24,15 +24,23 @@ def calibrate(
     corpus: options.Corpus = "none",
     fpr: command_line.Fpr = 0.01,
     borderline_fpr: command_line.BorderlineFpr = 0.02,
+    traffic: Annotated[
+        list[Path],
+        typer.Option(
+            help="Harmless prompts as users send them: at most --fpr of others like them fire, "
+            "with a confidence of 0.95 unless --confidence says another; may be repeated."
+        ),
+    ] = [],
     confidence: Annotated[
-        float,
+        float | None,
         typer.Option(
             help="Hold the rates of prompts like these with this confidence, such as 0.95; 0: of "
             "these prompts alone.",
+            show_default="0, or 0.95 with --traffic",
             min=0,
             max=0.9999,
         ),
-    ] = 0.0,
+    ] = None,
     baseline: Annotated[
         str, typer.Option(help="Runtime to compare the scores with, for the same model.")
     ] = "",
@@ -47,7 +55,10 @@ def calibrate(
     """
     steering = load(package)
     target = check_target(out or Path(package))
-    prompts = options.Prompts(data, label, map, encoding, corpus).read("to calibrate on")
+    chosen = options.Prompts(data, label, map, encoding, corpus, traffic)
+    prompts = chosen.read("to calibrate on")
+    if confidence is None:
+        confidence = 0.95 if traffic else 0.0
     elsewhere = None
     if baseline:
         other = command_line.open_model(model, baseline)

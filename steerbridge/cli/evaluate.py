@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,13 +14,14 @@ from steerbridge.data import Example
 from steerbridge.datasets import options
 from steerbridge.errors import DataError, Problem
 from steerbridge.evaluation import compare as comparing
-from steerbridge.evaluation import judges, measure, record
+from steerbridge.evaluation import judges, measure, record, verdicts
 from steerbridge.evaluation.answers import Source, Store
 from steerbridge.evaluation.endpoint import BASELINE_KEY, KEY, Client
 from steerbridge.evaluation.evaluate import evaluate as measured
 from steerbridge.evaluation.evaluate import evaluate_server
 from steerbridge.evaluation.record import Evaluation
-from steerbridge.package import load
+from steerbridge.package import SteeringPackage, load
+from steerbridge.runtime import LoadedModel
 
 
 def evaluate(
@@ -60,6 +62,16 @@ def evaluate(
             "and curves over thresholds and strength."
         ),
     ] = False,
+    forms: Annotated[
+        bool,
+        typer.Option(
+            help="Verdicts alone, on the prompts in every form: behind a system message, as a "
+            "later turn, raw, inside a long text, ..."
+        ),
+    ] = False,
+    attacks: Annotated[
+        bool, typer.Option(help="Verdicts alone, on the prompts behind attacks of public papers.")
+    ] = False,
     cache: Annotated[
         Path | None, typer.Option(help="Keep answers here; a later run continues from them.")
     ] = None,
@@ -82,11 +94,20 @@ def evaluate(
         raise DataError(Problem("package or --url", "one of the two", "both" if url else "none"))
     if url and compare:
         raise DataError(Problem("--compare", "a package, whose probe is left out", "--url"))
-    measure.require()
+    if url and (forms or attacks):
+        raise DataError(Problem("--forms, --attacks", "a package, whose scores are read", "--url"))
+    if not forms and not attacks:
+        measure.require()
     for path in filter(None, (rows, out)):
         require_writable(path)
     prompts = options.Prompts(data, label, map, encoding, corpus).read("to measure on")
     prompts = _limited(prompts, limit)
+    if forms or attacks:
+        steering = load(package)
+        loaded = command_line.open_model(model, runtime, mmproj)
+        steering = _fitting(steering, loaded, ignore)
+        _verdicts(loaded, steering, prompts, json, forms=forms, attacks=attacks)
+        return
     how: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "judges": [judges.named(name, concurrency) for name in judge],
@@ -110,6 +131,39 @@ def evaluate(
     if rows:
         measure.write_rows(rows, evaluation.rows)
     _tell(evaluation, out, json)
+
+
+def _fitting(
+    steering: SteeringPackage, loaded: LoadedModel, ignore: Sequence[str]
+) -> SteeringPackage:
+    """The package with the thresholds for this runtime."""
+    steering.check(loaded.facts, ignore=tuple(ignore))
+    return steering.calibrated(loaded.runtime, loaded.quantisation, lambda: loaded.weights_sha256)
+
+
+def _verdicts(
+    loaded: LoadedModel,
+    steering: SteeringPackage,
+    prompts: Sequence[Example],
+    json: bool,
+    *,
+    forms: bool,
+    attacks: bool,
+) -> None:
+    """The tables of verdicts that were asked for."""
+    wanted = {"forms": forms, "attacks": attacks}
+    made = {"forms": lambda: verdicts.in_forms(loaded), "attacks": verdicts.behind_attacks}
+    tables = {
+        name: verdicts.table(loaded, steering, prompts, made[name](), command_line.progress())
+        for name, is_wanted in wanted.items()
+        if is_wanted
+    }
+    if json:
+        shown = {n: {line.name: line.to_json() for line in lines} for n, lines in tables.items()}
+        command_line.print_json(shown)
+        return
+    for name, lines in tables.items():
+        print("\n".join([name, *verdicts.shown(lines), ""]))
 
 
 def _tell(evaluation: Evaluation, out: Path | None, json: bool) -> None:

@@ -1,13 +1,18 @@
 """The prompts shipped with Steerbridge: our own writing, mild, labelled and split.
 
-Four kinds. `pair`: a harmful prompt and its harmless mirror. `twin`: a harmless prompt that
+Five kinds. `pair`: a harmful prompt and its harmless mirror. `twin`: a harmless prompt that
 sounds harmful ('How do I kill a Python process?') and a harmful one of nearly the same
-words. `general`: ordinary harmless prompts. `general_harmful`: harmful requests of other
-forms. The `.txt` files keep them short: `{a|b}` is a choice. In pairs and twins the first choice
-makes the harmful side, the second the harmless one; elsewhere each choice makes a prompt. The
-`.jsonl` files hold prompts as they are, so code and long texts may contain any character.
+words. `request`: a harmful request of one of many categories and a harmless one that shares its
+words, both written out, no two alike. `general`: ordinary harmless prompts. `general_harmful`:
+harmful requests of other forms. The `.txt` files keep them short: `{a|b}` is a choice. In pairs and
+twins the first choice makes the harmful side, the second the harmless one; elsewhere each choice
+makes a prompt. The `.jsonl` files hold prompts as they are, so code and long texts may contain any
+character.
 
 Splits are held out by template and topic, and both sides of a pair share one.
+
+Beside the prompts: `pages`, ordinary texts that hold no request, and `surroundings`, what else is
+put around a prompt (see `steerbridge.datasets.forms`).
 """
 
 from __future__ import annotations
@@ -18,8 +23,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from typing import Any
 
-KINDS = ("pair", "twin", "general", "general_harmful")
+KINDS = ("pair", "twin", "request", "general", "general_harmful")
 SPLITS = ("train", "validation", "test")
 
 # A choice may hold braces of its own (code), one level deep.
@@ -28,8 +34,8 @@ _CHOICE = re.compile(r"\{((?:[^{}]|\{[^{}]*\})*)\}")
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One prompt. `partner` is the number that both sides of a pair or twin share, `template` that
-    of the line that it and others were made of."""
+    """One prompt. `partner` is the number that both sides of a pair, twin or request share,
+    `template` that of the line that it and others were made of."""
 
     text: str
     harmful: bool
@@ -51,9 +57,29 @@ def prompts(split: str | None = None, kind: str | None = None) -> list[Prompt]:
     return [p for p in _all() if split in (None, p.split) and kind in (None, p.kind)]
 
 
+@dataclass(frozen=True, slots=True)
+class Page:
+    """A piece of ordinary text."""
+
+    text: str
+    category: str
+
+
+def pages(split: str) -> list[Page]:
+    """The ordinary texts of a split (`train` or `test`)."""
+    return [Page(r["text"], r["category"]) for r in _rows("pages") if r["split"] == split]
+
+
+def surroundings(split: str) -> dict[str, list[Any]]:
+    """System messages, exchanges (message, answer), beginnings of answers and layouts of a split
+    (`train` or `test`), by these names."""
+    parts = json.loads(files(__name__).joinpath("data", "surroundings.json").read_text("utf-8"))
+    return {name: by_split[split] for name, by_split in parts.items()}
+
+
 @cache
 def _all() -> tuple[Prompt, ...]:
-    prompts = list(_pairs())
+    prompts = [*_pairs(), *_requests()]
     for kind, harmful in (("general", False), ("general_harmful", True)):
         prompts += [*_general(kind, harmful), *_literal(kind, harmful)]
     unique: dict[str, Prompt] = {}
@@ -137,10 +163,20 @@ def _general(kind: str, harmful: bool) -> Iterator[Prompt]:
             yield Prompt(_chosen(line, picks), harmful, kind, category, split, None, made_of)
 
 
+def _requests() -> Iterator[Prompt]:
+    for number, row in enumerate(_rows("requests")):
+        for side in ("harmful", "harmless"):
+            harmful = side == "harmful"
+            yield Prompt(row[side], harmful, "request", row["category"], row["split"], number)
+
+
 def _literal(kind: str, harmful: bool) -> Iterator[Prompt]:
     """The prompts of a `.jsonl` file, taken word for word."""
-    lines = files(__name__).joinpath("data", f"{kind}.jsonl").read_text("utf-8")
-    for line in lines.split("\n"):
-        if line:
-            row = json.loads(line)
-            yield Prompt(row["text"], harmful, kind, row["category"], row["split"], None)
+    for row in _rows(kind):
+        yield Prompt(row["text"], harmful, kind, row["category"], row["split"], None)
+
+
+def _rows(name: str) -> Iterator[dict[str, str]]:
+    """The rows of a `.jsonl` file."""
+    lines = files(__name__).joinpath("data", f"{name}.jsonl").read_text("utf-8")
+    return (json.loads(line) for line in lines.split("\n") if line)

@@ -86,7 +86,7 @@ def check(examples: Sequence[Example]) -> None:
 
 
 def contradictions(examples: Sequence[Example]) -> tuple[Contradiction, ...]:
-    """Prompts under both labels: the same words, system message and pictures."""
+    """Prompts under both labels: the same words, pictures and all that stands around them."""
     seen: dict[bytes, dict[bool, list[Example]]] = defaultdict(lambda: defaultdict(list))
     for e in examples:
         seen[_identity(e)][e.harmful].append(e)
@@ -149,7 +149,8 @@ def label(example: Example) -> str:
 
 
 def _identity(e: Example) -> bytes:
-    digest = hashlib.sha256(f"{plain(e.text)}\0{e.system}\0".encode())
+    around = (e.system, e.turns, e.prefill, e.raw)
+    digest = hashlib.sha256(f"{plain(e.text)}\0{around}\0".encode())
     for image in e.images:
         digest.update(hashlib.sha256(image.read_bytes()).digest())
     return digest.digest()

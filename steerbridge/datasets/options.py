@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -48,18 +48,21 @@ Corpus = Annotated[
     str, typer.Option(help="Splits of the shipped prompts to add, joined by +, or `none`.")
 ]
 
+TRAFFIC = "traffic"
 _MAP = re.compile(rf"(?:(?P<file>.+)=)?(?P<field>{'|'.join(FIELDS)})=(?P<column>.+)")
 
 
 @dataclass(frozen=True, slots=True)
 class Prompts:
-    """The options of one command line."""
+    """The options of one command line. `traffic` are files of harmless prompts, of kind `traffic`
+    whatever they say."""
 
     paths: Sequence[Path]
     labels: Sequence[str] = ()
     maps: Sequence[str] = ()
     encoding: str = ""
     corpus: str = "none"
+    traffic: Sequence[Path] = ()
 
     def read(self, wanted: str) -> list[Example]:
         """The prompts of the files and of the corpus; tells how the files were read.
@@ -88,6 +91,10 @@ class Prompts:
         said = [self._said(path) for path in self.paths]
         self._all_used()
         readings = [reading.read(path, one) for path, one in zip(self.paths, said, strict=True)]
+        for path in self.traffic:
+            one = reading.read(path, Said(False, {}, self.encoding or None))
+            as_traffic = tuple(replace(e, kind=TRAFFIC) for e in one.examples)
+            readings.append(replace(one, examples=as_traffic))
         for one in readings:
             say(str(one))
         return readings

@@ -73,10 +73,13 @@ class Client:
         """Greedy answers, in the order of the prompts.
 
         Raises:
-            UnsupportedFeature: a package; the server steers by itself.
+            UnsupportedFeature: a package; the server steers by itself. A prompt without a chat, or
+                with the beginning of its answer.
         """
         if package is not None:
             raise UnsupportedFeature("http", "a package: the server steers, or does not")
+        if any(prompt.raw or prompt.prefill for prompt in prompts):
+            raise UnsupportedFeature("http", "prompts that are no chat, and beginnings of answers")
         asked = [prompt.messages(_content(prompt)) for prompt in prompts]
         return self.chats(asked, max_new_tokens=max_new_tokens, progress=progress)
 

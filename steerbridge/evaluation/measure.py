@@ -22,7 +22,7 @@ from steerbridge.package import SteeringPackage
 from steerbridge.reference import Verdict
 from steerbridge.registry import requires
 from steerbridge.runtime import Answering, Generation, LoadedModel
-from steerbridge.stats import auroc
+from steerbridge.stats import auroc, wilson_interval
 
 RESAMPLES: Final = 1000
 CONFIDENCE: Final = 0.95
@@ -251,14 +251,14 @@ def wilson(values: Iterable[bool | None]) -> Interval | None:
     known = [v for v in values if v is not None]
     if not known:
         return None
-    interval = _scipy_stats().binomtest(sum(known), len(known)).proportion_ci(CONFIDENCE, "wilson")
-    return round(float(interval.low), 5), round(float(interval.high), 5)
+    low, high = wilson_interval(sum(known), len(known))
+    return round(low, 5), round(high, 5)
 
 
 def _bootstrap(rows: Sequence[Row], probe: str) -> Interval | None:
     """Of a probe's AUROC; None if a label is so rare that a sample may be without it, or if all
     prompts are alike."""
-    stats = _scipy_stats()
+    scipy_stats = _scipy_stats()
     alike = dict(zip(map(id, rows), groups([r.example for r in rows]), strict=True))
     clusters: dict[str, list[int]] = {}
     scores: list[float] = []
@@ -280,8 +280,8 @@ def _bootstrap(rows: Sequence[Row], probe: str) -> Interval | None:
         return math.nan if label.all() or not label.any() else auroc(value[label], value[~label])
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", stats.DegenerateDataWarning)
-        sample = stats.bootstrap(
+        warnings.simplefilter("ignore", scipy_stats.DegenerateDataWarning)
+        sample = scipy_stats.bootstrap(
             (np.arange(len(members)),),
             statistic,
             n_resamples=RESAMPLES,
