@@ -132,9 +132,8 @@ def search(
 ) -> SearchResult:
     """Choose readings by detection at the target false-positive rates.
 
-    First round: every reading alone, on the fold with most to catch, with a linear probe. Second, on
-    all folds, as `shape`: the best reading of the first, and every position at a few depths of the
-    model.
+    First round: every reading alone, on the fold with most to catch, with a linear probe. Second,
+    on all folds, as `shape`: the best reading of the first, and every position at a few depths.
     Candidates within one standard error of the best are equal; among them the readings with the
     highest mean SAS (the paper's criterion) win, then the higher AUROC.
     """
