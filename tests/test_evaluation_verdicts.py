@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import base64
+import json
 
 import numpy as np
 import pytest
 
 import helpers
+import steerbridge
 from steerbridge import calibration
 from steerbridge.data import Example
 from steerbridge.datasets.attacks import ATTACKS, attacked
@@ -82,3 +84,32 @@ def test_the_margin_says_what_the_rule_says():
     always = helpers.package(helpers.FACTS, rules=[helpers.rule(None, ["h"])])
     with pytest.raises(DataError, match="rules"):
         calibration.margins(always, {p.id: scored["p0"] for p in always.spec.probes})
+
+
+@pytest.mark.slow
+def test_the_command_tells_verdicts_alone(smollm2_path, tmp_path):
+    """With SmolLM2 in llama.cpp; calibrated on traffic before."""
+    pytest.importorskip("llama_cpp")
+    from steerbridge_llama_cpp import open_model
+
+    facts = open_model(smollm2_path, n_ctx=256).facts
+    probe = helpers.linear_probe(readings=[helpers.reading("layer_input[20]")], link="sigmoid")
+    path = helpers.package(facts, probes=[probe]).save(tmp_path / "p.gguf")
+    lines = [{"prompt": e.text, "harmful": e.harmful} for e in (BAD, GOOD)]
+    (tmp_path / "two.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    options = ("--data", tmp_path / "two.jsonl", "--runtime", "llama.cpp", "--json")
+    told = helpers.run_cli("eval", path, *options, "--forms", "--attacks")
+    assert told.returncode == 0, told.stderr
+    tables = json.loads(told.stdout)
+    assert list(tables["forms"]) == list(FORMS)
+    assert list(tables["attacks"]) == list(ATTACKS)
+    refused = helpers.run_cli("eval", "--url", "http://127.0.0.1:9", *options[:2], "--forms")
+    assert "--forms" in refused.stderr
+    calm = [{"prompt": f"Name {n} animals."} for n in range(2, 20)]
+    (tmp_path / "calm.jsonl").write_text("\n".join(map(json.dumps, calm)))
+    options = ("--traffic", tmp_path / "calm.jsonl", "--fpr", "0.2", "--json")
+    told = helpers.run_cli("calibrate", path, *options)
+    assert told.returncode == 0, told.stderr
+    assert steerbridge.load(path).spec.calibrations[0].evidence["confidence"] == 0.95
+    few = helpers.run_cli("calibrate", path, *options[:2], "--fpr", "0.01")
+    assert "299" in few.stderr
