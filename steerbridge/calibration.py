@@ -217,15 +217,12 @@ def limits(
 
 def margins(package: SteeringPackage, scored: Mapping[str, Scores]) -> Scores:
     """By how much, in log-odds, each prompt is above the guard's thresholds [N]: a rule fires where
-    it is above 0.
+    it is above 0. What cannot be judged (NaN) fires: it is infinitely far above.
 
     Raises:
         DataError: no rule has a condition.
     """
-    of_probe = {
-        p.id: _sign(p) * (reference.odds(p, scored[p.id]) - reference.odds(p, p.threshold))
-        for p in package.spec.probes
-    }
+    of_probe = {p.id: _margin(p, scored[p.id]) for p in package.spec.probes}
     of_rules = []
     for rule in package.spec.rules:
         if rule.condition is not None:
@@ -234,6 +231,14 @@ def margins(package: SteeringPackage, scored: Mapping[str, Scores]) -> Scores:
     if not of_rules:
         raise DataError(Problem("rules", "one with a condition to calibrate", "none"))
     return np.asarray(np.max(of_rules, axis=0))
+
+
+def _margin(probe: Probe, scores: Scores) -> Scores:
+    """The same of one probe. The sign is that of its comparison, also where odds are equal."""
+    above = _sign(probe) * (reference.odds(probe, scores) - reference.odds(probe, probe.threshold))
+    fires = reference.fires(probe, scores)
+    exact = np.where(fires, np.maximum(above, np.finfo(np.float64).tiny), np.minimum(above, 0))
+    return np.where(np.isnan(scores), np.inf, exact)
 
 
 def _sign(probe: Probe) -> int:

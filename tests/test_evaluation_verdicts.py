@@ -81,6 +81,10 @@ def test_the_margin_says_what_the_rule_says():
         assert (calibration.margins(package, scored) > 0).tolist() == fired
     below = guard({"comparator": "<"})
     assert (calibration.margins(below, scored) > 0).tolist() == [True, False, False]
+    odd = {"p0": np.array([np.nan, 0.5, 1.0])}  # what cannot be judged fires, as in every runtime
+    for comparator, fired in ((">", [True, False, True]), (">=", [True, True, True])):
+        package = guard({"comparator": comparator})
+        assert (calibration.margins(package, odd) > 0).tolist() == fired
     always = helpers.package(helpers.FACTS, rules=[helpers.rule(None, ["h"])])
     with pytest.raises(DataError, match="rules"):
         calibration.margins(always, {p.id: scored["p0"] for p in always.spec.probes})

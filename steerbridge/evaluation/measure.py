@@ -251,7 +251,7 @@ def wilson(values: Iterable[bool | None]) -> Interval | None:
     known = [v for v in values if v is not None]
     if not known:
         return None
-    low, high = wilson_interval(sum(known), len(known))
+    low, high = wilson_interval(sum(known), len(known), CONFIDENCE)
     return round(low, 5), round(high, 5)
 
 
