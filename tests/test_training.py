@@ -238,6 +238,8 @@ def test_parts_never_part_what_is_alike(model):
     for (i, where), count in counts.items():
         if where == "calibrate" and is_traffic(examples[i]):
             assert count == 1
+        if where == "search" and is_traffic(examples[i]):
+            assert count == len(made.forms)
     chats = {
         i for i, e in zip(made.prompt.tolist(), made.examples, strict=True) if e.form == "chat"
     }

@@ -63,7 +63,8 @@ def divide(
     """Parts and forms of the prompts.
 
     Every prompt stands in `chat`, and in other forms as often as `shares` says. An ordinary one to
-    calibrate on stands in one form alone, each as likely: a promise counts prompts.
+    calibrate on stands in one form alone, each as likely: a promise counts prompts. One to search
+    on stands in all of them: what is chosen has to keep that promise.
     """
     forms = renderable(model, examples[0], list(shares))
     fold = groups.folds(examples, FOLDS, seed)
@@ -77,6 +78,8 @@ def divide(
             chosen = [CHAT]
         elif part == "calibrate" and is_traffic(e):
             chosen = [draw.choice(forms)]
+        elif part == "search" and is_traffic(e):
+            chosen = forms
         else:
             chosen = list(dict.fromkeys([CHAT, *(f for f in forms if draw.random() < shares[f])]))
         made += [(rendered(e, form, around[part], seed, longest), part, i) for form in chosen]
