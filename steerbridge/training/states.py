@@ -157,7 +157,8 @@ def capture(
             if sites:
                 rows[starts[i] : starts[i + 1]] = np.clip(captured.rows, -MOST, MOST)
         for part in (array, rows):
-            part.flush()
+            if isinstance(part, np.memmap):
+                part.flush()
         at = end
         _write(note, {**want, "done": at})
         if progress:
