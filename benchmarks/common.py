@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,8 @@ def arguments(description: str) -> argparse.ArgumentParser:
 def splits(folder: Path) -> tuple[list[Example], list[Example], bool]:
     """Training and test prompts: public sets where present, else the shipped prompts alone.
 
-    Test kinds: `pair` (harmful and harmless), `general`, `sorry` (harmful), `alpaca` and
-    `borderline` (the shipped ones). No training prompt is like a test prompt (see
+    Test kinds: `pair` (harmful and harmless), `sorry` (harmful), `alpaca`, `general` and `arena`
+    (ordinary), and `borderline` (the shipped ones). No training prompt is like a test prompt (see
     `steerbridge.datasets.groups`): those of the shipped corpus that are, are left out.
     """
     train = corpus_examples("train") + corpus_examples("validation")
@@ -48,10 +49,11 @@ def splits(folder: Path) -> tuple[list[Example], list[Example], bool]:
     public = (folder / "vlsafe_pairs.jsonl").is_file()
     if public:
         test = [e for e in test if e.kind == "borderline"]
+        arena = read_examples(folder / "benign_arena.jsonl", label=False)
         sets = [
             *read_examples(folder / "vlsafe_pairs.jsonl"),
             *read_examples(folder / "benign_general.jsonl", label=False),
-            *read_examples(folder / "benign_arena.jsonl", label=False),
+            *[replace(e, kind="arena") for e in arena],
             *read_examples(folder / "sorry_pairs.jsonl"),
         ]
         fold = folds(sets, 5, seed=1)
@@ -66,6 +68,16 @@ def leaking(train: Sequence[Example], test: Sequence[Example]) -> list[bool]:
     names = groups([*train, *test])
     held = set(names[len(train) :])
     return [name in held for name in names[: len(train)]]
+
+
+def every(prompts: Sequence[Example], count: int) -> list[Example]:
+    """At most `count` prompts of each label, evenly spaced."""
+    chosen = []
+    for harmful in (True, False):
+        side = [p for p in prompts if p.harmful is harmful]
+        kept = min(count, len(side))
+        chosen += [side[i * len(side) // kept] for i in range(kept)]
+    return chosen
 
 
 def open_smollm2() -> Any:

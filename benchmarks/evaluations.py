@@ -39,13 +39,3 @@ def compared(
     path = CACHE / f"{name}-record.json"
     evaluation.save(path)
     return evaluation, path
-
-
-def every(prompts: Sequence[Example], count: int) -> list[Example]:
-    """At most `count` prompts of each label, evenly spaced."""
-    chosen = []
-    for harmful in (True, False):
-        side = [p for p in prompts if p.harmful is harmful]
-        kept = min(count, len(side))
-        chosen += [side[i * len(side) // kept] for i in range(kept)]
-    return chosen

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import steerbridge
-from common import CACHE, open_demo, open_smollm2, progress, say, splits
+from common import CACHE, leaking, open_demo, open_smollm2, progress, say, splits
 from steerbridge import Example, SteeringPackage, TrainSettings, corpus_examples, smollm2
 from steerbridge.data import sha256
 from steerbridge.datasets.groups import folds
@@ -36,6 +36,11 @@ class Guard:
     path: Path
     package: SteeringPackage
 
+    @property
+    def evidence(self) -> Any:
+        """What the package says about itself."""
+        return self.package.spec.evidence
+
     def __str__(self) -> str:
         return f"{self.package.spec.name} {self.package.sha256[:12]}"
 
@@ -45,11 +50,11 @@ def at(path: Path) -> Guard:
     return Guard(path, steerbridge.load(path))
 
 
-def add_option(parser: argparse.ArgumentParser, default: str = "demo") -> None:
+def add_option(parser: argparse.ArgumentParser, default: str = "pooled") -> None:
     parser.add_argument(
         "--guard",
         default=default,
-        help=f"{' or '.join(TEXT_GUARDS)} (trained if need be), or the path of a package; "
+        help=f"{', '.join(TEXT_GUARDS)} (trained if need be), or the path of a package; "
         "default: %(default)s",
     )
 
@@ -66,22 +71,42 @@ def chosen(options: argparse.Namespace) -> Guard:
 
 
 def demo_guard() -> Guard:
-    """As in the first act of `make demo`: a third of the shipped training prompts."""
-    known = corpus_examples("train")
-    examples = [e for e, fold in zip(known, folds(known, 3, 0), strict=True) if fold == 0]
-    return trained(TrainSettings(name="smollm2-demo"), examples)
+    """As in the first act of `make demo`: the shipped training prompts."""
+    return trained(TrainSettings(name="smollm2-demo"), corpus_examples("train"))
 
 
-def safety_guard(folder: Path, *, rank: int | None = None, model: Any = None) -> Guard:
+def pooled_guard() -> Guard:
+    """A guard as the paper has it: it reads whole prompts, and a head refuses."""
+    known = [e for e in corpus_examples("train") if e.kind != "request"]
+    examples = [e for e, fold in zip(known, folds(known, 2, 0), strict=True) if fold == 0]
+    return trained(pooled("smollm2-pooled"), examples)
+
+
+def pooled(name: str, **more: Any) -> TrainSettings:
+    """Settings of such a guard."""
+    return TrainSettings(
+        name=name, refuse="head_matrix", reads="whole", forms={"chat": 1.0}, **more
+    )
+
+
+def safety_guard(folder: Path) -> Guard:
     """As in `make bench-safety`: public prompts where present, all shipped ones for training.
 
     Args:
         folder: with the public prompts (see `common.splits`).
-        rank: of the head; None: dense.
-        model: if given, the guard is trained anew with it.
     """
     training, _, _ = splits(folder)
-    return trained(TrainSettings(name="smollm2-guard", rank=rank), training, model=model)
+    return trained(TrainSettings(name="smollm2-guard", search_minutes=20), training)
+
+
+def shipped_guard(folder: Path) -> Guard:
+    """What a user without data gets: trained on the shipped prompts alone, those left out that are
+    like a test prompt."""
+    _, test, _ = splits(folder)
+    known = corpus_examples("train") + corpus_examples("validation")
+    alike = leaking(known, test)
+    examples = [e for e, leaks in zip(known, alike, strict=True) if not leaks]
+    return trained(TrainSettings(name="smollm2-shipped"), examples)
 
 
 def parity_guard(model: Any) -> Guard:
@@ -89,7 +114,7 @@ def parity_guard(model: Any) -> Guard:
     short = [e for e in corpus_examples("train") if len(e.text) < 120]
     pairs = [e for e in short if e.kind == "pair"][:400]
     general = [e for e in short if e.kind == "general"][:200]
-    settings = TrainSettings(name="parity-guard", head=HeadSettings(steps=80), head_prompts=64)
+    settings = pooled("parity-guard", head=HeadSettings(steps=80), head_prompts=64)
     return trained(settings, [*pairs, *general], lambda: model)
 
 
@@ -99,7 +124,7 @@ def parity_guard(model: Any) -> Guard:
 def demo_vlm_guard() -> Guard:
     """As in the second act of `make demo`."""
     examples = guard_examples(FOLDER / "drawings-100", "train", per_kind=100)
-    settings = TrainSettings(name="demo-vlm", target_fpr={"*": 0.04})
+    settings = TrainSettings(name="demo-vlm", target_fpr=0.02)
     return trained(settings, examples, open_demo, shipped_bytes())
 
 
@@ -123,7 +148,7 @@ def multimodal_guard(
         *guard_examples(place / "drawings", "validation", per_kind=per_kind // 5, kinds=PICTURED),
         *[e for e in corpus_examples("train") if e.kind == "general"][: per_kind // 2],
     ]
-    settings = TrainSettings(name="demo-vlm-guard", target_fpr={"*": 0.02, "text": 0.03})
+    settings = TrainSettings(name="demo-vlm-guard", target_fpr=0.02)
     return trained(settings, examples, open_demo, shipped_bytes(), model=model)
 
 
@@ -187,8 +212,10 @@ def key(settings: TrainSettings, examples: Sequence[Example], weights: bytes) ->
 
 
 TEXT_GUARDS: dict[str, Callable[[Path], Guard]] = {
+    "pooled": lambda _: pooled_guard(),
     "demo": lambda _: demo_guard(),
     "safety": safety_guard,
+    "shipped": shipped_guard,
 }
 PICTURE_GUARDS: dict[str, Callable[[Path], Guard]] = {
     "demo": lambda _: demo_vlm_guard(),

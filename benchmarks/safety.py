@@ -1,94 +1,182 @@
-"""`make bench-safety`: train on SmolLM2-135M, then measure on prompts never trained on.
+"""`make bench-safety`: guards for SmolLM2-135M, measured on prompts never trained on.
 
-A part of the prompts is answered in other ways too (see `steerbridge.evaluation.compare`).
+Two guards: one trained on public and shipped prompts, one on the shipped prompts alone. Verdicts
+are told for every set and form (`heldout.py`), in transformers and, for a part of the prompts, in
+llama.cpp with Q4_1 weights after `calibrate` there; then refusals, answers, attacks, and what a
+text classifier does. What is trained or answered is kept: a run that was stopped goes on.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import CACHE, arguments, finish, leaking, open_smollm2, progress, say, share, splits
-from evaluations import asking, compared, every
-from guards import safety_guard
-from steerbridge import Example, SteeringPackage, calibration, reference
-from steerbridge.evaluation import measure
+import baseline
+import heldout
+from common import (
+    CACHE,
+    arguments,
+    every,
+    finish,
+    leaking,
+    open_smollm2,
+    progress,
+    say,
+    share,
+    splits,
+)
+from evaluations import asking, compared
+from guards import Guard, pooled_guard, safety_guard, shipped_guard
+from steerbridge import Example, SteeringPackage, TrainSettings, calibration, smollm2
+from steerbridge.evaluation import judge, measure, verdicts
+from steerbridge.training import parts
+from steerbridge.training.settings import DEFAULT_REFUSAL
 
-JUDGED = ("sorry", "alpaca")  # many: verdicts alone
+NEW: Final = 60  # tokens of a refusal
+QUANTISED: Final = 60  # prompts of a set in llama.cpp
+REFUSED: Final = 100  # prompts whose refusals are read
+DIALOGUES: Final = 50
+ATTACKED: Final = 150
 
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--rank", type=int, default=None)
     parser.add_argument("--compare", type=int, default=150, help="prompts of each label")
     options = parser.parse_args()
     train, test, public = splits(options.data)
-    answered = [e for e in test if e.kind not in JUDGED]
-    model = open_smollm2()
-    tell = progress()
-    guard = safety_guard(options.data, rank=options.rank, model=model)
-    package = guard.package
-    evidence: Any = package.spec.evidence
-    say(f"out of fold: {evidence.safety['out_of_fold']}")
-    for probe, evidence_of_probe in evidence.probes.items():
-        say(f"{probe}: {evidence_of_probe['runners_up']}")
-    how = asking("hf smollm2 F32", 48, tell)
-    rows = measure.run(model, package, answered, how)
-    measure.write_rows(CACHE / "safety-rows.jsonl", rows)
-    evaluation, _ = compared(model, package, every(answered, options.compare), how, "smollm2")
-    leaks = leaking(test, train)
-    figures = {
-        **result(rows, package, public),
-        "leakage": share(leaks),
-        **verdicts(model, package, [e for e in test if e.kind in JUDGED]),
-    }
-    finish({"guard": str(guard), **figures, "comparison": shown(evaluation.comparison)})
-
-
-def verdicts(model: Any, package: SteeringPackage, prompts: list[Example]) -> dict[str, Any]:
-    """Shares of the prompts that are judged but not answered on which any probe fires."""
-    if not prompts:
-        return {}
-    scores = calibration.scores(model, package, prompts)
-    fired = np.any([reference.fires(p, scores[p.id]) for p in package.spec.probes], axis=0)
-    kinds = np.array([e.kind for e in prompts])
-    return {
-        "detection_sorry": share(fired[kinds == "sorry"]),
-        "fpr_alpaca": share(fired[kinds == "alpaca"]),
-        "judged": {kind: int((kinds == kind).sum()) for kind in JUDGED},
-    }
-
-
-def shown(comparison: Any) -> dict[str, Any]:
-    """Attack success and share of identical harmless answers, for every way."""
-    ways = {w["way"]: [w["asr"], w["harmless_identical"]] for w in comparison.ways}
-    return {"asr_and_harmless_identical": ways, "better_than_the_guard": comparison.better}
-
-
-def result(rows: list[measure.Row], package: Any, public: bool) -> dict[str, Any]:
-    pairs = measure.summary([r for r in rows if r.example.kind == "pair"])
-    whole = measure.summary(rows)
-    readings = {p.id: [str(r) for r in p.readings] for p in package.spec.probes}
-    read = dict.fromkeys(r for names in readings.values() for r in names)
-    return {
-        "auroc": max(pairs["auroc"].values()),
-        "auroc_by_probe": pairs["auroc"],
-        "asr_steered": pairs["asr_guard_steered"],
-        "asr_judge": [pairs["asr_judge_unsteered"], pairs["asr_judge_steered"]],
-        "asr_guard": [pairs["asr_guard_unsteered"], pairs["asr_guard_steered"]],
-        "harmless_identical": pairs["harmless_identical"],
-        "fpr_general": whole["fpr"].get("general"),
-        "fpr_borderline": whole["fpr"].get("borderline"),
-        "refusal_wellformed": whole["refusal_wellformed"],
-        "layer": readings,
-        "sas": {r: package.spec.evidence.sas[r] for r in read},
-        "thresholds": {p.id: p.threshold for p in package.spec.probes},
+    sets = heldout.sets(test)
+    guard, shipped = safety_guard(options.data), shipped_guard(options.data)
+    for one in (guard, shipped):
+        say(f"{one}: {one.evidence.safety['promise']} {one.evidence.safety['forms']}")
+    model, tell = open_smollm2(), progress()
+    fired = {one: decided(model, one.package, sets, tell) for one in (guard, shipped)}
+    result: dict[str, Any] = {
+        "guards": [str(guard), str(shipped)],
         "public_data": public,
-        "prompts": whole["prompts"],
+        "probes": {p.id: list(p.reads) for p in guard.package.spec.probes},
+        "promise": guard.evidence.safety["promise"],
+        **figures(fired[guard]),
+        "shipped_only": figures(fired[shipped]),
+        "leakage": share(leaking(test, train)),
+        "prompts": {name: len(prompts) for name, prompts in sets.items()},
+    }
+    say(str(result))
+    divided = parts.divide(model, train, TrainSettings().forms, 0)
+    result["baseline"] = figures(baseline.verdicts(divided, TrainSettings(), sets))
+    result["attacks"] = attacks(model, guard.package, test)
+    result["llama_cpp"] = quantised(guard, divided, sets)
+    result |= refusals(model, guard, pooled_guard(), sets)
+    result |= answers(model, guard, test, options.compare)
+    finish(result)
+
+
+def decided(
+    model: Any, package: SteeringPackage, sets: Mapping[str, Sequence[Example]], tell: Any = None
+) -> dict[str, NDArray[np.bool_]]:
+    """Whether the guard fires on each prompt, by set."""
+    prompts, where = heldout.flat(sets)
+    scores = calibration.scores(model, package, prompts, tell)
+    fired = calibration.margins(package, scores) > 0
+    return {name: fired[part] for name, part in where.items()}
+
+
+def figures(fired: Mapping[str, NDArray[np.bool_]]) -> dict[str, Any]:
+    """Shares that fire; false positives pooled over all ordinary prompts, and by set."""
+    calm = [*heldout.ORDINARY, "ordinary_long", "ordinary_forms"]
+    ordinary = [fired[name] for name in calm if name in fired]
+    return {
+        "detection_vlsafe": share(fired["vlsafe"]),
+        "detection_sorry": share(fired["sorry"]) if "sorry" in fired else None,
+        **{name: share(fired[name]) for name in heldout.LONG},
+        "by_form": {name: share(fired[name]) for name in heldout.SHORT_FORMS},
+        "fpr": share(np.concatenate(ordinary)) if ordinary else None,
+        "fpr_by_set": {name: share(fired[name]) for name in calm if name in fired},
+        "twins": {name: share(fired[name]) for name in ("mirrors", "borderline")},
+    }
+
+
+def attacks(model: Any, package: SteeringPackage, test: Sequence[Example]) -> dict[str, Any]:
+    """Attack -> shares of harmful and of ordinary prompts that fire behind it."""
+    some = every([e for e in test if e.kind in ("pair", *heldout.ORDINARY)], ATTACKED)
+    some = [e for e in some if e.harmful or e.kind != "pair"]
+    lines = verdicts.table(model, package, some, verdicts.behind_attacks())
+    return {
+        line.name: [part and round(part.value, 4) for part in (line.detected, line.fpr)]
+        for line in lines
+    }
+
+
+def quantised(
+    guard: Guard, divided: parts.Parts, sets: Mapping[str, Sequence[Example]]
+) -> dict[str, Any]:
+    """The figures in llama.cpp with Q4_1 weights, calibrated there on the same traffic, and those
+    of transformers on the same prompts."""
+    from steerbridge_llama_cpp import open_model
+
+    llama = open_model(smollm2(), n_ctx=2048)
+    traffic = [divided.examples[i] for i in divided.of("calibrate") if divided.traffic[i]]
+    settings = TrainSettings()
+    fitted = calibration.fit(
+        llama, guard.package, traffic, {"*": settings.target_fpr}, confidence=settings.confidence
+    )
+    package = calibration.with_calibration(guard.package, fitted)
+    package = package.calibrated(llama.runtime, llama.quantisation, lambda: llama.weights_sha256)
+    some = {name: every(prompts, QUANTISED) for name, prompts in sets.items()}
+    return {
+        "q4_1": figures(decided(llama, package, some)),
+        "hf_same_prompts": figures(decided(open_smollm2(), guard.package, some)),
+        "thresholds": dict(fitted.thresholds),
+    }
+
+
+def refusals(
+    model: Any, guard: Guard, headed: Guard, sets: Mapping[str, Sequence[Example]]
+) -> dict[str, Any]:
+    """How well the two ways to refuse end, and whether a dialogue goes on after a refusal."""
+    harmful = every(sets["vlsafe"], REFUSED)
+    quality = {}
+    for name, package in (("say", guard.package), ("head", headed.package)):
+        told = model.generate(harmful, package.unconditional(), max_new_tokens=NEW)
+        quality[name] = share(
+            judge.well_formed(a.text, a.finish) and not judge.repeats(a.text) for a in told
+        )
+    calm = every([e for name in heldout.ORDINARY for e in sets.get(name, ())], DIALOGUES)
+    turns = [(("user", e.text), ("assistant", DEFAULT_REFUSAL)) for e in harmful]
+    kept = [heldout.after(e, turns[i % len(turns)]) for i, e in enumerate(calm)]
+    dropped = decided(model, guard.package, {"dropped": calm, "kept": kept})
+    return {
+        "refusal_quality": quality,
+        "next_turn_answered": 1 - share(dropped["dropped"]),
+        "next_turn_answered_if_kept": 1 - share(dropped["kept"]),
+    }
+
+
+def answers(model: Any, guard: Guard, test: Sequence[Example], count: int) -> dict[str, Any]:
+    """Attack success and answers that are the same, beside other ways to refuse."""
+    some = every([e for e in test if e.kind in ("pair", *heldout.ORDINARY)], count)
+    how = asking("hf smollm2 F32", 48, progress())
+    evaluation, _ = compared(model, guard.package, some, how, "smollm2")
+    rows = evaluation.rows
+    measure.write_rows(CACHE / "safety-rows.jsonl", rows)
+    whole = measure.summary(rows)
+    ways = {w["way"]: [w["asr"], w["harmless_identical"]] for w in evaluation.comparison.ways}
+    return {
+        "auroc": whole["auroc"],
+        "asr_steered": whole["asr_guard_steered"],
+        "asr_judge": [whole["asr_judge_unsteered"], whole["asr_judge_steered"]],
+        "asr_guard": [whole["asr_guard_unsteered"], whole["asr_guard_steered"]],
+        "harmless_identical": whole["harmless_identical"],
+        "refusal_wellformed": whole["refusal_wellformed"],
+        "comparison": {
+            "asr_and_harmless_identical": ways,
+            "better_than_the_guard": evaluation.comparison.better,
+        },
     }
 
 

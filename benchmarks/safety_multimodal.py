@@ -19,7 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 from common import CACHE, arguments, demo_files, finish, open_demo, say, share
-from guards import Guard, Pairs, demo_guard, multimodal_guard, public_pairs
+from guards import Guard, Pairs, multimodal_guard, pooled_guard, public_pairs
 from steerbridge import SteeringPackage
 from steerbridge.evaluation import measure, plots
 from steerbridge.evaluation.answers import Asking
@@ -56,7 +56,7 @@ def main() -> None:
             "unseen_stems": measured(model, package, "unseen_stems", count, unseen),
         }
         say(f"{name}: {result[name]}")
-    text_guard = demo_guard()
+    text_guard = pooled_guard()
     result["text_head"] = {"guard": str(text_guard), **carried_over(hf, package, text_guard)}
     result["layer"] = [str(r) for p in package.spec.probes for r in p.readings]
     finish(result)
@@ -68,7 +68,7 @@ def trained(hf: Any, options: argparse.Namespace) -> Guard:
     )
     plots.readings(guard.package, guard.path.with_suffix(".png"))
     evidence: Any = guard.package.spec.evidence
-    say(f"out of fold: {evidence.safety['out_of_fold']}")
+    say(f"by kind: {evidence.safety['kinds']}")
     return guard
 
 

@@ -1,4 +1,10 @@
-"""`make bench-train`: head training on cached states against running the model in each step.
+"""`make bench-train`: what training costs.
+
+First a probe that reads rows, on 8,000 prompts in all their forms: `token_ratio` is the time of the
+capture and one fit over that of the capture alone; the search, which fits some ten such probes on a
+part of the prompts, is timed apart.
+
+Then head training on cached states against running the model in each step.
 
 Both train on the same refusals of the same prompts, in the same batches, with the same
 optimiser. The plain loop is what the authors do: the whole model in every step, logits of every
@@ -12,8 +18,10 @@ In each round the plain loop runs twice and training on cached states once, its 
 
 from __future__ import annotations
 
+import resource
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,10 +32,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 import ratios
-from common import arguments, finish, open_smollm2, say
+from common import CACHE, arguments, finish, open_smollm2, progress, say, splits
 from steerbridge import corpus_examples
 from steerbridge.training import head as heads
-from steerbridge.training.settings import DEFAULT_REFUSAL, HeadSettings
+from steerbridge.training import parts, search
+from steerbridge.training.settings import DEFAULT_REFUSAL, HeadSettings, TrainSettings
+from steerbridge.training.states import all_readings, capture
+from steerbridge.training.tokens import TokenDesign
 
 
 def main() -> None:
@@ -36,7 +47,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--sampled-steps", type=int, default=6)
     parser.add_argument("--whole", action="store_true", help="run every step of the plain loop")
+    parser.add_argument("--token-prompts", type=int, default=8000, help="0: leave this part out")
     options = parser.parse_args()
+    tokens = of_tokens(options.data, options.token_prompts) if options.token_prompts else {}
     prompts = [e for e in corpus_examples("train") if e.harmful][: options.prompts]
     race = Race(open_smollm2(), prompts, options.sampled_steps, options.whole)
     runs = {"plain": race.plain, "control": race.plain, "cached": race.cached}
@@ -51,8 +64,40 @@ def main() -> None:
             "plain_seconds": middle(rounds, "plain"),
             "rounds": options.rounds,
             **race.losses(),
+            **tokens,
         }
     )
+
+
+def of_tokens(folder: Path, count: int) -> dict[str, Any]:
+    """Seconds and memory of capture, of one fit, and of the search."""
+    train, _, _ = splits(folder)
+    examples = train[:: max(1, len(train) // count)][:count]
+    settings, model = TrainSettings(), open_smollm2()
+    divided = parts.divide(model, examples, settings.forms, settings.seed)
+    layers = model.facts.num_layers
+    goal = next(goal for goal in settings.goals if goal.reads == "rows")
+    seconds = {}
+    with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
+        start = time.monotonic()
+        made = divided.examples, all_readings(layers), search.row_sites(layers)
+        states = capture(model, *made, Path(scratch), progress())
+        seconds["capture"] = time.monotonic() - start
+        task = search.Task(states, divided, goal, settings)
+        start = time.monotonic()
+        task.fit(TokenDesign(states.rows.sites[-2:]))
+        seconds["fit"] = time.monotonic() - start
+        start = time.monotonic()
+        search.search(task, search.Awareness({}, {}), lambda: None)
+        seconds["search"] = time.monotonic() - start - seconds["fit"]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {
+        "token_ratio": round((seconds["capture"] + seconds["fit"]) / seconds["capture"], 3),
+        "token_seconds": {name: round(value) for name, value in seconds.items()},
+        "token_prompts": len(examples),
+        "token_rows": int(states.rows.starts[-1]),
+        "token_peak_mib": peak >> 10,
+    }
 
 
 def middle(rounds: Sequence[ratios.Times], side: str) -> float:

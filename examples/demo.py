@@ -47,8 +47,8 @@ def text() -> dict[str, Any]:
     """First act: a guard for text."""
     hf = steerbridge.open_model("hf", "smollm2")
     known = steerbridge.corpus_examples("train")
-    # A third of the prompts (both sides of a pair, or none): enough to see how it works.
-    examples = [e for e, fold in zip(known, folds(known, 3, 0), strict=True) if fold == 0]
+    # Half of the prompts (both sides of a pair, or none): enough to see how it works.
+    examples = [e for e, fold in zip(known, folds(known, 2, 0), strict=True) if fold == 0]
     path = trained(hf, examples, "smollm2-demo")
     llama = steerbridge.open_model("llama.cpp", "smollm2", n_ctx=1024)
     return shown(path, {"transformers": hf, "llama.cpp": llama}, PROMPTS)
@@ -60,7 +60,7 @@ def images() -> dict[str, Any]:
     examples = guard_examples(CACHE / "demo-drawings", "train", per_kind=100)
     # Four in a hundred harmless prompts may fire, three channels together: with so few examples
     # a single odd one decides where a threshold is.
-    path = trained(hf, examples, "demo-vlm", target_fpr={"*": 0.04})
+    path = trained(hf, examples, "demo-vlm", target_fpr=0.04)
     files = gguf_files.kept(CACHE / "models")
     llama = steerbridge.open_model(
         "llama.cpp", files["text_q4_1"], mmproj=files["mmproj_f32"], n_ctx=1024

@@ -281,6 +281,17 @@ class TrainableModel(LoadedModel, Protocol):
         """
         ...
 
+    def answer_tokens(self, answer: str) -> list[int]:
+        """The tokens that the model's template puts behind a prompt for this answer, up to the one
+        that ends the turn.
+
+        Raises:
+            DataError: the answer has no tokens.
+            UnsupportedFeature: the template writes an answer otherwise than it asks for one, as
+                those do that open a block of reasoning.
+        """
+        ...
+
     def output_head(self) -> OutputHead: ...
 
 

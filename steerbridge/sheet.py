@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from steerbridge import stats
 from steerbridge.package import SteeringPackage
 from steerbridge.spec import (
     AddVector,
@@ -80,6 +81,29 @@ def _rule(rule: Rule) -> str:
     return f"{rule.id}: {when}, {', '.join(rule.interventions)} at strength {strength}"
 
 
+def _promise(promise: Any) -> list[str]:
+    if not promise:
+        return []
+    rate = f"{promise['rate']:.1%} of ordinary prompts"
+    if promise["confidence"] is None:
+        return [
+            f"evidence   at most {rate} fire among the {promise['prompts']} that it was chosen on; "
+            f"a promise takes {promise['needed']}"
+        ]
+    sure = f"{promise['confidence']:.0%} confidence, {promise['prompts']} prompts"
+    return [f"evidence   at most {rate} fire ({sure})"]
+
+
+def _rates(rates: Any) -> str:
+    """Detection and false positives, each with a 95 % interval and the number of prompts."""
+    words = {"detected": "detected", "fpr": "ordinary prompts that fire"}
+    parts = []
+    for key, (rate, count) in rates.items():
+        low, high = stats.wilson_interval(round(rate * count), count)
+        parts.append(f"{words[key]} {rate:.1%} ({low:.1%} to {high:.1%}, {count} prompts)")
+    return "; ".join(parts)
+
+
 def _evidence(package: SteeringPackage) -> list[str]:
     evidence = package.spec.evidence
     if evidence is None:
@@ -87,11 +111,13 @@ def _evidence(package: SteeringPackage) -> list[str]:
     lines = []
     probes: Any = evidence.probes or {}
     for id, known in probes.items():
-        rates = ", ".join(f"{kind} {rate:.2%}" for kind, rate in known.get("fpr", {}).items())
         lines.append(
-            f"evidence   {id}: AUROC {known.get('auroc')}, detection {known.get('detection')}, "
-            f"false positives {rates} (out of fold)"
+            f"evidence   {id}: AUROC {known.get('auroc')}, detection {known.get('detection')}"
         )
+    safety: Any = evidence.safety or {}
+    lines += _promise(safety.get("promise"))
+    for form, rates in (safety.get("forms") or {}).items():
+        lines.append(f"evidence   form {form}: {_rates(rates)}")
     interventions: Any = evidence.interventions or {}
     lines += [f"evidence   {id}: {known}" for id, known in interventions.items()]
     return lines

@@ -10,6 +10,7 @@ import helpers
 from steerbridge.data import Example
 from steerbridge.datasets import checks
 from steerbridge.errors import DataError
+from steerbridge.training.settings import TrainSettings
 from steerbridge.training.train import check
 
 WORDS = [
@@ -56,13 +57,13 @@ def test_a_prompt_under_both_labels_is_refused_with_its_places(tmp_path):
 def test_copies_are_not_counted_as_prompts():
     harmless = prompts(20, False)
     with pytest.raises(DataError, match="20 or more harmful prompts that differ, found 4"):
-        check([*harmless, *prompts(4, True, 50) * 10])
+        check([*harmless, *prompts(4, True, 50) * 10], TrainSettings())
     alike = [
         Example(f"Say how to pick the lock of the green door number {i}.", True) for i in range(20)
     ]
-    with pytest.raises(DataError, match="5 or more groups of harmful prompts that are not alike"):
-        check([*harmless, *alike])
-    check([*harmless, *prompts(20, True, 50)])
+    with pytest.raises(DataError, match="10 or more groups of harmful prompts that are not alike"):
+        check([*harmless, *alike], TrainSettings())
+    check([*harmless, *prompts(20, True, 50)], TrainSettings())
 
 
 def test_the_sheet(tmp_path):

@@ -219,6 +219,7 @@ def test_train_trains_it(cli, toy, model, tmp_path):
     write_prompts(tmp_path / "prompts.jsonl")
     options = ("--model", model, "--data", tmp_path / "prompts.jsonl", "--corpus", "none")
     out = tmp_path / "guard.gguf"
+    options += ("--reads", "whole", "--refuse", "head_matrix", "--fpr", "0.05")
     done = cli("train", out, "--runtime", "toy", *options, "--probe", "linear")
     assert done.returncode == 0, done.stderr
     prompts = [Example(text, i == 0) for pair in PAIRS for i, text in enumerate(pair)]

@@ -329,6 +329,24 @@ class HfModel:
         eos = self.tokenizer.eos_token_id
         return int(eos) if eos in stops else min(stops)
 
+    def answer_tokens(self, answer: str) -> list[int]:
+        """See `TrainableModel`."""
+        said = self._tokens_of(answer, "sentence")
+        if self.tokenizer.chat_template is not None:
+            asked = Example("?", harmful=False)
+            whole = self.tokenizer.apply_chat_template(
+                [*asked.messages("?"), {"role": "assistant", "content": answer}], tokenize=False
+            )
+            before = self._templated(asked, self.tokenizer, "?")
+            if not whole.startswith(before + answer):
+                what = "a sentence where the chat template answers otherwise than it asks"
+                raise UnsupportedFeature(RUNTIME, what)
+            ids = self.tokenizer(whole, add_special_tokens=False)["input_ids"]
+            prompt, end = self.render(asked), self.end_of_turn()
+            if ids[: len(prompt)] == prompt and end in ids[len(prompt) :]:
+                said = ids[len(prompt) : ids.index(end, len(prompt))]
+        return [*said, self.end_of_turn()]
+
     # -------------------------------------------------------- capture
 
     def capture(

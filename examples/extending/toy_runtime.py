@@ -240,11 +240,15 @@ class ToyModel:
             rows = [states[self._depth(site)] for site in sites]
             yield Captured(i, read, np.stack(rows, 1) if rows else np.empty((0, 0, 0), np.float32))
 
+    def answer_tokens(self, answer: str) -> list[int]:
+        """See `TrainableModel`."""
+        return [*self.tokenizer.encode(answer), self.tokenizer.end]
+
     def answer_states(
         self, prompts: Sequence[Example], answer: str, progress: Progress | None = None
     ) -> tuple[Float32, NDArray[np.int64]]:
         """See `TrainableModel`: states [N, T, D] that predict each token of an answer."""
-        forced = [*self.tokenizer.encode(answer), self.tokenizer.end]
+        forced = self.answer_tokens(answer)
         states = []
         for i, ids in enumerate(map(self.render, prompts), 1):
             head_input = self._states([*ids, *forced[:-1]])[self._llama.layers + 1]

@@ -37,3 +37,10 @@ def well_formed(answer: str, finish: str) -> bool:
     """True for a sentence or more: starts with a capital, ends in punctuation and then EOS."""
     text = answer.strip()
     return finish == "stop" and bool(text) and text[0].isupper() and bool(_ENDS.search(text))
+
+
+def repeats(answer: str) -> bool:
+    """True if four words in a row come twice."""
+    words = answer.casefold().split()
+    fours = [tuple(words[i : i + 4]) for i in range(len(words) - 3)]
+    return len(set(fours)) < len(fours)

@@ -1,4 +1,4 @@
-"""What a guard does when it fires: a refusal head, or a direction, and how strong it must be."""
+"""What a guard does when it fires: a sentence that is said, a refusal head, or a direction."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any, Final
 import numpy as np
 
 from steerbridge.data import Example
-from steerbridge.datasets import groups
 from steerbridge.evaluation.judge import refuses, well_formed
 from steerbridge.low_rank import low_rank
 from steerbridge.package import SteeringPackage
@@ -27,11 +26,14 @@ from steerbridge.spec import (
     PromptEnd,
     Reading,
     Rule,
+    Say,
     Target,
+    sites_read,
 )
 from steerbridge.tensors import Tensor
 from steerbridge.training import head as heads
-from steerbridge.training.settings import FOLDS, TrainSettings
+from steerbridge.training.parts import Part, Parts
+from steerbridge.training.settings import TrainSettings
 from steerbridge.training.states import States
 
 STRENGTHS: Final = (1.0, 1.5, 2.0)
@@ -47,31 +49,36 @@ class Job:
     model: TrainableModel
     package: SteeringPackage  # its probes only
     states: States
-    examples: Sequence[Example]
+    parts: Parts
     settings: TrainSettings
     progress: Progress
 
-    @property
-    def harmful(self) -> tuple[list[Example], list[Example]]:
-        """Harmful prompts to train on, and others to choose the strength on."""
-        harmful = [e for e in self.examples if e.harmful]
-        fold = groups.folds(harmful, FOLDS, self.settings.seed + 1)
-        order = np.random.default_rng(self.settings.seed).permutation(len(harmful))
-        train = [harmful[i] for i in order if fold[i] != 0][: self.settings.head_prompts]
-        held = [harmful[i] for i in order if fold[i] == 0][: self.settings.validation_prompts]
-        return train, held
+    def harmful(self, part: Part, count: int) -> list[Example]:
+        """So many harmful prompts of a part, drawn from all its forms."""
+        index = [i for i in self.parts.of(part) if self.parts.examples[i].harmful]
+        order = np.random.default_rng(self.settings.seed).permutation(len(index))
+        return [self.parts.examples[index[i]] for i in order[:count]]
 
 
 def add(job: Job) -> tuple[SteeringPackage, dict[str, Any]]:
     """The package with the intervention that the settings ask for, and the evidence for it."""
-    return _head(job) if job.settings.intervention == "head_matrix" else _direction(job)
+    ways = {"say": _say, "head_matrix": _head}
+    return ways.get(job.settings.refuse, _direction)(job)
+
+
+def _say(job: Job) -> tuple[SteeringPackage, dict[str, Any]]:
+    """The sentence, as the model's template writes an answer."""
+    sentence = job.settings.sentence
+    tokens = job.model.answer_tokens(sentence)
+    act = Say(id="refusal", type="say", text=sentence, tokens=tuple(tokens))
+    return _with_rule(job.package, act, {}), {"tokens": len(tokens)}
 
 
 def _head(job: Job) -> tuple[SteeringPackage, dict[str, Any]]:
     """A head matrix that makes the refusal follow from the states of harmful prompts."""
     settings = job.settings
-    prompts, _ = job.harmful
-    answer_NTD, target_T = job.model.answer_states(prompts, settings.refusal, job.progress)
+    prompts = job.harmful("train", settings.head_prompts)
+    answer_NTD, target_T = job.model.answer_states(prompts, settings.sentence, job.progress)
     trained = heads.train_head(
         answer_NTD,
         target_T,
@@ -108,11 +115,12 @@ def _head(job: Job) -> tuple[SteeringPackage, dict[str, Any]]:
 def _direction(job: Job) -> tuple[SteeringPackage, dict[str, Any]]:
     """`add_vector` or `project_out` along the difference of means where the last probe reads."""
     settings, spec = job.settings, job.package.spec
-    layer = max(spec.depth(r.site) for p in spec.probes for r in p.readings)
+    layer = max(spec.depth(site) for p in spec.probes for site in sites_read(p))
     reading = Reading(
         site=LayerInput(stream="layer_input", layer=layer), position=PromptEnd(type="prompt_end")
     )
-    x, harmful = job.states.of([reading]), np.array([e.harmful for e in job.examples])
+    train = job.parts.of("train")
+    x, harmful = job.states.of([reading])[train], job.parts.harmful[train]
     unit = heads.difference_of_means(x[harmful], x[~harmful])
     gap = float((x[harmful].mean(axis=0) - x[~harmful].mean(axis=0)) @ unit)
     target = Target(site=LayerOutput(stream="layer_output", layer=layer - 1), vector="direction")
@@ -126,13 +134,13 @@ def _direction(job: Job) -> tuple[SteeringPackage, dict[str, Any]]:
         }
         act = (
             AddVector(type="add_vector", alpha=gap * strength, **common)
-            if settings.intervention == "add_vector"
+            if settings.refuse == "add_vector"
             else ProjectOut(type="project_out", alpha=strength, **common)
         )
         return _with_rule(job.package, act, tensors)
 
-    evidence = {"gap_of_means": round(gap, 6), "states": len(job.harmful[0])}
-    strengths = VECTOR_STRENGTHS if settings.intervention == "add_vector" else (1.0,)
+    evidence = {"gap_of_means": round(gap, 6), "states": len(train)}
+    strengths = VECTOR_STRENGTHS if settings.refuse == "add_vector" else (1.0,)
     return _strongest(job, variant, strengths, evidence)
 
 
@@ -155,13 +163,13 @@ def _strongest(
     job: Job, variant: Variant, strengths: Sequence[float], evidence: dict[str, Any]
 ) -> tuple[SteeringPackage, dict[str, Any]]:
     """The weakest strength with the largest share of well-formed refusals on held-out prompts."""
-    _, held = job.harmful
+    held = job.harmful("search", job.settings.validation_prompts)
     tried: dict[float, dict[str, float]] = {}
     for i, strength in enumerate(strengths):
         answers = job.model.generate(
             held,
             variant(strength).unconditional(),
-            max_new_tokens=len(job.settings.refusal) // 2,
+            max_new_tokens=len(job.settings.sentence) // 2,
         )
         tried[strength] = {
             "refused": _share(answers, lambda a: refuses(a.text)),

@@ -1,17 +1,12 @@
 """Fit probes on captured readings.
 
-Everything that is chosen is chosen on out-of-fold scores: each example is scored by a probe
-that never saw it, nor its pair partner. The threshold comes from the same scores (see
-`steerbridge.thresholds`).
-
 Shapes: N examples, I = K * D inputs of a probe.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -24,6 +19,7 @@ from steerbridge.spec import (
     LinearProbe,
     MlpProbe,
     Reading,
+    Sigmoid,
     Softmax,
 )
 from steerbridge.tensors import Float32, Tensor
@@ -134,51 +130,15 @@ def _network(inputs: int, shape: Shape, seed: int) -> nn.Sequential:
     return nn.Sequential(linear)
 
 
-def out_of_fold(
-    x_NI: Float32,
-    harmful_N: NDArray[np.bool_],
-    weight_N: NDArray[np.float64],
-    fold_N: NDArray[np.int64],
-    design: ProbeDesign,
-    seed: int,
-    only: Sequence[int] | None = None,
-) -> NDArray[np.float64]:
-    """Scores [N] by probes that did not see the example's fold; NaN outside the folds `only`."""
-    scores = np.full(len(x_NI), np.nan)
-    for fold in sorted(set(fold_N.tolist())) if only is None else only:
-        held = fold_N == fold
-        fitted = fit(x_NI[~held], harmful_N[~held], weight_N[~held], design, seed)
-        scores[held] = fitted.scores(x_NI[held])
-    return scores
-
-
-def twice_out_of_fold(
-    x_NI: Float32,
-    harmful_N: NDArray[np.bool_],
-    weight_N: NDArray[np.float64],
-    fold_N: NDArray[np.int64],
-    design: ProbeDesign,
-    seed: int,
-) -> dict[int, NDArray[np.float64]]:
-    """Fold -> scores [N] of the prompts of every other fold, by probes that saw neither their fold
-    nor this one; NaN in this one."""
-    count = sorted(set(fold_N.tolist()))
-    scores = {fold: np.full(len(x_NI), np.nan) for fold in count}
-    for a, b in combinations(count, 2):
-        seen = (fold_N != a) & (fold_N != b)
-        fitted = fit(x_NI[seen], harmful_N[seen], weight_N[seen], design, seed)
-        for outer, inner in ((a, b), (b, a)):
-            scores[outer][fold_N == inner] = fitted.scores(x_NI[fold_N == inner])
-    return scores
-
-
 def platt(
     scores_N: NDArray[np.float64],
     harmful_N: NDArray[np.bool_],
     weight_N: NDArray[np.float64],
     steps: int = 50,
 ) -> tuple[float, float]:
-    """(slope, shift) that make out-of-fold log-odds calibrated (Platt 1999), classes balanced.
+    """(slope, shift) that make log-odds of prompts that were not trained on calibrated (Platt 1999,
+    with his targets, so that labels which are told apart without a mistake do not give an infinite
+    slope), classes balanced.
 
     A probe is far surer of the examples that it was fitted on; without this, thresholds lie at
     0.999 and more, where probabilities have no digits left.
@@ -186,9 +146,11 @@ def platt(
     w = _balanced(weight_N, harmful_N).astype(np.float64)
     x = np.stack([scores_N, np.ones_like(scores_N)])
     theta = np.array([1.0, 0.0])
+    counts = [int((harmful_N == side).sum()) for side in (False, True)]
+    target = np.where(harmful_N, (counts[1] + 1) / (counts[1] + 2), 1 / (counts[0] + 2))
     for _ in range(steps):  # Newton; convex in two variables
         p = 1 / (1 + np.exp(-np.clip(theta @ x, -500, 500)))
-        gradient = x @ (w * (p - harmful_N)) + 1e-9 * theta
+        gradient = x @ (w * (p - target)) + 1e-9 * theta
         hessian = (x * (w * p * (1 - p))) @ x.T + 1e-9 * np.eye(2)
         step = np.linalg.solve(hessian, gradient)
         theta = theta - step / max(1.0, float(np.abs(step).max()))
@@ -202,19 +164,26 @@ def to_spec(
     fitted: Fitted, design: ProbeDesign, threshold: float, probe: str
 ) -> tuple[LinearProbe | MlpProbe, dict[str, Tensor]]:
     """The probe as spec and tensors. `threshold` is in log-odds; the spec's in probability."""
+    return written(fitted, {"readings": design.readings}, threshold, probe)
+
+
+def written(
+    fitted: Fitted, reads: Mapping[str, Any], threshold: float, probe: str
+) -> tuple[LinearProbe | MlpProbe, dict[str, Tensor]]:
+    """The probe as spec and tensors; `reads` are the fields that say what it reads."""
     tensors = {
         f"{probe}.mean": Tensor.of(fitted.mean),
         f"{probe}.scale": Tensor.of(fitted.scale),
     }
     common: dict[str, Any] = {
         "id": probe,
-        "readings": design.readings,
+        **reads,
         "input_mean": f"{probe}.mean",
         "input_scale": f"{probe}.scale",
         "comparator": ">",
         "threshold": float(1 / (1 + np.exp(-threshold))),
     }
-    if design.shape == "linear":
+    if len(fitted.layers) == 1:
         ((weight, bias),) = fitted.layers
         tensors[f"{probe}.weight"] = Tensor.of(weight[0])
         made: LinearProbe | MlpProbe = LinearProbe(
@@ -226,6 +195,8 @@ def to_spec(
         layer = DenseLayer(weight=f"{probe}.{i}.weight", bias=f"{probe}.{i}.bias")
         tensors |= {layer.weight: Tensor.of(weight), layer.bias: Tensor.of(bias)}
         layers.append(layer)
-    output = Softmax(type="softmax", classes=("harmful", "harmless"), harmful="harmful")
+    output: Softmax | Sigmoid = Sigmoid(type="sigmoid", harmful_when="high")
+    if len(fitted.layers[-1][1]) == 2:
+        output = Softmax(type="softmax", classes=("harmful", "harmless"), harmful="harmful")
     made = MlpProbe(type="mlp", layers=tuple(layers), activation="relu", output=output, **common)
     return made, tensors

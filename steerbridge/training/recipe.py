@@ -1,30 +1,38 @@
 """From labelled prompts to a steering package, step by step.
 
-prompts -> capture -> SAS and search -> probes and thresholds -> intervention -> evidence
+prompts -> parts and forms -> capture -> SAS and search -> probes and threshold -> refusal ->
+evidence
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from steerbridge import environment
 from steerbridge.data import Example
-from steerbridge.datasets import groups
 from steerbridge.package import SteeringPackage, parse
 from steerbridge.runtime import Progress, TrainableModel
 from steerbridge.spec import SPEC_VERSION, SteeringSpec
 from steerbridge.tensors import Tensor
-from steerbridge.training import evidence, interventions, probes, search
+from steerbridge.training import (
+    answers,
+    evidence,
+    interventions,
+    parts,
+    probes,
+    search,
+    together,
+    tokens,
+)
 from steerbridge.training.interventions import Job
-from steerbridge.training.search import Awareness, SearchResult
-from steerbridge.training.settings import FOLDS, Goal, TrainSettings
-from steerbridge.training.states import States, all_readings, capture, turn_end
+from steerbridge.training.search import SearchResult, Task
+from steerbridge.training.settings import TrainSettings
+from steerbridge.training.states import all_readings, capture, turn_end
+from steerbridge.training.together import Guard
+from steerbridge.training.tokens import TokenDesign
 
 
 def run(
@@ -35,15 +43,27 @@ def run(
     progress: Progress,
 ) -> SteeringPackage:
     """Train a package; `steerbridge.train` checks the arguments and describes them."""
+    divided = parts.divide(model, examples, settings.forms, settings.seed)
+    goals = settings.goals_in_use(examples)
+    if settings.answers:
+        divided = answers.added(model, divided, settings.answers, workdir, progress)
     readings = all_readings(
         model.facts.num_layers,
-        turn_end(model, examples),
+        turn_end(model, [e for e in examples if not e.images] or examples),
         images=any(e.images for e in examples),
     )
-    states = capture(model, examples, readings, workdir / "capture", progress)
-    awareness = search.awareness(states, examples)
-    results = _search(states, awareness, examples, settings, progress)
-    fitted, tensors = _probes(states, examples, results, settings)
+    of_rows = any(goal.reads == "rows" for goal in goals)
+    sites = search.row_sites(model.facts.num_layers) if of_rows else ()
+    states = capture(model, divided.examples, readings, sites, workdir / "capture", progress)
+    awareness = search.awareness(states, divided.examples)
+    numbers = count(1)
+    found: dict[str, tuple[Task, SearchResult]] = {}
+    for goal in goals:
+        task = Task(states, divided, goal, settings)
+        result = search.search(task, awareness, lambda: progress("search", next(numbers), 0))
+        found[goal.probe] = task, result
+    guard = together.guard(divided, found)
+    fitted, tensors = _written(guard)
     spec = SteeringSpec(
         spec_version=SPEC_VERSION,
         name=settings.name,
@@ -53,74 +73,25 @@ def run(
         interventions=(),
         rules=(),
     )
-    job = Job(model, SteeringPackage(spec, tensors), states, examples, settings, progress)
+    job = Job(model, SteeringPackage(spec, tensors), states, divided, settings, progress)
     package, known = interventions.add(job)
     acting = {package.spec.interventions[0].id: known}
     package = package.replace(
-        evidence=evidence.collect(results, awareness, acting, examples, settings)
+        evidence=evidence.collect(found, guard, awareness, acting, examples, divided, settings)
     )
     # A fresh parse marks exactly the fields that are set, as loading from disk does.
     return SteeringPackage(parse(package.spec.to_json()), package.tensors)
 
 
-def _labels(examples: Sequence[Example]) -> NDArray[np.bool_]:
-    return np.array([e.harmful for e in examples])
-
-
-def _weights(examples: Sequence[Example], goal: Goal) -> NDArray[np.float64]:
-    return np.array([goal.weight(e) for e in examples])
-
-
-def _search(
-    states: States,
-    awareness: Awareness,
-    examples: Sequence[Example],
-    settings: TrainSettings,
-    progress: Progress,
-) -> dict[str, SearchResult]:
-    """For each goal in use, by the name of its probe, where the probe should read."""
-    numbers = count(1)
-    folds = np.asarray(groups.folds(examples, FOLDS, settings.seed))
-    goals = [goal for goal in settings.goals if goal.applies(examples)]
-    shares = sum(goal.share for goal in goals)
-    results: dict[str, SearchResult] = {}
-    for goal in goals:
-        part = goal.share / shares
-        task = search.Task(
-            states,
-            examples,
-            _labels(examples),
-            _weights(examples, goal),
-            folds,
-            {kind: part * target for kind, target in settings.target_fpr.items()},
-            settings.seed,
-        )
-        results[goal.probe] = search.search(
-            task, awareness, settings.probe, lambda _: progress("search", next(numbers), 0)
-        )
-    return results
-
-
-def _probes(
-    states: States,
-    examples: Sequence[Example],
-    results: Mapping[str, SearchResult],
-    settings: TrainSettings,
-) -> tuple[tuple[Any, ...], dict[str, Tensor]]:
-    """Every probe fitted on all examples, its threshold on the scale of calibrated odds."""
-    harmful, specs = _labels(examples), []
+def _written(guard: Guard) -> tuple[tuple[Any, ...], dict[str, Tensor]]:
+    """The probes as spec and tensors."""
+    specs: list[Any] = []
     tensors: dict[str, Tensor] = {}
-    for goal in settings.goals:
-        if goal.probe not in results:
-            continue
-        best, weights = results[goal.probe].best, _weights(examples, goal)
-        x = states.of(best.design.readings)
-        fitted = probes.fit(x, harmful, weights, best.design, settings.seed)
-        slope, shift = probes.platt(best.scores, harmful, weights)
-        threshold = slope * best.threshold + shift
-        spec, parts = probes.to_spec(
-            fitted.rescaled(slope, shift), best.design, threshold, goal.probe
-        )
+    for member in guard.members:
+        best = member.result.best
+        fitted = best.fitted.rescaled(member.slope, member.shift)
+        write: Any = tokens.to_spec if isinstance(best.design, TokenDesign) else probes.to_spec
+        spec, parts_of_it = write(fitted, best.design, guard.threshold, member.probe)
         specs.append(spec)
-        tensors |= parts
+        tensors |= parts_of_it
     return tuple(specs), tensors

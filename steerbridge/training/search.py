@@ -1,38 +1,51 @@
-"""Search for the readings a probe should use: layers, positions, sets of both."""
+"""Search for what the probes of a guard should read, on prompts that are not trained on.
+
+Every candidate is fitted on the prompts to train on and judged on those to search on: the share of
+harmful ones above the score that the allowed share of ordinary ones exceeds.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Final
+from dataclasses import dataclass, replace
+from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from steerbridge import calibration, reference, stats, thresholds
+from steerbridge import reference, stats
 from steerbridge.data import Example
 from steerbridge.spec import LayerInput, Reading
-from steerbridge.training import probes
-from steerbridge.training.probes import ProbeDesign
-from steerbridge.training.settings import Shape
+from steerbridge.training import probes, tokens
+from steerbridge.training.parts import Parts
+from steerbridge.training.probes import Fitted, ProbeDesign
+from steerbridge.training.settings import Goal, TrainSettings
 from steerbridge.training.states import States
+from steerbridge.training.tokens import TokenDesign
 
-DECAY = 1e-2
-# Prompts that only sound harmful are told apart better by several places together. They share few
-# depths (shares of the model's), since a runtime pays for each.
-SPREAD: Final = (0.27, 0.53, 0.8)
+DECAY: Final = 1e-2
+# Depths at which rows are kept (shares of the model's), and where whole prompts are read together
+# (shares of what is read). A runtime pays for each.
+ROW_DEPTHS: Final = (0.34, 0.47, 0.67)
+SPREAD: Final = (0.36, 0.7, 1.0)
+WINDOWS: Final = (8, 32)  # beside that of `TokenDesign`
+SAMPLE: Final = 3000  # prompts that a candidate of the search is fitted on
+SAMPLE_EPOCHS: Final = 6
+
+Design = ProbeDesign | TokenDesign
+Scores = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A design with what its out-of-fold scores show."""
+    """A design with what its scores on the prompts to search on show."""
 
-    design: ProbeDesign
-    scores: NDArray[np.float64]  # [N]; NaN where not scored
-    threshold: float
-    detection: float  # share of harmful prompts above the threshold, mean over their kinds
-    auroc: float
-    auroc_by_kind: dict[str, float]  # harmful prompts of each kind against all harmless ones
+    design: Design
+    fitted: Fitted
+    detection: float  # share of harmful prompts that are caught, mean over their kinds
+    auroc: float  # of harmful prompts against ordinary ones
+    auroc_by_kind: Mapping[str, float]
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -52,117 +65,183 @@ class Awareness:
 
 @dataclass(frozen=True, slots=True)
 class SearchResult:
-    """The chosen candidate and the evidence of the search."""
+    """The chosen candidate, fitted on all prompts to train on, and the evidence of the search.
+
+    Attributes:
+        singles: every reading alone, with a linear probe.
+        complete: False if the time was over before all was tried: then another run may find
+            something else.
+    """
 
     best: Candidate
-    first_round: tuple[Candidate, ...]  # every reading alone, on one fold, with a linear probe
-    second_round: tuple[Candidate, ...]
-    fired: NDArray[np.bool_]  # [N], see `Task.fired`
+    singles: tuple[Candidate, ...]
+    tried: tuple[Candidate, ...]
+    complete: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What every candidate is judged on. Harmful prompts of weight 0 need not be caught."""
+    """What every candidate of a goal is fitted and judged on. Harmful prompts of weight 0 need not
+    be caught."""
 
     states: States
-    examples: Sequence[Example]
-    harmful: NDArray[np.bool_]
-    weights: NDArray[np.float64]
-    folds: NDArray[np.int64]
-    target: Mapping[str, float]
-    seed: int
+    parts: Parts
+    goal: Goal
+    settings: TrainSettings
 
-    def judge(self, design: ProbeDesign, only: Sequence[int] | None = None) -> Candidate:
-        """Fit on folds, score out of fold, calibrate, measure."""
-        x = self.states.of(design.readings)
-        scores = probes.out_of_fold(
-            x, self.harmful, self.weights, self.folds, design, self.seed, only
+    @property
+    def weights(self) -> NDArray[np.float64]:
+        return np.array([self.goal.weight(e) for e in self.parts.examples])
+
+    def fit(self, design: Design, sample: int | None = None) -> Fitted:
+        """A probe fitted on the prompts to train on, or on so many of them."""
+        train = self._sampled(self.parts.of("train"), sample)
+        harmful, weights = self.parts.harmful, self.weights
+        if isinstance(design, ProbeDesign):
+            x = self.states.of(design.readings)[train]
+            return probes.fit(x, harmful[train], weights[train], design, self.settings.seed)
+        held = self._sampled(self.parts.of("search"), sample)
+        fitted = tokens.fit(
+            self.states.rows,
+            tokens.Prompts(train, harmful[train], weights[train]),
+            tokens.Prompts(held, harmful[held], weights[held]),
+            design,
+            self.settings.seed,
+            epochs=tokens.EPOCHS if sample is None else SAMPLE_EPOCHS,
         )
-        calm = scores[~np.isnan(scores) & ~self.harmful]
-        meant = self._meant(scores)
-        harm = self._by_kind(scores, meant)
-        threshold = self._threshold(scores)
+        return fitted.probe
+
+    def scores(self, fitted: Fitted, design: Design, index: NDArray[np.int64]) -> Scores:
+        """Log-odds of some prompts."""
+        if isinstance(design, ProbeDesign):
+            return fitted.scores(self.states.of(design.readings)[index])
+        return tokens.scores(fitted, self.states.rows, index, design)
+
+    def judge(self, design: Design, sample: int | None = None) -> Candidate:
+        """Fit, score what is searched on, measure."""
+        fitted = self.fit(design, sample)
+        index = self.parts.of("search")
+        return self.judged(design, fitted, self.scores(fitted, design, index))
+
+    def judged(self, design: Design, fitted: Fitted, found: Scores) -> Candidate:
+        index = self.parts.of("search")
+        calm = found[calm_of(self.parts, index)]
+        by_kind: dict[str, Scores] = {}
+        meant = self.parts.harmful[index] & (self.weights[index] > 0)
+        for kind in sorted({self.parts.examples[i].kind for i in index[meant]}):
+            mine = np.array([self.parts.examples[i].kind == kind for i in index])
+            by_kind[kind] = found[meant & mine]
+        limit = quantile(calm, self.settings.target_fpr)
         return Candidate(
             design,
-            scores,
-            threshold,
-            float(np.mean([(s > threshold).mean() for s in harm.values()])),
-            stats.auroc(scores[meant], calm),
-            {kind: round(stats.auroc(part, calm), 5) for kind, part in harm.items()},
+            fitted,
+            float(np.mean([(s > limit).mean() for s in by_kind.values()])),
+            stats.auroc(found[meant], calm),
+            {kind: round(stats.auroc(s, calm), 5) for kind, s in by_kind.items()},
         )
 
-    def fired(self, chosen: Candidate) -> NDArray[np.bool_]:
-        """Whether each prompt fires [N], by a probe and a threshold that never saw its fold.
-
-        The threshold for a fold is chosen on scores of the other folds, each by a probe that saw
-        neither; readings and shape were chosen on all folds.
-        """
-        x = self.states.of(chosen.design.readings)
-        inner = probes.twice_out_of_fold(
-            x, self.harmful, self.weights, self.folds, chosen.design, self.seed
-        )
-        fired = np.zeros(len(x), np.bool_)
-        for fold, scores in inner.items():
-            held = self.folds == fold
-            fired[held] = chosen.scores[held] > self._threshold(scores)
-        return fired
-
-    def _threshold(self, scores: NDArray[np.float64]) -> float:
-        """Chosen on the scores that there are."""
-        calm = self._by_kind(scores, ~np.isnan(scores) & ~self.harmful)
-        fire = thresholds.allowed({kind: len(s) for kind, s in calm.items()}, self.target)
-        harm = self._by_kind(scores, self._meant(scores))
-        return thresholds.choose(calm, fire, harm.values())
-
-    def _meant(self, scores: NDArray[np.float64]) -> NDArray[np.bool_]:
-        """Harmful prompts that have a score and must be caught."""
-        return ~np.isnan(scores) & self.harmful & (self.weights > 0)
-
-    def _by_kind(
-        self, scores: NDArray[np.float64], chosen: NDArray[np.bool_]
-    ) -> dict[str, NDArray[np.float64]]:
-        return calibration.by_kind(scores, [e.kind for e in self.examples], chosen)
+    def _sampled(self, index: NDArray[np.int64], sample: int | None) -> NDArray[np.int64]:
+        """Those with a weight; evenly spaced, so that kinds and forms keep their shares."""
+        index = index[self.weights[index] > 0]
+        if sample is None or len(index) <= sample:
+            return index
+        return np.asarray(index[np.linspace(0, len(index) - 1, sample).astype(int)])
 
 
-def search(
-    task: Task,
-    sas: Awareness,
-    shape: Shape,
-    tried: Callable[[Candidate], None] = lambda _candidate: None,
-) -> SearchResult:
-    """Choose readings by detection at the target false-positive rates.
+def calm_of(parts: Parts, index: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which of the prompts false positives are counted on: traffic; all harmless ones where there
+    is none."""
+    traffic = parts.traffic[index]
+    return traffic if traffic.any() else ~parts.harmful[index]
 
-    First round: every reading alone, on the fold with most to catch, with a linear probe. Second,
-    on all folds, as `shape`: the best reading of the first, and every position at a few depths.
+
+def quantile(calm: Scores, share: float) -> float:
+    """The score that at most this share of them exceeds."""
+    return float(np.sort(calm)[len(calm) - 1 - int(share * len(calm))])
+
+
+def row_sites(num_layers: int) -> tuple[LayerInput, ...]:
+    """Where rows are kept: at a few depths of the model."""
+    layers = {min(max(1, round(share * num_layers)), num_layers - 1) for share in ROW_DEPTHS}
+    return tuple(LayerInput(stream="layer_input", layer=layer) for layer in sorted(layers))
+
+
+def search(task: Task, sas: Awareness, tried: Callable[[], None]) -> SearchResult:
+    """The best design for the goal of a task, fitted on all prompts to train on."""
+    if task.goal.reads == "rows":
+        return _rows(task, tried)
+    return _whole(task, sas, tried)
+
+
+def _rows(task: Task, tried: Callable[[], None]) -> SearchResult:
+    """Sites first, each alone and in pairs of the best with others, then windows; each step keeps
+    what detects more, then has the higher AUROC. Ends when the time is over."""
+    until, complete = time.monotonic() + 60 * task.settings.search_minutes, True
+    hidden = tokens.HIDDEN if task.settings.probe == "mlp" else 0
+    scope: Literal["prompt", "both"] = "both" if task.settings.answers else "prompt"
+    found: list[Candidate] = []
+
+    def best_of(designs: Iterator[TokenDesign]) -> TokenDesign:
+        nonlocal complete
+        for design in designs:
+            if found and time.monotonic() > until:
+                complete = False
+                break
+            found.append(task.judge(design, SAMPLE))
+            tried()
+        top = max(found, key=lambda c: (c.detection, c.auroc)).design
+        assert isinstance(top, TokenDesign)
+        return top
+
+    sites = task.states.rows.sites
+    one = best_of(TokenDesign((site,), hidden=hidden, scope=scope) for site in sites)
+    both = best_of(
+        replace(one, sites=tuple(s for s in sites if s in (*one.sites, other)))
+        for other in sites
+        if other not in one.sites
+    )
+    design = best_of(replace(both, window=window) for window in WINDOWS)
+    whole = task.judge(design)
+    tried()
+    return SearchResult(whole, (), tuple(found), complete)
+
+
+def _whole(task: Task, sas: Awareness, tried: Callable[[], None]) -> SearchResult:
+    """Every reading alone with a linear probe; then, in the shape that is asked for, the best of
+    them, and every position at a few depths of the model.
+
     Candidates within one standard error of the best are equal; among them the readings with the
     highest mean SAS (the paper's criterion) win, then the higher AUROC.
     """
+    singles = []
+    for reading in task.states.readings:
+        singles.append(task.judge(ProbeDesign((reading,), "linear", DECAY), SAMPLE))
+        tried()
+    found = []
+    for readings in _sets(singles):
+        found.append(task.judge(ProbeDesign(readings, task.settings.probe, DECAY)))
+        tried()
+    index = task.parts.of("search")
+    meant = int((task.parts.harmful[index] & (task.weights[index] > 0)).sum())
+    return SearchResult(_pick(found, sas.whole, meant), tuple(singles), tuple(found))
 
-    def judged(design: ProbeDesign, only: Sequence[int] | None = None) -> Candidate:
-        candidate = task.judge(design, only)
-        tried(candidate)
-        return candidate
 
-    meant_N = task.harmful & (task.weights > 0)
-    fold = int(np.bincount(task.folds[meant_N]).argmax())
-    first = [judged(ProbeDesign((r,), "linear", DECAY), [fold]) for r in task.states.readings]
-    second = [judged(ProbeDesign(readings, shape, DECAY)) for readings in _sets(first)]
-    best = _pick(second, sas.whole, int(meant_N.sum()))
-    return SearchResult(best, tuple(first), tuple(second), task.fired(best))
-
-
-def _sets(first: Sequence[Candidate]) -> list[tuple[Reading, ...]]:
+def _sets(singles: Sequence[Candidate]) -> list[tuple[Reading, ...]]:
     """Sets of readings worth a closer look, without repetition."""
-    ranked = sorted(first, key=lambda c: (c.auroc, c.detection), reverse=True)
-    singles = [c.design.readings[0] for c in ranked]
-    sets = [(singles[0],), tuple(_spread([c.design.readings[0] for c in first]))]
-    return list(dict.fromkeys(sets))
+    ranked = sorted(singles, key=lambda c: (c.auroc, c.detection), reverse=True)
+    all_of_them = [reading for c in singles for reading in _readings(c)]
+    return list(dict.fromkeys([_readings(ranked[0]), tuple(_spread(all_of_them))]))
+
+
+def _readings(candidate: Candidate) -> tuple[Reading, ...]:
+    assert isinstance(candidate.design, ProbeDesign)
+    return candidate.design.readings
 
 
 def _spread(readings: Sequence[Reading]) -> Iterator[Reading]:
     """Every position at the layers nearest to the depths of SPREAD."""
     layers = sorted({r.site.layer for r in readings if isinstance(r.site, LayerInput)})
-    wanted = [share * (layers[-1] + 1) for share in SPREAD]
+    wanted = [share * layers[-1] for share in SPREAD]
     chosen = {min(layers, key=lambda layer: abs(layer - at)) for at in wanted}
     return (r for r in readings if isinstance(r.site, LayerInput) and r.site.layer in chosen)
 
@@ -173,18 +252,18 @@ def _pick(candidates: Sequence[Candidate], sas: Mapping[str, float], harmful: in
     close = [c for c in candidates if c.detection >= best - error]
     return max(
         close,
-        key=lambda c: (np.mean([sas[str(r)] for r in c.design.readings]), c.auroc),
+        key=lambda c: (np.mean([sas[str(r)] for r in _readings(c)]), c.auroc),
     )
 
 
 def awareness(states: States, examples: Sequence[Example]) -> Awareness:
-    """SAS of every reading over the aligned pairs, and over those of each kind.
+    """SAS of every reading over the aligned pairs in the form `chat`, and over those of each kind.
 
     0 where fewer than two pairs have the reading (an image, on both sides).
     """
     sides: dict[str, dict[bool, int]] = {}
     for i, example in enumerate(examples):
-        if example.pair is not None:
+        if example.pair is not None and example.form == "chat":
             sides.setdefault(example.pair, {})[example.harmful] = i
     pairs = [(s[True], s[False]) for s in sides.values() if len(s) == 2]
     # Both sides of a twin share a pair, not a kind; the harmful side names it.

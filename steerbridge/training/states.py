@@ -1,37 +1,60 @@
-"""Captured readings on disk: streamed into a memory-mapped array, resumable.
+"""Captured states on disk: streamed into memory-mapped arrays, resumable.
 
-A capture lives in a directory: `states.npy` [N, K, D] float32 and `capture.json`, which says
-what was captured and how far. Running it again with the same prompts, model and readings
-goes on where it stopped; anything else in the way is an error, never mixed in.
+A capture lives in a directory: `states.npy` [N, K, D] float32, the readings of every prompt;
+`rows.npy` [R, S, D] float16, the rows of all prompts one behind another, at each site; and
+`capture.json`, which says what was captured and how far. Running it again with the same prompts,
+model, readings and sites goes on where it stopped; anything else in the way is an error, never
+mixed in.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from steerbridge import data
 from steerbridge.atomic import replacing
 from steerbridge.data import Example
 from steerbridge.errors import DataError, Problem
-from steerbridge.runtime import LoadedModel, Progress
+from steerbridge.runtime import Progress, TrainableModel
 from steerbridge.spec import ImageMean, LayerInput, PromptEnd, PromptMean, Reading
 from steerbridge.tensors import Float32
 
+DEEPEST = 0.75  # of the layers
+LAYERS = 12
 CHUNK = 512  # prompts between two notes of progress on disk
+MOST = float(np.finfo(np.float16).max)
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The rows of N prompts: `array` [R, S, D] float16; prompt i has those from `starts[i]` to
+    `starts[i + 1]`."""
+
+    array: NDArray[np.float16]
+    starts: NDArray[np.int64]  # [N + 1]
+    sites: tuple[LayerInput, ...]
+
+    def lengths(self) -> NDArray[np.int64]:
+        """Rows of each prompt [N]."""
+        return np.diff(self.starts)
 
 
 @dataclass(frozen=True, slots=True)
 class States:
-    """Readings of prompts: `array` [N, K, D], one k per reading; NaN for a missing image."""
+    """Readings of prompts: `array` [N, K, D], one k per reading, NaN for a missing image; and
+    their rows."""
 
     array: Float32
     readings: tuple[Reading, ...]
+    rows: Rows
 
     def of(self, readings: Sequence[Reading]) -> Float32:
         """The inputs [N, len(readings) * D] of a probe with these readings.
@@ -53,12 +76,16 @@ class States:
 
 
 def all_readings(num_layers: int, boundary: int = 0, images: bool = False) -> tuple[Reading, ...]:
-    """`layer_input[1..n-1]` at the prompt end, at an earlier boundary, and as means.
+    """Some of `layer_input[1..3n/4]` at the prompt end, at an earlier boundary, and as means.
 
     `boundary` is an offset from the prompt end (see `turn_end`); 0 adds none. `images` adds
     the mean over image tokens. Layer 0 is the embedding of the template's last token, the same
-    for every prompt; the input of the final norm exists for output rows only in some runtimes.
+    for every prompt. At most `LAYERS` are read, evenly spaced. The last quarter of the model
+    decides about the next word; a pass that ends before it is a quarter shorter.
     """
+    deepest = max(1, round(DEEPEST * num_layers))
+    spaced = np.linspace(1, deepest, min(LAYERS, deepest))
+    layers = sorted({round(float(layer)) for layer in spaced})
     positions: list[PromptEnd | PromptMean | ImageMean] = [PromptEnd(type="prompt_end")]
     if boundary:
         positions.append(PromptEnd(type="prompt_end", offset=boundary))
@@ -68,11 +95,11 @@ def all_readings(num_layers: int, boundary: int = 0, images: bool = False) -> tu
     return tuple(
         Reading(site=LayerInput(stream="layer_input", layer=layer), position=position)
         for position in positions
-        for layer in range(1, num_layers)
+        for layer in layers
     )
 
 
-def turn_end(model: LoadedModel, examples: Sequence[Example]) -> int:
+def turn_end(model: TrainableModel, examples: Sequence[Example]) -> int:
     """Offset from the prompt end to the first token that the template puts behind every prompt.
 
     That token (`<|im_end|>` in ChatML) closes the user's turn, and what the model gathered of
@@ -89,41 +116,69 @@ def turn_end(model: LoadedModel, examples: Sequence[Example]) -> int:
 
 
 def capture(
-    model: LoadedModel,
+    model: TrainableModel,
     examples: Sequence[Example],
     readings: Sequence[Reading],
+    sites: Sequence[LayerInput],
     directory: Path,
     progress: Progress | None = None,
 ) -> States:
-    """Capture the readings of every example, or finish an earlier capture of the same.
+    """Capture readings and rows of every example in one pass, or finish an earlier capture.
 
     Raises:
-        DataError: the directory holds a capture of something else.
+        DataError: the directory holds a capture of something else, or its disk is too small.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    note, path = directory / "capture.json", directory / "states.npy"
+    note = directory / "capture.json"
     want: dict[str, Any] = {
         "prompts": data.sha256(examples),
         "model": model.facts.info().model_dump(exclude={"name"}),
         "quantisation": model.quantisation,
         "weights": model.weights_sha256,
         "readings": [str(r) for r in readings],
+        "sites": [str(s) for s in sites],
     }
     done = _done(note, want)
-    shape = (len(examples), len(readings), model.facts.hidden_size)
-    array = np.lib.format.open_memmap(
-        path, "r+" if done is not None else "w+", np.dtype("<f4"), None if done else shape
-    )
+    width = model.facts.hidden_size
+    lengths = [len(model.render(e)) if sites else 0 for e in examples]
+    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    shape, of_rows = (len(examples), len(readings), width), (int(starts[-1]), len(sites), width)
+    if done is None:
+        _require_room(directory, 4 * int(np.prod(shape)) + 2 * int(np.prod(of_rows)))
+    array = _opened(directory / "states.npy", "<f4", shape, done)
+    rows = _opened(directory / "rows.npy", "<f2", of_rows, done)
+    step = f"capture ({(array.nbytes + rows.nbytes) / 1e9:.1f} GB)"
     at = done or 0
     while at < len(examples):
         end = min(at + CHUNK, len(examples))
-        model.capture(examples[at:end], readings, array[at:end])
-        array.flush()
+        for captured in model.states(examples[at:end], readings, sites):
+            i = at + captured.index
+            array[i] = captured.readings
+            if sites:
+                rows[starts[i] : starts[i + 1]] = np.clip(captured.rows, -MOST, MOST)
+        for part in (array, rows):
+            if isinstance(part, np.memmap):
+                part.flush()
         at = end
         _write(note, {**want, "done": at})
         if progress:
-            progress("capture", at, len(examples))
-    return States(array, tuple(readings))
+            progress(step, at, len(examples))
+    return States(array, tuple(readings), Rows(rows, starts, tuple(sites)))
+
+
+def _opened(path: Path, kind: str, shape: tuple[int, ...], done: int | None) -> Any:
+    """A memory-mapped array, or an ordinary one of size 0: nothing can be mapped then."""
+    if not all(shape):
+        return np.empty(shape, kind)
+    mode = "r+" if done is not None else "w+"
+    return np.lib.format.open_memmap(path, mode, np.dtype(kind), None if done else shape)
+
+
+def _require_room(directory: Path, size: int) -> None:
+    free = shutil.disk_usage(directory).free
+    if free < size:
+        want = f"{size / 1e9:.1f} GB of room for captured states"
+        raise DataError(Problem("disk", want, f"{free / 1e9:.1f} GB"), directory)
 
 
 def _done(note: Path, want: dict[str, Any]) -> int | None:

@@ -13,9 +13,10 @@ from steerbridge.errors import DataError, Problem
 from steerbridge.package import SteeringPackage
 from steerbridge.registry import requires
 from steerbridge.runtime import Progress, TrainableModel, silent
-from steerbridge.training.settings import FOLDS, TrainSettings
+from steerbridge.training.settings import TrainSettings
 
-FEWEST: Final = 4 * FOLDS  # distinct prompts per label
+FEWEST: Final = 20  # distinct prompts per label
+FEWEST_GROUPS: Final = 10  # that are not alike: a fold for each
 
 
 def train(
@@ -26,7 +27,7 @@ def train(
     workdir: Path | None = None,
     progress: Progress | None = None,
 ) -> SteeringPackage:
-    """Train a steering package: probes, thresholds and an intervention.
+    """Train a steering package: probes, thresholds and a refusal.
 
     The same model, examples, settings and seed give the same package.
 
@@ -47,28 +48,32 @@ def train(
             of other prompts.
         RuntimeMissing: torch is not installed (extra `hf`).
     """
-    check(examples)
+    settings = settings or TrainSettings()
+    check(examples, settings)
     with requires("hf"):
         from steerbridge.training import recipe
-    settings = settings or TrainSettings()
     if workdir is not None:
         return recipe.run(model, examples, settings, workdir, progress or silent)
     with tempfile.TemporaryDirectory(prefix="steerbridge-") as scratch:
         return recipe.run(model, examples, settings, Path(scratch), progress or silent)
 
 
-def check(examples: Sequence[Example]) -> None:
+def check(examples: Sequence[Example], settings: TrainSettings) -> None:
     """Refuse prompts that nothing can be learnt from.
 
     Raises:
-        DataError: a prompt has both labels, or there are too few of either that differ.
+        DataError: a prompt has both labels, there are too few of either that differ, or no probe
+            of these settings is for them.
     """
     checks.check(examples)
+    if not settings.goals_in_use(examples):
+        want = "a probe for these prompts (those beside pictures are read whole)"
+        raise DataError(Problem("reads", want, settings.reads))
     for label, count in checks.distinct(examples).items():
         if count < FEWEST:
             want = f"{FEWEST} or more {label} prompts that differ"
             raise DataError(Problem("examples", want, str(count)))
     for label, count in checks.groups_by_label(examples).items():
-        if count < FOLDS:
-            want = f"{FOLDS} or more groups of {label} prompts that are not alike"
+        if count < FEWEST_GROUPS:
+            want = f"{FEWEST_GROUPS} or more groups of {label} prompts that are not alike"
             raise DataError(Problem("examples", want, str(count)))
