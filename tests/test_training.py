@@ -50,12 +50,15 @@ def test_the_end_of_the_turn_is_what_the_template_begins_with():
             self.facts = FACTS if template else helpers.FACTS
 
         def render(self, prompt):
-            return [1, *map(ord, prompt.text), 90, 10, 91, 92, 10]
+            template = [] if prompt.raw else [90, 10, 91, 92, 10]
+            return [1, *map(ord, prompt.text), *template]
 
     FACTS = replace(helpers.FACTS, chat_template_sha256="0" * 64)
     prompts = [Example(t, False) for t in ("one", "two", "three")]
     assert turn_end(Model(True), prompts) == -4
     assert turn_end(Model(False), prompts) == 0
+    short = replace(prompts[0], text="two", raw=True, form="raw")
+    assert turn_end(Model(True), [*prompts, short]) == 0
     offsets = [getattr(r.position, "offset", None) for r in all_readings(3, -4)]
     assert offsets == [0, 0, -4, -4, None, None]
 
