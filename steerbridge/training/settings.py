@@ -16,7 +16,7 @@ DEFAULT_REFUSAL: Final = "I'm sorry, but I can't assist with that."
 FORM_SHARES: Final[Mapping[str, float]] = {
     CHAT: 1.0,
     **dict.fromkeys(("system", "turns", "prefill", "raw", "layout"), 0.1),
-    **dict.fromkeys(LONG, 0.07),
+    **dict.fromkeys(LONG, 0.05),
 }
 
 
