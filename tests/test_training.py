@@ -251,6 +251,23 @@ def test_parts_never_part_what_is_alike(model):
     assert again.examples == made.examples
 
 
+def test_ordinary_prompts_stand_in_other_forms_oftener(model):
+    pairs = made_up(600)
+    ordinary = [replace(e, text=f"{e.text} o", pair=None) for e in pairs if not e.harmful]
+    made = divide(model, [*pairs, *ordinary], {"chat": 1.0, "raw": 0.2}, 0)
+
+    def share(calm: bool) -> float:
+        mine = [
+            e
+            for e, part in zip(made.examples, made.part, strict=True)
+            if part == "train" and is_traffic(e) == calm
+        ]
+        return sum(e.form == "raw" for e in mine) / sum(e.form == "chat" for e in mine)
+
+    assert share(calm=False) == pytest.approx(0.2, abs=0.1)
+    assert share(calm=True) == pytest.approx(0.6, abs=0.15)
+
+
 def test_forms_that_a_model_cannot_render_are_left_out(model):
     from steerbridge.datasets.forms import renderable
 
