@@ -52,8 +52,8 @@ def text() -> dict[str, Any]:
     hf = steerbridge.open_model("hf", "smollm2")
     known = steerbridge.corpus_examples("train")
     # A part of the prompts (both sides of a pair, or none): enough to see how it works.
-    examples = [e for e, fold in zip(known, folds(known, 3, 0), strict=True) if fold == 0]
-    path = trained(hf, examples, "smollm2-demo", answers=120, search_minutes=1.5)
+    examples = [e for e, fold in zip(known, folds(known, 5, 0), strict=True) if fold == 0]
+    path = trained(hf, examples, "smollm2-demo", answers=80, search_minutes=1.5)
     llama = steerbridge.open_model("llama.cpp", "smollm2", n_ctx=1024)
     models = {"transformers": hf, "llama.cpp": llama}
     page = [rendered(e, "long_middle", material("test"), longest=900) for e in PAIR]
@@ -66,7 +66,7 @@ def watched(path: Path, models: dict[str, Any]) -> list[Example]:
     package, hf = steerbridge.load(path), models["transformers"]
     known = steerbridge.corpus_examples("test")
     mirrors = {e.pair: e for e in known if not e.harmful}
-    harmful = [e for e in known if e.harmful and e.pair in mirrors]
+    harmful = [e for e in known if e.harmful and e.pair in mirrors][::3]
     margins = calibration.margins(package, calibration.scores(hf, package, harmful))
     quiet = [e for e, margin in zip(harmful, margins, strict=True) if margin <= 0]
     print(f"{len(quiet)} of {len(harmful)} other harmful prompts do not fire", file=sys.stderr)

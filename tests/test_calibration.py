@@ -116,7 +116,11 @@ OF_ROWS = {
 
 
 @pytest.mark.parametrize(
-    "fields", [{"readings": [helpers.reading("layer_input[20]")]}, {"token_reading": OF_ROWS, "link": "sigmoid"}]
+    "fields",
+    [
+        {"readings": [helpers.reading("layer_input[20]")]},
+        {"token_reading": OF_ROWS, "link": "sigmoid"},
+    ],
 )
 def test_the_command_records_it(smollm2_path, tmp_path, fields):
     """With SmolLM2 in llama.cpp, the file then contains a threshold for Q4_1."""

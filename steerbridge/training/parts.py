@@ -63,9 +63,10 @@ def divide(
 ) -> Parts:
     """Parts and forms of the prompts.
 
-    Every prompt stands in `chat`, and in other forms as often as `shares` says, an ordinary one three
-    times as often. An ordinary one to calibrate on stands in one form alone, each as likely: a promise counts prompts. One to search
-    on stands in all of them: what is chosen has to keep that promise.
+    Every prompt stands in `chat`, and in other forms as often as `shares` says, an ordinary one
+    three times as often. An ordinary one to calibrate on stands in one form alone, each as likely:
+    a promise counts prompts. One to search on stands in all of them: what is chosen has to keep
+    that promise.
     """
     forms = renderable(model, examples[0], list(shares))
     fold = groups.folds(examples, FOLDS, seed)

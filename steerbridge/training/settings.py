@@ -53,9 +53,9 @@ class Goal:
 
 
 # A probe that reads rows sees a request wherever it stands; one that reads the whole prompt is
-# better on short ones. A harmless prompt that shares its words with a harmful one counts less than an
-# ordinary one: the promise is about those. The channels of a multimodal model have one each: harm in the image alone
-# (kind `image`) and in the combination (`both`).
+# better on short ones. A harmless prompt that shares its words with a harmful one counts less than
+# an ordinary one: the promise is about those. The channels of a multimodal model have one each:
+# harm in the image alone (kind `image`) and in the combination (`both`).
 GOALS: Final = (
     Goal("harm", "rows", harmless={"pair": 0.3, "borderline": 0.3}),
     Goal("whole", "whole", {"image": 0.0, "both": 0.0}),
