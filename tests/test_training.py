@@ -182,6 +182,11 @@ def test_too_few_prompts_are_refused(model, tmp_path):
         train(model, made_up(20), TrainSettings(), workdir=tmp_path)
 
 
+def test_a_rank_needs_a_head_matrix(model, tmp_path):
+    with pytest.raises(DataError, match="rank: expected refuse=head_matrix"):
+        train(model, made_up(), TrainSettings(rank=4), workdir=tmp_path)
+
+
 def test_awareness_needs_pairs():
     examples = [Example("a", True), Example("b", False)]
     states = States(np.zeros((2, 1, 4), np.float32), (READING,), NO_ROWS)
