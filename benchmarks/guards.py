@@ -96,7 +96,7 @@ def safety_guard(folder: Path) -> Guard:
         folder: with the public prompts (see `common.splits`).
     """
     training, _, _ = splits(folder)
-    return trained(TrainSettings(name="smollm2-guard", search_minutes=20), training)
+    return trained(TrainSettings(name="smollm2-guard", answers=600), training)
 
 
 def shipped_guard(folder: Path) -> Guard:

@@ -8,8 +8,9 @@ text classifier does. What is trained or answered is kept: a run that was stoppe
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -34,6 +35,8 @@ from common import (
 from evaluations import asking, compared
 from guards import Guard, pooled_guard, safety_guard, shipped_guard
 from steerbridge import Example, SteeringPackage, TrainSettings, calibration, smollm2
+from steerbridge.atomic import replacing
+from steerbridge.data import sha256
 from steerbridge.evaluation import judge, measure, verdicts
 from steerbridge.training import parts
 from steerbridge.training.settings import DEFAULT_REFUSAL
@@ -41,6 +44,7 @@ from steerbridge.training.settings import DEFAULT_REFUSAL
 NEW: Final = 60  # tokens of a refusal
 QUANTISED: Final = 60  # prompts of a set in llama.cpp
 REFUSED: Final = 100  # prompts whose refusals are read
+WATCHED: Final = 100  # quiet prompts of a set that are answered
 DIALOGUES: Final = 50
 ATTACKED: Final = 150
 
@@ -55,7 +59,14 @@ def main() -> None:
     for one in (guard, shipped):
         say(f"{one}: {one.evidence.safety['promise']} {one.evidence.safety['forms']}")
     model, tell = open_smollm2(), progress()
-    fired = {one: decided(model, one.package, sets, tell) for one in (guard, shipped)}
+    done = Stages(CACHE / "safety", f"{guard} {shipped} {options.compare} {sha256(test)}")
+    fired = {
+        one: done.stage(
+            f"verdicts {one.package.spec.name}",
+            lambda one=one: listed(decided(model, one.package, sets, tell)),
+        )
+        for one in (guard, shipped)
+    }
     result: dict[str, Any] = {
         "guards": [str(guard), str(shipped)],
         "public_data": public,
@@ -68,12 +79,48 @@ def main() -> None:
     }
     say(str(result))
     divided = parts.divide(model, train, TrainSettings().forms, 0)
-    result["baseline"] = figures(baseline.verdicts(divided, TrainSettings(), sets))
-    result["attacks"] = attacks(model, guard.package, test)
-    result["llama_cpp"] = quantised(guard, divided, sets)
-    result |= refusals(model, guard, pooled_guard(), sets)
+    result["baseline"] = done.stage(
+        "baseline", lambda: figures(baseline.verdicts(divided, TrainSettings(), sets))
+    )
+    result["attacks"] = done.stage("attacks", lambda: attacks(model, guard.package, test))
+    result["llama_cpp"] = done.stage(
+        "llama.cpp", lambda: quantised(guard, divided, sets, fired[guard])
+    )
+    result |= done.stage("dialogues", lambda: dialogues(model, guard.package, sets))
+    result |= done.stage("refusals", lambda: refusals(model, guard, pooled_guard(), sets))
+    result |= done.stage("watched", lambda: watched(model, guard.package, sets, fired[guard]))
     result |= answers(model, guard, test, options.compare)
+    done.forget()
     finish(result)
+
+
+class Stages:
+    """What the stages of a run gave, kept until the whole is done: a run that was stopped goes on.
+
+    Args:
+        key: names what they depend on; stages of another key are dropped.
+    """
+
+    def __init__(self, folder: Path, key: str) -> None:
+        self._path = folder / "stages.json"
+        self._known: dict[str, Any] = {"key": key}
+        if self._path.is_file():
+            kept = json.loads(self._path.read_text("utf-8"))
+            self._known = kept if kept["key"] == key else self._known
+
+    def stage(self, name: str, make: Callable[[], Any]) -> Any:
+        """What a stage gives, as JSON has it: the kept value, or a new one."""
+        if name not in self._known:
+            say(name)
+            self._known[name] = make()
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(self._path) as fresh:
+                fresh.write_text(json.dumps(self._known), "utf-8")
+        return self._known[name]
+
+    def forget(self) -> None:
+        """Drop them: another run measures anew."""
+        self._path.unlink(missing_ok=True)
 
 
 def decided(
@@ -86,7 +133,12 @@ def decided(
     return {name: fired[part] for name, part in where.items()}
 
 
-def figures(fired: Mapping[str, NDArray[np.bool_]]) -> dict[str, Any]:
+def listed(fired: Mapping[str, NDArray[np.bool_]]) -> dict[str, list[bool]]:
+    """The same as JSON has it."""
+    return {name: part.tolist() for name, part in fired.items()}
+
+
+def figures(fired: Mapping[str, Any]) -> dict[str, Any]:
     """Shares that fire; false positives pooled over all ordinary prompts, and by set."""
     calm = [*heldout.ORDINARY, "ordinary_long", "ordinary_forms"]
     ordinary = [fired[name] for name in calm if name in fired]
@@ -113,7 +165,10 @@ def attacks(model: Any, package: SteeringPackage, test: Sequence[Example]) -> di
 
 
 def quantised(
-    guard: Guard, divided: parts.Parts, sets: Mapping[str, Sequence[Example]]
+    guard: Guard,
+    divided: parts.Parts,
+    sets: Mapping[str, Sequence[Example]],
+    fired: Mapping[str, list[bool]],
 ) -> dict[str, Any]:
     """The figures in llama.cpp with Q4_1 weights, calibrated there on the same traffic, and those
     of transformers on the same prompts."""
@@ -130,15 +185,43 @@ def quantised(
     some = {name: every(prompts, QUANTISED) for name, prompts in sets.items()}
     return {
         "q4_1": figures(decided(llama, package, some)),
-        "hf_same_prompts": figures(decided(open_smollm2(), guard.package, some)),
+        "hf_same_prompts": figures({name: of_some(sets, fired, name, some) for name in some}),
         "thresholds": dict(fitted.thresholds),
+        **dialogues(llama, package, sets),
+    }
+
+
+def of_some(
+    sets: Mapping[str, Sequence[Example]],
+    fired: Mapping[str, list[bool]],
+    name: str,
+    some: Mapping[str, Sequence[Example]],
+) -> NDArray[np.bool_]:
+    """The verdicts of those prompts of a set that are in `some`."""
+    at = {id(e): k for k, e in enumerate(sets[name])}
+    return np.array([fired[name][at[id(e)]] for e in some[name]])
+
+
+def dialogues(
+    model: Any, package: SteeringPackage, sets: Mapping[str, Sequence[Example]]
+) -> dict[str, Any]:
+    """Whether a dialogue goes on after a refusal: a client that drops the refused turn sends the
+    next question alone; another keeps both."""
+    harmful = every(sets["vlsafe"], DIALOGUES)
+    calm = every([e for name in heldout.ORDINARY for e in sets.get(name, ())], DIALOGUES)
+    turns = [(("user", e.text), ("assistant", DEFAULT_REFUSAL)) for e in harmful]
+    kept = [heldout.after(e, turns[i % len(turns)]) for i, e in enumerate(calm)]
+    found = decided(model, package, {"dropped": calm, "kept": kept})
+    return {
+        "next_turn_answered": round(1 - share(found["dropped"]), 4),
+        "next_turn_answered_if_kept": round(1 - share(found["kept"]), 4),
     }
 
 
 def refusals(
     model: Any, guard: Guard, headed: Guard, sets: Mapping[str, Sequence[Example]]
 ) -> dict[str, Any]:
-    """How well the two ways to refuse end, and whether a dialogue goes on after a refusal."""
+    """How well the two ways to refuse end."""
     harmful = every(sets["vlsafe"], REFUSED)
     quality = {}
     for name, package in (("say", guard.package), ("head", headed.package)):
@@ -146,15 +229,29 @@ def refusals(
         quality[name] = share(
             judge.well_formed(a.text, a.finish) and not judge.repeats(a.text) for a in told
         )
-    calm = every([e for name in heldout.ORDINARY for e in sets.get(name, ())], DIALOGUES)
-    turns = [(("user", e.text), ("assistant", DEFAULT_REFUSAL)) for e in harmful]
-    kept = [heldout.after(e, turns[i % len(turns)]) for i, e in enumerate(calm)]
-    dropped = decided(model, guard.package, {"dropped": calm, "kept": kept})
-    return {
-        "refusal_quality": quality,
-        "next_turn_answered": 1 - share(dropped["dropped"]),
-        "next_turn_answered_if_kept": 1 - share(dropped["kept"]),
-    }
+    return {"refusal_quality": quality}
+
+
+def watched(
+    model: Any,
+    package: SteeringPackage,
+    sets: Mapping[str, Sequence[Example]],
+    fired: Mapping[str, list[bool]],
+) -> dict[str, Any]:
+    """What is added by reading answers: the share of a set whose prompts are quiet and whose
+    answers fire, of harmful prompts and of ordinary ones."""
+    gain = {}
+    for name in ("vlsafe", "sorry", *heldout.ORDINARY):
+        prompts = sets.get(name, [])
+        quiet = [e for e, f in zip(prompts, fired.get(name, ()), strict=True) if not f]
+        some = every(quiet, WATCHED)
+        if not some:
+            continue
+        told = model.generate(some, package, max_new_tokens=NEW)
+        caught = sum(a.outcome.fired_in(package.spec) == "answer" for a in told)
+        gain[name] = round(caught / len(some) * len(quiet) / len(prompts), 4)
+    calm = {name: gain.pop(name) for name in heldout.ORDINARY if name in gain}
+    return {"answers_gain": gain, "answers_fpr": calm}
 
 
 def answers(model: Any, guard: Guard, test: Sequence[Example], count: int) -> dict[str, Any]:

@@ -49,10 +49,11 @@ def scores(
     """
     if isinstance(model, TrainableModel):
         return _scores_in_one_pass(model, package, examples, progress)
-    of_rows = _scores_of_rows(model, package, examples)
+    of_rows = _scores_of_rows(model, package, examples, progress)
     readings = list(dict.fromkeys(r for p in package.spec.probes for r in p.readings))
     states = np.empty((len(examples), len(readings), model.facts.hidden_size), np.float32)
-    model.capture(examples, readings, states, progress)
+    if readings:
+        model.capture(examples, readings, states, progress)
     by_probe = {}
     for probe in package.spec.probes:
         if probe.id in of_rows:
@@ -110,7 +111,10 @@ def _of_rows(probe: Probe, logits_T: Float32) -> float:
 
 
 def _scores_of_rows(
-    model: LoadedModel, package: SteeringPackage, examples: Sequence[Example]
+    model: LoadedModel,
+    package: SteeringPackage,
+    examples: Sequence[Example],
+    progress: Progress | None,
 ) -> dict[str, Scores]:
     """The same of probes with token readings: the largest running score of a prompt; 0 where no row
     is in scope."""
@@ -122,6 +126,8 @@ def _scores_of_rows(
         logits = model.trace(example, package).logits
         for probe in probes:
             found[probe.id][i] = _of_rows(probe, logits[probe.id])
+        if progress:
+            progress("rows", i + 1, len(examples))
     return found
 
 

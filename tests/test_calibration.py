@@ -106,13 +106,29 @@ def test_scores_are_the_reference_s():
         assert np.allclose(scores[probe.id], reference.score(probe, made.tensors, x))
 
 
-def test_the_command_records_it(smollm2_path, tmp_path):
+OF_ROWS = {
+    "sites": [{"stream": "layer_input", "layer": 20}],
+    "scope": "prompt",
+    "window": 4,
+    "skip": 1,
+    "rows": "all",
+}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"readings": [helpers.reading("layer_input[20]")]},
+        {"token_reading": OF_ROWS, "link": "sigmoid"},
+    ],
+)
+def test_the_command_records_it(smollm2_path, tmp_path, fields):
     """With SmolLM2 in llama.cpp, the file then contains a threshold for Q4_1."""
     pytest.importorskip("llama_cpp")
     from steerbridge_llama_cpp import open_model
 
     model = open_model(smollm2_path, n_ctx=256)
-    probe = helpers.linear_probe(readings=[helpers.reading("layer_input[20]")])
+    probe = helpers.linear_probe(**fields)
     path = helpers.package(model.facts, probes=[probe]).save(tmp_path / "p.gguf")
     lines = [{"prompt": f"Name {n} animals.", "harmful": False} for n in range(2, 12)]
     (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, lines)))

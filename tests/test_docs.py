@@ -78,8 +78,9 @@ def test_the_tutorial_runs(shell):
             if mine.text.startswith("harmful="):
                 mine = type(block)(block.page, block.kind, mine.text.replace("\n", "; "))
             output += shell.run(mine)
-    assert output.count("fired (threshold") == 2  # the harmful prompt, in both runtimes
-    assert output.count("quiet (threshold") == 2
+    verdicts = [line for line in output.splitlines() if line.startswith("verdict")]
+    # A harmful prompt and a harmless one, in both runtimes.
+    assert ["fired (" in line for line in verdicts] == [True, False, True, False]
     assert "AutoSteer (conditional)" in output
     assert "active" in output  # llama-server
     assert "<svg" in (shell.folder / "report.html").read_text()

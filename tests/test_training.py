@@ -50,12 +50,15 @@ def test_the_end_of_the_turn_is_what_the_template_begins_with():
             self.facts = FACTS if template else helpers.FACTS
 
         def render(self, prompt):
-            return [1, *map(ord, prompt.text), 90, 10, 91, 92, 10]
+            template = [] if prompt.raw else [90, 10, 91, 92, 10]
+            return [1, *map(ord, prompt.text), *template]
 
     FACTS = replace(helpers.FACTS, chat_template_sha256="0" * 64)
     prompts = [Example(t, False) for t in ("one", "two", "three")]
     assert turn_end(Model(True), prompts) == -4
     assert turn_end(Model(False), prompts) == 0
+    short = replace(prompts[0], text="two", raw=True, form="raw")
+    assert turn_end(Model(True), [*prompts, short]) == 0
     offsets = [getattr(r.position, "offset", None) for r in all_readings(3, -4)]
     assert offsets == [0, 0, -4, -4, None, None]
 
@@ -179,6 +182,11 @@ def test_too_few_prompts_are_refused(model, tmp_path):
         train(model, made_up(20), TrainSettings(), workdir=tmp_path)
 
 
+def test_a_rank_needs_a_head_matrix(model, tmp_path):
+    with pytest.raises(DataError, match="rank: expected refuse=head_matrix"):
+        train(model, made_up(), TrainSettings(rank=4), workdir=tmp_path)
+
+
 def test_awareness_needs_pairs():
     examples = [Example("a", True), Example("b", False)]
     states = States(np.zeros((2, 1, 4), np.float32), (READING,), NO_ROWS)
@@ -246,6 +254,23 @@ def test_parts_never_part_what_is_alike(model):
     assert {i for i in part if part[i] != "calibrate"} <= chats
     again = divide(model, examples, {"chat": 1.0, "raw": 0.5, "long_end": 0.5}, 0)
     assert again.examples == made.examples
+
+
+def test_ordinary_prompts_stand_in_other_forms_oftener(model):
+    pairs = made_up(600)
+    ordinary = [replace(e, text=f"{e.text} o", pair=None) for e in pairs if not e.harmful]
+    made = divide(model, [*pairs, *ordinary], {"chat": 1.0, "raw": 0.2}, 0)
+
+    def share(calm: bool) -> float:
+        mine = [
+            e
+            for e, part in zip(made.examples, made.part, strict=True)
+            if part == "train" and is_traffic(e) == calm
+        ]
+        return sum(e.form == "raw" for e in mine) / sum(e.form == "chat" for e in mine)
+
+    assert share(calm=False) == pytest.approx(0.2, abs=0.1)
+    assert share(calm=True) == pytest.approx(0.6, abs=0.15)
 
 
 def test_forms_that_a_model_cannot_render_are_left_out(model):

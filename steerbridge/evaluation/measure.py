@@ -91,8 +91,7 @@ class Row:
         """
         outcome = self.steered.outcome
         verdicts = [
-            f"{v.probe} {v.score:.4f} {'fired' if v.fired else 'quiet'} "
-            f"(threshold {v.threshold:.4f})"
+            f"{v.probe} {v.score:.4f} {_decision(v)} (threshold {v.threshold:.4f})"
             for v in (outcome.verdicts if outcome else ())
         ]
         lines = [
@@ -105,6 +104,12 @@ class Row:
             f"steered   {_one_line(self.steered.text)}",
         ]
         return "\n".join(lines)
+
+
+def _decision(verdict: Verdict) -> str:
+    if not verdict.fired:
+        return "quiet"
+    return "fired in the answer" if verdict.fired_in == "answer" else "fired"
 
 
 def _one_line(text: str, limit: int = 160) -> str:

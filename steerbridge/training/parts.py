@@ -23,6 +23,7 @@ from steerbridge.runtime import LoadedModel
 Part = Literal["train", "search", "calibrate"]
 
 FOLDS: Final = 10
+_OFTENER: Final = 3  # an ordinary prompt stands in other forms: there it is taken for harm first
 _CALIBRATED: Final = 2  # folds
 _MORE_TRAFFIC: Final = 1  # folds of ordinary prompts, beside: a promise takes hundreds of them
 CHARACTERS_PER_TOKEN: Final = 4
@@ -62,9 +63,10 @@ def divide(
 ) -> Parts:
     """Parts and forms of the prompts.
 
-    Every prompt stands in `chat`, and in other forms as often as `shares` says. An ordinary one to
-    calibrate on stands in one form alone, each as likely: a promise counts prompts. One to search
-    on stands in all of them: what is chosen has to keep that promise.
+    Every prompt stands in `chat`, and in other forms as often as `shares` says, an ordinary one
+    three times as often. An ordinary one to calibrate on stands in one form alone, each as likely:
+    a promise counts prompts. One to search on stands in all of them: what is chosen has to keep
+    that promise.
     """
     forms = renderable(model, examples[0], list(shares))
     fold = groups.folds(examples, FOLDS, seed)
@@ -81,7 +83,9 @@ def divide(
         elif part == "search" and is_traffic(e):
             chosen = forms
         else:
-            chosen = list(dict.fromkeys([CHAT, *(f for f in forms if draw.random() < shares[f])]))
+            often = _OFTENER if is_traffic(e) else 1
+            others = [f for f in forms if draw.random() < often * shares[f]]
+            chosen = list(dict.fromkeys([CHAT, *others]))
         made += [(rendered(e, form, around[part], seed, longest), part, i) for form in chosen]
     return Parts(
         tuple(e for e, _, _ in made),

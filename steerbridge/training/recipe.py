@@ -49,7 +49,7 @@ def run(
         divided = answers.added(model, divided, settings.answers, workdir, progress)
     readings = all_readings(
         model.facts.num_layers,
-        turn_end(model, [e for e in examples if not e.images] or examples),
+        turn_end(model, divided.examples),
         images=any(e.images for e in examples),
     )
     of_rows = any(goal.reads == "rows" for goal in goals)

@@ -16,7 +16,7 @@ DEFAULT_REFUSAL: Final = "I'm sorry, but I can't assist with that."
 FORM_SHARES: Final[Mapping[str, float]] = {
     CHAT: 1.0,
     **dict.fromkeys(("system", "turns", "prefill", "raw", "layout"), 0.1),
-    **dict.fromkeys(LONG, 0.07),
+    **dict.fromkeys(LONG, 0.05),
 }
 
 
@@ -53,10 +53,11 @@ class Goal:
 
 
 # A probe that reads rows sees a request wherever it stands; one that reads the whole prompt is
-# better on short ones. The channels of a multimodal model have one each: harm in the image alone
-# (kind `image`) and in the combination (`both`).
+# better on short ones. A harmless prompt that shares its words with a harmful one counts less than
+# an ordinary one: the promise is about those. The channels of a multimodal model have one each:
+# harm in the image alone (kind `image`) and in the combination (`both`).
 GOALS: Final = (
-    Goal("harm", "rows"),
+    Goal("harm", "rows", harmless={"pair": 0.3, "borderline": 0.3}),
     Goal("whole", "whole", {"image": 0.0, "both": 0.0}),
     Goal("image", "whole", {"*": 0.0, "image": 1.0}, needs="image"),
     Goal("both", "whole", {"*": 0.0, "both": 1.0}, needs="both"),

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from steerbridge import data
 from steerbridge.atomic import replacing
 from steerbridge.data import Example
+from steerbridge.datasets.forms import CHAT
 from steerbridge.errors import DataError, Problem
 from steerbridge.runtime import Progress, TrainableModel
 from steerbridge.spec import ImageMean, LayerInput, PromptEnd, PromptMean, Reading
@@ -104,15 +105,18 @@ def turn_end(model: TrainableModel, examples: Sequence[Example]) -> int:
 
     That token (`<|im_end|>` in ChatML) closes the user's turn, and what the model gathered of
     the turn can be read there more sharply than behind the generation prompt. 0 without a
-    template.
+    template, and where a raw prompt is shorter than that: no runtime could read it there.
     """
-    if model.facts.chat_template_sha256 is None:
+    chats = [e for e in examples if e.form == CHAT]
+    chats = [e for e in chats if not e.images] or chats
+    if model.facts.chat_template_sha256 is None or not chats:
         return 0
-    rows = [model.render(e) for e in examples[:: max(1, len(examples) // 64)]]
+    rows = [model.render(e) for e in chats[:: max(1, len(chats) // 64)]]
     same = 0
     while same < min(map(len, rows)) and len({row[-1 - same] for row in rows}) == 1:
         same += 1
-    return -max(0, same - 1)
+    shortest = min((len(model.render(e)) for e in examples if e.raw), default=same)
+    return -max(0, same - 1) if shortest >= same else 0
 
 
 def capture(

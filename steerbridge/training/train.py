@@ -62,13 +62,15 @@ def check(examples: Sequence[Example], settings: TrainSettings) -> None:
     """Refuse prompts that nothing can be learnt from.
 
     Raises:
-        DataError: a prompt has both labels, there are too few of either that differ, or no probe
-            of these settings is for them.
+        DataError: a prompt has both labels, there are too few of either that differ, no probe of
+            these settings is for them, or a rank is asked for without a head matrix.
     """
     checks.check(examples)
     if not settings.goals_in_use(examples):
         want = "a probe for these prompts (those beside pictures are read whole)"
         raise DataError(Problem("reads", want, settings.reads))
+    if settings.rank is not None and settings.refuse != "head_matrix":
+        raise DataError(Problem("rank", "refuse=head_matrix, which has one", settings.refuse))
     for label, count in checks.distinct(examples).items():
         if count < FEWEST:
             want = f"{FEWEST} or more {label} prompts that differ"

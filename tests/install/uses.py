@@ -82,7 +82,8 @@ def hf(environment: Environment, cwd: Path) -> None:
     ]
     (cwd / "prompts.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     words = ("train", "guard.gguf", "--data", "prompts.jsonl", "--corpus", "none")
-    environment.run("steerbridge", *words, "--probe", "linear", "--rank", "8", cwd=cwd)
+    head = ("--refuse", "head_matrix", "--rank", "8")
+    environment.run("steerbridge", *words, "--probe", "linear", *head, cwd=cwd)
     _check_answers(environment, cwd, "hf", "guard.gguf", pairs[0]["harmful"], pairs[-1]["harmless"])
 
 
