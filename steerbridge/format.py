@@ -7,13 +7,15 @@ say, and how the files are read and written. A converter registers it under the 
 
 from __future__ import annotations
 
+import os
+import reprlib
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 from steerbridge import registry
 from steerbridge.errors import (
@@ -26,6 +28,8 @@ from steerbridge.errors import (
 )
 from steerbridge.package import SteeringPackage
 from steerbridge.spec import BaseModelInfo, ConstantStrength, Rule
+
+FLOAT32_MAX: Final = 3.4028235e38
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +57,22 @@ class Option:
             raise InvalidOption(
                 format, self.name, f"{self.help}; found {text!r}: {error}"
             ) from error
+
+
+def finite(text: str) -> float:
+    """The kind of an option that is a finite number within the range of float32."""
+    value = float(text)
+    if not abs(value) <= FLOAT32_MAX:
+        raise ValueError("expected a finite number within the range of float32")
+    return value
+
+
+def block(text: str) -> int:
+    """The kind of an option that is the number of a block."""
+    value = int(text)
+    if value < 0:
+        raise ValueError("expected a block's number, 0 or higher")
+    return value
 
 
 def one_of(*choices: str) -> Callable[[str], str]:
@@ -252,8 +272,20 @@ def _kinds(package: SteeringPackage) -> str:
 
 
 def unreadable(path: Path, field: str, want: str, got: object) -> UnreadableSource:
-    """The error for a malformed file."""
-    return UnreadableSource(Problem(field, want, str(got)), path)
+    """The error for a malformed file; what was found is told in a few words, however large."""
+    found = got if isinstance(got, str) else str(got)
+    return UnreadableSource(Problem(field, want, found[:MOST_TOLD]), path)
+
+
+def shown(value: object) -> str:
+    """A value of a foreign file in a few words. Its `repr` may be larger than any memory: a list
+    may hold the same list many times."""
+    return _SHORT.repr(value)
+
+
+_SHORT: Final = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxtuple, _SHORT.maxdict = 2, 4, 4, 4
+MOST_TOLD: Final = 400  # characters
 
 
 # ---------------------------------------------------------------- by name and by file
@@ -285,15 +317,44 @@ def get_format(name: str) -> Format:
         raise UnknownFormat(f"no format is called {name!r}", tuple(formats())) from None
 
 
+_POINTER: Final = b"version https://git-lfs"
+
+
+def check_source(path: Path) -> None:
+    """Refuse what is no artifact but leads to one: a pointer of git-lfs, and a directory with links
+    out of it, which would read files that whoever packed it has no right to. (A snapshot of the hub
+    may link to the blobs beside it; a link that the user names is the user's.)
+
+    Raises:
+        UnreadableSource: as said.
+    """
+    if path.is_file():
+        with path.open("rb") as file:
+            if file.read(len(_POINTER)) == _POINTER:
+                raise unreadable(
+                    path, "file", "its content", "a pointer of git-lfs (`git lfs pull` fetches it)"
+                )
+        return
+    root = path.resolve()
+    homes = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    for folder, folders, names in os.walk(root):
+        for name in (*folders, *names):
+            item = Path(folder) / name
+            if item.is_symlink() and not any(item.resolve().is_relative_to(h) for h in homes):
+                raise unreadable(path, str(item.relative_to(root)), "a file", "a link out of here")
+
+
 def detect(path: Path) -> Format:
     """The one format that recognises `path`.
 
     Raises:
         FileNotFoundError: `path` does not exist.
+        UnreadableSource: see `check_source`.
         UnknownFormat: no format recognises it, or several do; the user must name one.
     """
     if not path.exists():
         raise FileNotFoundError(f"nothing to convert at {path}")
+    check_source(path)
     matches = [format for format in formats().values() if format.recognises(path)]
     if len(matches) == 1:
         return matches[0]

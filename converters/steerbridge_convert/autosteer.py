@@ -16,7 +16,7 @@ from typing import Any, Final
 import numpy as np
 
 from steerbridge.errors import InvalidOption, MissingOption, NotRepresentable
-from steerbridge.format import Answers, Format, Holds, Loss, Option, unreadable
+from steerbridge.format import Answers, Format, Holds, Loss, Option, finite, unreadable
 from steerbridge.package import SteeringPackage
 from steerbridge.spec import LayerInput, LayerOutput, MlpProbe, PromptEnd, Reading
 from steerbridge_convert import heads, pickles, probers
@@ -28,7 +28,7 @@ HIDDEN: Final = 64
 _MATRIX: Final = re.compile(r"^[Ee]poch_(\d{1,6})\.pth?$")
 _LAYER: Final = re.compile(r"^layer(\d{1,5})$")
 
-EPS: Final = Option("eps", float, "strength of the matrix (the authors train and run with 0.1)")
+EPS: Final = Option("eps", finite, "strength of the matrix (the authors train and run with 0.1)")
 OFFSET: Final = Option(
     "offset",
     int,

@@ -8,7 +8,7 @@ from pathlib import Path
 from steerbridge.atomic import replacing
 from steerbridge.conversion import ConversionReport
 from steerbridge.errors import InvalidOption, PackageError, WouldLose
-from steerbridge.format import Answers, Format, Loss, detect, get_format
+from steerbridge.format import Answers, Format, Loss, check_source, detect, get_format
 from steerbridge.package import SteeringPackage
 from steerbridge.spec import BaseModelInfo
 from steerbridge.tensors import Dtype
@@ -32,6 +32,8 @@ def read(
         ConversionError: see `steerbridge.errors`.
     """
     format = get_format(source_format) if source_format else detect(Path(source))
+    if source_format and Path(source).exists():
+        check_source(Path(source))
     weights = Path(model) if model else None
     base_info = base_model(Path(base)) if isinstance(base, str | Path) else base
     if base_info is None and weights is not None:

@@ -12,7 +12,8 @@ from steerbridge.errors import BrokenPackage
 from steerbridge.format import unreadable
 from steerbridge.tensors import Tensor
 
-MAX_JSON: Final = 1 << 30  # the vectors of a large model as text
+MAX_JSON: Final = 1 << 26  # bytes
+MAX_JSON_PARTS: Final = 2_200_000  # values: those of the vectors of a model of 405 billion weights
 
 
 def gguf(path: Path) -> gguf_file.GgufFile:
@@ -65,8 +66,12 @@ def json_object(path: Path) -> dict[str, Any]:
         raise unreadable(path.parent, path.name, "a file", "none")
     if path.stat().st_size > MAX_JSON:
         raise unreadable(path, "size", f"at most {MAX_JSON} bytes", path.stat().st_size)
+    text = path.read_bytes()
+    # A value takes up to a hundred bytes as an object, and two as text.
+    if (parts := sum(map(text.count, (b",", b"[", b"{")))) > MAX_JSON_PARTS:
+        raise unreadable(path, "file", f"at most {MAX_JSON_PARTS} values", parts)
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise unreadable(path, "file", "JSON", error) from error
     if not isinstance(value, dict):

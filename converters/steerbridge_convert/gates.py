@@ -14,7 +14,19 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from steerbridge.errors import InvalidSpec, MissingOption, NotRepresentable
-from steerbridge.format import Answers, Format, Holds, Loss, Option, one_of, several, unreadable
+from steerbridge.format import (
+    Answers,
+    Format,
+    Holds,
+    Loss,
+    Option,
+    block,
+    finite,
+    one_of,
+    several,
+    shown,
+    unreadable,
+)
 from steerbridge.package import SteeringPackage
 from steerbridge.spec import (
     AddVector,
@@ -157,12 +169,12 @@ def _probe(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     for key, allowed in supported.items():
         got = info.get(key)
         if got not in allowed:
-            raise unreadable(file, key, f"one of {allowed}", repr(got))
+            raise unreadable(file, key, f"one of {allowed}", shown(got))
     layers = info.get("weight_layer_ids")
     if not isinstance(layers, list) or not all(type(k) is int and k >= 0 for k in layers):
-        raise unreadable(file, "weight_layer_ids", "layer numbers from 0 on", repr(layers))
+        raise unreadable(file, "weight_layer_ids", "layer numbers from 0 on", shown(layers))
     if not isinstance(info.get("bias"), int | float) or not np.isfinite(info["bias"]):
-        raise unreadable(file, "bias", "a finite number", repr(info.get("bias")))
+        raise unreadable(file, "bias", "a finite number", shown(info.get("bias")))
     tensors = path / "probe.safetensors"
     weights = files.safetensors(tensors)
     for k in layers:
@@ -187,8 +199,8 @@ class Cast(Format):
         strength="none",
     )
     options = (
-        Option("layers", several(int), "blocks whose input the condition reads, comma-separated"),
-        Option("threshold", float, "threshold of the score"),
+        Option("layers", several(block), "blocks whose input the condition reads, comma-separated"),
+        Option("threshold", finite, "threshold of the score"),
         Option(
             "fires_when",
             one_of("<", "<=", ">", ">="),
@@ -196,8 +208,8 @@ class Cast(Format):
         ),
         Option("pooling", one_of("mean", "last"), "pooling over the tokens of the prompt", "mean"),
         Option("behaviour", Path, "the .svec of the behaviour vector", Path()),
-        Option("behaviour_layers", several(int), "blocks whose input the behaviour changes", ()),
-        Option("strength", float, "factor of the behaviour", 0.0),
+        Option("behaviour_layers", several(block), "blocks whose input the behaviour changes", ()),
+        Option("strength", finite, "factor of the behaviour", 0.0),
     )
 
     def recognises(self, path: Path) -> bool:

@@ -17,14 +17,14 @@ import numpy as np
 from gguf import GGUFWriter
 
 from steerbridge import gguf_file
-from steerbridge.format import Answers, Format, Holds, Loss, Option, one_of, unreadable
+from steerbridge.format import Answers, Format, Holds, Loss, Option, finite, one_of, unreadable
 from steerbridge.package import SteeringPackage
 from steerbridge.tensors import Tensor
 from steerbridge_convert import files, vectors
 
 ARCHITECTURE: Final = "controlvector"
 STRENGTH: Final = Option(
-    "strength", float, "factor that the vectors were used with (1 = as stored)"
+    "strength", finite, "factor that the vectors were used with (1 = as stored)"
 )
 HINT: Final = Option(
     "hint", one_of("check", "ignore"), "compare the file's model_hint with the base model", "check"

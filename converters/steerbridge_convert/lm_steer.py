@@ -14,7 +14,7 @@ from typing import Any, Final
 import numpy as np
 
 from steerbridge.errors import NotRepresentable
-from steerbridge.format import Answers, Format, Holds, Option, several, unreadable
+from steerbridge.format import Answers, Format, Holds, Option, finite, several, unreadable
 from steerbridge.package import SteeringPackage
 from steerbridge.tensors import Tensor
 from steerbridge_convert import heads, pickles
@@ -23,8 +23,8 @@ from steerbridge_convert.heads import Head
 _CLASSES: Final = r"[\w.]*HyperParams"
 
 
-EPSILON: Final = Option("epsilon", float, "epsilon of the tool", 1e-3)
-VALUES: Final = Option("values", several(float), "steer_values, one per steer, comma-separated")
+EPSILON: Final = Option("epsilon", finite, "epsilon of the tool", 1e-3)
+VALUES: Final = Option("values", several(finite), "steer_values, one per steer, comma-separated")
 
 
 class LmSteer(Format):

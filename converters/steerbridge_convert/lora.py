@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 
 from steerbridge import gguf_file
 from steerbridge.errors import NotRepresentable
-from steerbridge.format import Answers, Format, Holds, Loss, unreadable
+from steerbridge.format import Answers, Format, Holds, Loss, shown, unreadable
 from steerbridge.package import SteeringPackage
 from steerbridge.tensors import Float32, Tensor
 from steerbridge_convert import files, heads
@@ -112,7 +112,7 @@ class GgufLora(_HeadLora):
         _fit(a, b, path)
         alpha = file.metadata.get("adapter.lora.alpha", 0)
         if not isinstance(alpha, int | float):
-            raise unreadable(path, "adapter.lora.alpha", "a number", repr(alpha))
+            raise unreadable(path, "adapter.lora.alpha", "a number", shown(alpha))
         return a, b, alpha / len(a) if alpha else 1.0  # as in llama.cpp: 0 means no division
 
     def write(self, package: SteeringPackage, path: Path, answers: Answers) -> None:
@@ -220,5 +220,5 @@ def _config(path: Path) -> dict[str, Any]:
     file = path / "adapter_config.json"
     config = files.json_object(file)
     if config.get("peft_type") != "LORA":
-        raise unreadable(file, "peft_type", "'LORA'", repr(config.get("peft_type")))
+        raise unreadable(file, "peft_type", "'LORA'", shown(config.get("peft_type")))
     return config

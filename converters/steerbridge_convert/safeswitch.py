@@ -15,7 +15,7 @@ from typing import Any, Final
 import numpy as np
 
 from steerbridge.errors import NotRepresentable
-from steerbridge.format import Answers, Format, Holds, Loss, Option, unreadable
+from steerbridge.format import Answers, Format, Holds, Loss, Option, finite, unreadable
 from steerbridge.package import SteeringPackage
 from steerbridge.spec import HeadInput, MlpProbe, PromptEnd, Reading
 from steerbridge.tensors import Tensor
@@ -25,7 +25,7 @@ from steerbridge_convert.heads import Head
 
 UNSAFE: Final = 1
 HEAD: Final = "refusal_head.pth"
-_THRESHOLD: Final = Option("threshold", float, "P(unsafe) at which the prober fires", 0.5)
+_THRESHOLD: Final = Option("threshold", finite, "P(unsafe) at which the prober fires", 0.5)
 _READING: Final = Reading(
     site=HeadInput(stream="head_input"), position=PromptEnd(type="prompt_end")
 )

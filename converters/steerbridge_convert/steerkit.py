@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from steerbridge.errors import InvalidOption, MissingOption, NotRepresentable
-from steerbridge.format import Answers, Format, Holds, Option, unreadable
+from steerbridge.format import Answers, Format, Holds, Option, finite, shown, unreadable
 from steerbridge.package import SteeringPackage
 from steerbridge.spec import LayerInput, LayerOutput
 from steerbridge.tensors import Tensor
@@ -24,7 +24,7 @@ from steerbridge_convert import vectors
 _METHOD: Final = Option(
     "method", str, "name of the direction in the file", "default_method of the file"
 )
-_STRENGTH: Final = Option("strength", float, "factor of the direction", "auto_alpha of the file")
+_STRENGTH: Final = Option("strength", finite, "factor of the direction", "auto_alpha of the file")
 
 
 class Steerkit(Format):
@@ -121,5 +121,5 @@ def _load(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
 def _whole(metadata: dict[str, str], key: str, path: Path) -> int:
     text = metadata.get(key, "")
     if not text.removeprefix("-").isdecimal():
-        raise unreadable(path, key, "a whole number", repr(text))
+        raise unreadable(path, key, "a whole number", shown(text))
     return int(text)

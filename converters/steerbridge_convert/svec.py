@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from steerbridge.errors import NotRepresentable, UnreadableSource
-from steerbridge.format import Answers, Format, Holds, Option, one_of, unreadable
+from steerbridge.format import Answers, Format, Holds, Option, one_of, shown, unreadable
 from steerbridge.package import SteeringPackage
 from steerbridge.tensors import Tensor
 from steerbridge_convert import files, vectors
@@ -108,7 +108,7 @@ def load(path: Path) -> dict[str, Any]:
     if not isinstance(content.get("directions"), dict):
         raise unreadable(path, "directions", "an object of vectors by layer", "none")
     if not isinstance(content.get("model_type"), str):
-        raise unreadable(path, "model_type", "a string", repr(content.get("model_type")))
+        raise unreadable(path, "model_type", "a string", shown(content.get("model_type")))
     return content
 
 
@@ -124,7 +124,7 @@ def read_vectors(path: Path, format: str) -> tuple[dict[str, Any], dict[int, Ten
     for key, value in content["directions"].items():
         field = f"directions[{key!r}]"
         if not key.isascii() or not key.isdecimal():
-            raise unreadable(path, field, "a layer number, 0 or higher", repr(key))
+            raise unreadable(path, field, "a layer number, 0 or higher", shown(key))
         try:
             array = np.array(value, np.float64)
         except (ValueError, TypeError) as error:

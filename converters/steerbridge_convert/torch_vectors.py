@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Final
 import numpy as np
 
 from steerbridge.errors import NotRepresentable
-from steerbridge.format import Answers, Format, Holds, Option, several, unreadable
+from steerbridge.format import Answers, Format, Holds, Option, block, several, shown, unreadable
 from steerbridge.package import SteeringPackage
 from steerbridge.tensors import Float32, Tensor
 from steerbridge_convert import pickles, vectors
@@ -61,7 +61,7 @@ class SteeringVectors(_TorchVectors):
         fields = _fields(pickles.load(path, _OBJECT))
         activations = fields.get("layer_activations")
         if not isinstance(activations, dict) or not activations:
-            raise unreadable(path, "layer_activations", "tensors by layer", repr(activations))
+            raise unreadable(path, "layer_activations", "tensors by layer", shown(activations))
         if (kind := fields.get("layer_type", "decoder_block")) != "decoder_block":
             raise NotRepresentable(self.name, f"layer_type {kind!r}: only the residual stream")
         return {
@@ -113,7 +113,9 @@ class Hotwire(_TorchVectors):
 
     name = "hotwire"
     title = "hotwire-vllm vectors (.pt)"
-    layers = Option("layers", several(int), "blocks whose outputs requests steer, comma-separated")
+    layers = Option(
+        "layers", several(block), "blocks whose outputs requests steer, comma-separated"
+    )
     options = (STRENGTH, layers)
 
     def recognises(self, path: Path) -> bool:
@@ -152,5 +154,5 @@ class Hotwire(_TorchVectors):
 
 def _number(key: Any, path: Path) -> int:
     if not isinstance(key, int) or isinstance(key, bool) or key < 0:
-        raise unreadable(path, "layer_activations", "layer numbers, 0 or higher", repr(key))
+        raise unreadable(path, "layer_activations", "layer numbers, 0 or higher", shown(key))
     return key
