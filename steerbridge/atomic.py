@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import tempfile
@@ -31,7 +32,9 @@ def require_writable(target: Path) -> None:
 def replacing(target: Path) -> Iterator[Path]:
     """A fresh path, beside `target`, for a file or a directory that takes its place at the end.
 
-    After an error in the block nothing is left of it and `target` is as it was.
+    After an error in the block nothing is left of it and `target` is as it was. A process that is
+    killed leaves the old target or the new one, whole (where the system can exchange two
+    directories: Linux), and may leave a hidden folder beside it.
 
     Raises:
         OSError: the parent cannot be written, or a file would replace a directory.
@@ -41,10 +44,22 @@ def replacing(target: Path) -> Iterator[Path]:
     made, old = folder / target.name, folder / "old"
     try:
         yield made
-        if made.is_dir() and target.is_dir():  # cannot be replaced in one step
+        if made.is_dir() and target.is_dir():
+            if _exchange(made, target):
+                return
             target.rename(old)
         made.replace(target)
     finally:
         if old.exists() and not target.exists():
             old.rename(target)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _exchange(one: Path, two: Path) -> bool:
+    """Let two directories change places in one step; False where that is not possible."""
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of linux/fs.h
+    try:
+        rename = ctypes.CDLL(None).renameat2
+    except AttributeError:
+        return False
+    return int(rename(here, bytes(one), here, bytes(two), exchange)) == 0

@@ -62,6 +62,7 @@ def convert(
     energy: float | None = None,
     dtype: Dtype | None = None,
     allow_loss: bool = False,
+    overwrite: bool = False,
 ) -> ConversionReport:
     """Convert a steering artifact from one format to another.
 
@@ -78,9 +79,12 @@ def convert(
             the squared singular values.
         dtype: store tensors as F32, F16 or BF16.
         allow_loss: write although the target holds less than the source.
+        overwrite: replace what Steerbridge wrote to `target` before; other files of a directory
+            stay.
 
     Raises:
         ConversionError: the artifact cannot be read, or the target cannot hold all of it.
+        PackageError: the target exists, and is not to be overwritten or not Steerbridge's.
         RuntimeMissing: the converters, or torch for files of `torch.save`, are not installed.
     """
     known = registry.entries("functions")
@@ -99,5 +103,6 @@ def convert(
         energy=energy,
         dtype=dtype,
         allow_loss=allow_loss,
+        overwrite=overwrite,
     )
     return report

@@ -181,6 +181,10 @@ class Format(ABC):
     def recognises(self, path: Path) -> bool:
         """True if `path` looks like this format; runs no code from the file."""
 
+    def replaces(self, path: Path) -> bool:
+        """True if `path` holds this format for certain, so that it may be written over."""
+        return self.recognises(path)
+
     @abstractmethod
     def contents(self, path: Path) -> dict[str, Any]:
         """What the files contain, as plain JSON values for `inspect`; needs no options.

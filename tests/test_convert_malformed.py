@@ -13,7 +13,7 @@ from gguf import GGUFWriter
 from artifacts import FORMAT_NAMES, SAMPLES
 from steerbridge import gguf_file
 from steerbridge.errors import ConversionError, UnreadableSource
-from steerbridge_convert import convert
+from steerbridge_convert import convert, publishing
 
 torch = pytest.importorskip("torch", reason="needs the extra `convert`")
 
@@ -52,6 +52,7 @@ def test_a_hostile_pickle_runs_nothing(name, tmp_path, monkeypatch, tiny_weights
 def test_truncated_files_are_one_clear_error(name, artifact_paths, tmp_path, tiny_weights):
     source = artifact_paths[name]
     files = [source] if source.is_file() else [p for p in source.rglob("*") if p.is_file()]
+    files = [p for p in files if p.name != publishing.LIST]
     for file in files:
         copy = tmp_path / "copy" / source.name
         if source.is_dir():

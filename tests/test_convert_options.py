@@ -9,7 +9,6 @@ from steerbridge.errors import (
     InvalidOption,
     MissingOption,
     NotRepresentable,
-    PackageError,
     UnknownFormat,
 )
 from steerbridge.fingerprint import ModelFacts
@@ -51,5 +50,3 @@ def test_unknown_formats_and_files(tmp_path, artifact_paths):
     (tmp_path / "notes.txt").write_text("hello")
     with pytest.raises(UnknownFormat, match="no known format matches"):
         convert(tmp_path / "notes.txt", tmp_path / "a")
-    with pytest.raises(PackageError, match="exists and is not a"):
-        convert(artifact_paths["steerbridge"], tmp_path / "notes.txt", to="steerbridge-gguf")

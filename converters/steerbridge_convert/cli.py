@@ -56,6 +56,9 @@ def convert(
             help="Write even if the target cannot represent everything; losses are listed."
         ),
     ] = False,
+    overwrite: Annotated[
+        bool, typer.Option(help="Replace what Steerbridge wrote to TARGET; other files stay.")
+    ] = False,
     data: Annotated[
         list[Path],
         typer.Option(help="Prompts for comparing refusals before and after; needs --model."),
@@ -88,6 +91,7 @@ def convert(
         energy=energy,
         dtype=cast(Dtype, dtype) if dtype else None,
         allow_loss=allow_loss,
+        overwrite=overwrite,
         **origin,
     )
     refused: dict[str, float] = {}

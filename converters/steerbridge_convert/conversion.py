@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from steerbridge.atomic import replacing
 from steerbridge.conversion import ConversionReport
-from steerbridge.errors import InvalidOption, PackageError, WouldLose
+from steerbridge.errors import InvalidOption, WouldLose
 from steerbridge.format import Answers, Format, Loss, check_source, detect, get_format
 from steerbridge.package import SteeringPackage
 from steerbridge.spec import BaseModelInfo
 from steerbridge.tensors import Dtype
-from steerbridge_convert import reduction
+from steerbridge_convert import publishing, reduction
 from steerbridge_convert.base import base_model
 
 
@@ -55,6 +54,7 @@ def convert(
     energy: float | None = None,
     dtype: Dtype | None = None,
     allow_loss: bool = False,
+    overwrite: bool = False,
 ) -> ConversionReport:
     """Convert an artifact.
 
@@ -70,14 +70,16 @@ def convert(
             share of their squared singular values.
         dtype: storage type for the tensors of a steering package.
         allow_loss: write even if the target cannot represent everything.
+        overwrite: replace what Steerbridge wrote to `target` before; other files stay.
 
     Raises:
         ConversionError: see `steerbridge.errors`; nothing was written.
-        PackageError: the target exists and is not an artifact of the target format.
+        PackageError: the target exists, and is not to be overwritten or not Steerbridge's.
     """
     before = get_format(source_format) if source_format else detect(Path(source))
     own = "steerbridge-gguf" if Path(target).suffix == ".gguf" else "steerbridge"
     after = get_format(to or own)
+    publishing.require_free(after, Path(target), overwrite)
     answers = dict(answers or {})
     _refuse_unknown(answers, before, after)
     package, losses = read(
@@ -94,17 +96,15 @@ def convert(
 
 
 def write(format: Format, package: SteeringPackage, target: Path, answers: Answers) -> None:
-    """Write beside the target, then rename, so that a partial target never appears.
+    """Write beside the target, then put it into place, so that a partial target never appears.
 
     Raises:
-        PackageError: the target exists and is not of this format.
+        PackageError: a file that Steerbridge did not write is in the way.
     """
-    if target.exists() and not format.recognises(target):
-        raise PackageError(f"exists and is not a {format.title}", target)
     if format.atomic:
         format.write(package, target, answers)
         return
-    with replacing(target) as fresh:
+    with publishing.published(target) as fresh:
         format.write(package, fresh, answers)
 
 

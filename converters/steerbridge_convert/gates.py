@@ -215,6 +215,9 @@ class Cast(Format):
     def recognises(self, path: Path) -> bool:
         return False  # any .svec file looks the same: only the user knows that it is a condition
 
+    def replaces(self, path: Path) -> bool:
+        return path.suffix == ".svec" and path.is_file() and svec.holds_vectors(path)
+
     def contents(self, path: Path) -> dict[str, Any]:
         return svec.IbmSvec().contents(path)
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from steerbridge import encodings
+from steerbridge.errors import PackageError
 from steerbridge.format import Answers, Format, Holds
 from steerbridge.package import SteeringPackage, load
 from steerbridge_convert import files
@@ -25,6 +26,7 @@ _EVERYTHING = Holds(
 class _Package(Format):
     holds = _EVERYTHING
     atomic = True  # it also keeps the other files of a directory
+    one_file: ClassVar[bool]
 
     def contents(self, path: Path) -> dict[str, Any]:
         package = load(path)
@@ -37,9 +39,16 @@ class _Package(Format):
         }
 
     def read(self, path: Path, answers: Answers) -> SteeringPackage:
-        return load(path)
+        package = load(path)
+        if answers.base is not None:  # the package names its model itself
+            own = package.spec.base_model
+            answers.base_model(hidden_size=own.hidden_size, num_layers=own.num_layers)
+        return package
 
     def write(self, package: SteeringPackage, path: Path, answers: Answers) -> None:
+        if (path.suffix == ".gguf") != self.one_file:
+            want = "a name that ends in .gguf" if self.one_file else "one that does not"
+            raise PackageError(f"a {self.title} has {want}", path)
         package.save(path)
 
 
@@ -48,6 +57,7 @@ class PackageDirectory(_Package):
 
     name = "steerbridge"
     title = "Steering package (directory)"
+    one_file = False
 
     def recognises(self, path: Path) -> bool:
         return (path / encodings.CONFIG_NAME).is_file()
@@ -58,6 +68,7 @@ class PackageGguf(_Package):
 
     name = "steerbridge-gguf"
     title = "Steering package (GGUF)"
+    one_file = True
 
     def recognises(self, path: Path) -> bool:
         metadata = files.gguf_metadata(path)

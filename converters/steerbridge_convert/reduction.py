@@ -26,6 +26,8 @@ def reduced(
             if isinstance(head, HeadMatrix):
                 package, cut = _truncated(package, head, rank, energy)
                 truncations.append(cut)
+        if not truncations:
+            raise ConversionError("rank and energy are of head matrices; the package has none")
     if dtype is not None:
         package = package.replace(
             tensors={n: _stored(t, dtype) for n, t in package.tensors.items()}

@@ -43,6 +43,9 @@ class IbmSvec(Format):
     def recognises(self, path: Path) -> bool:
         return path.suffix == ".svec" and path.is_file() and not _of_aisteer360(path)
 
+    def replaces(self, path: Path) -> bool:
+        return self.recognises(path) and holds_vectors(path)
+
     def contents(self, path: Path) -> dict[str, Any]:
         content = load(path)
         return {
@@ -141,6 +144,15 @@ def read_vectors(path: Path, format: str) -> tuple[dict[str, Any], dict[int, Ten
     if not by_layer:
         raise unreadable(path, "directions", "a vector", "none")
     return content, by_layer
+
+
+def holds_vectors(path: Path) -> bool:
+    """True for a file with the keys of this format."""
+    try:
+        load(path)
+    except UnreadableSource:
+        return False
+    return True
 
 
 def _of_aisteer360(path: Path) -> bool:
