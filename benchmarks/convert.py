@@ -1,7 +1,9 @@
 """`make bench-convert`: every pair of formats, and the cost of converting a large head.
 
 `pairs` has an entry for each ordered pair: `ok`, `lossy` or `impossible`, with the reason;
-`roundtrip_exact` lists the formats whose round trip was bit-identical. Throughput: a package
+`roundtrip_exact` lists the formats whose round trip was bit-identical. `refused_unknown_keys`: the
+share of the keys that a format's tool writes which are understood, refused or reported, as they must
+be (`tests/foreign_keys.py`); `none` for files without keys. Throughput: a package
 directory with a dense 3584 x 3584 head (F32) is converted to one GGUF file, relative to copying the
 same bytes, interleaved. `peak_memory_ratio`: the same conversion of a 16384 x 16384 head in a
 separate process; the increase of its peak resident memory, mapped pages included, as a multiple of
@@ -23,6 +25,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 import artifacts
+import foreign_keys
 import helpers
 import ratios
 from common import arguments, finish, say
@@ -47,7 +50,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(prefix="steerbridge-convert.") as folder:
         root = Path(folder)
-        pairs, exact = matrix(root)
+        pairs, exact, told = matrix(root)
         say(f"pairs: {dict(Counter(p['status'] for p in pairs.values()))}")
         speed = throughput(root)
         say(f"throughput ratio {speed['throughput_ratio']}")
@@ -56,6 +59,7 @@ def main() -> None:
         {
             "pairs": pairs,
             "roundtrip_exact": exact,
+            "refused_unknown_keys": told,
             **speed,
             "peak_memory_ratio": memory,
         }
@@ -65,8 +69,9 @@ def main() -> None:
 # ------------------------------------------------------------ pairs
 
 
-def matrix(root: Path) -> tuple[dict[str, Any], list[str]]:
-    """The result of each conversion, and the formats whose round trip is bit-identical."""
+def matrix(root: Path) -> tuple[dict[str, Any], list[str], dict[str, Any]]:
+    """The result of each conversion, the formats whose round trip is bit-identical, and by format
+    the share of keys that are not passed over."""
     model = helpers.tiny()
     weights = root / "model"
     model.save_pretrained(weights)
@@ -79,7 +84,20 @@ def matrix(root: Path) -> tuple[dict[str, Any], list[str]]:
         if a != b
     }
     exact = [n for n in names if formats()[n].exact and comes_back(paths[n], n, root, weights)]
-    return pairs, exact
+    told = {n: keys_told(n, paths[n], root / "keys" / n, weights) for n in names}
+    return pairs, exact, told
+
+
+def keys_told(name: str, artifact: Path, folder: Path, weights: Path) -> float | str:
+    """The share of a format's keys that are read as they must be."""
+    keys = foreign_keys.KEYS.get(name, {})
+    if not keys:
+        return "none"
+    right = [
+        foreign_keys.verdict(name, key, value, artifact, folder / str(i), weights) == expected
+        for i, (key, (value, expected)) in enumerate(keys.items())
+    ]
+    return round(sum(right) / len(right), 4)
 
 
 def result(source: Path, before: str, after: str, folder: Path, weights: Path) -> dict[str, str]:

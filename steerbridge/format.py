@@ -11,7 +11,7 @@ import os
 import reprlib
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -279,6 +279,27 @@ def unreadable(path: Path, field: str, want: str, got: object) -> UnreadableSour
     """The error for a malformed file; what was found is told in a few words, however large."""
     found = got if isinstance(got, str) else str(got)
     return UnreadableSource(Problem(field, want, found[:MOST_TOLD]), path)
+
+
+def require_known(
+    format: str, where: str, fields: Iterable[str], known: Collection[str], prefixes: str = ""
+) -> None:
+    """Refuse fields that are not known: each may change what the rest of a file means.
+
+    Args:
+        prefixes: space-separated beginnings of fields that describe and change nothing.
+
+    Raises:
+        NotRepresentable: there are some.
+    """
+    harmless = tuple(prefixes.split())
+    unknown = sorted(f for f in fields if f not in known and not f.startswith(harmless or "\0"))
+    if unknown:
+        more = f" and {len(unknown) - 4} more" if len(unknown) > 4 else ""
+        names = ", ".join(name[:60] for name in unknown[:4])
+        raise NotRepresentable(
+            format, f"{where}: {names}{more}: unknown, and may change what the file means"
+        )
 
 
 def shown(value: object) -> str:

@@ -115,7 +115,7 @@ def test_tied_models_take_no_lora(tmp_path):
 
 @torch.no_grad()
 def test_safeswitch_s_head_replaces_the_embedding(artifact_paths, tiny_weights, tiny_llama):
-    new = torch.load(artifact_paths["safeswitch"] / "refusal_head.pth")
+    new = torch.load(artifact_paths["safeswitch"] / "lm_head.pth")
     restored = read_as_package("safeswitch", artifact_paths["safeswitch"], tiny_weights)
     h = head_inputs(tiny_llama)[-1]
     firing = [p.replace(threshold=-1.0) for p in restored.spec.probes]

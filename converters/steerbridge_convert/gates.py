@@ -23,6 +23,7 @@ from steerbridge.format import (
     block,
     finite,
     one_of,
+    require_known,
     several,
     shown,
     unreadable,
@@ -53,6 +54,14 @@ _POSITIONS: Final[dict[str, PromptMean | PromptEnd]] = {
 _SITES: Final[dict[str, Any]] = {"layer_input": LayerInput, "layer_output": LayerOutput}
 
 
+_KEYS: Final = frozenset(
+    {
+        *("format_version", "polarity", "model_type", "location", "pooling"),
+        *("layer_ids", "weight_layer_ids", "bias", "meta"),
+    }
+)
+
+
 class AisteerProbe(Format):
     """AISteer360 `Probe`: fires if the sum over layers of w . x plus a bias is at least 0."""
 
@@ -74,8 +83,9 @@ class AisteerProbe(Format):
 
     def read(self, path: Path, answers: Answers) -> SteeringPackage:
         info, weights = _probe(path)
+        require_known(self.name, "probe.json", info, _KEYS)
         base = answers.base_model(model_type=info.get("model_type"))
-        layers = info["weight_layer_ids"]
+        layers = info["layer_ids"]  # of the stored weights, those that the tool uses
         site, position = _SITES[info["location"]], _POSITIONS[info["pooling"]]
         vectors.checked({k: weights[f"weights.{k}"] for k in layers}, base, self.name)
         probe = LinearProbe(
@@ -168,11 +178,14 @@ def _probe(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     }
     for key, allowed in supported.items():
         got = info.get(key)
-        if got not in allowed:
+        if got not in allowed or isinstance(got, bool | float):
             raise unreadable(file, key, f"one of {allowed}", shown(got))
-    layers = info.get("weight_layer_ids")
-    if not isinstance(layers, list) or not all(type(k) is int and k >= 0 for k in layers):
-        raise unreadable(file, "weight_layer_ids", "layer numbers from 0 on", shown(layers))
+    for key in ("layer_ids", "weight_layer_ids"):
+        layers = info.get(key)
+        numbers = isinstance(layers, list) and all(type(k) is int and k >= 0 for k in layers)
+        if not numbers or not layers or len(set(layers)) != len(layers):
+            raise unreadable(file, key, "numbers of layers from 0 on, each once", shown(layers))
+    layers = info["layer_ids"]
     if not isinstance(info.get("bias"), int | float) or not np.isfinite(info["bias"]):
         raise unreadable(file, "bias", "a finite number", shown(info.get("bias")))
     tensors = path / "probe.safetensors"

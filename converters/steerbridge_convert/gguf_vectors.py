@@ -17,7 +17,17 @@ import numpy as np
 from gguf import GGUFWriter
 
 from steerbridge import gguf_file
-from steerbridge.format import Answers, Format, Holds, Loss, Option, finite, one_of, unreadable
+from steerbridge.format import (
+    Answers,
+    Format,
+    Holds,
+    Loss,
+    Option,
+    finite,
+    one_of,
+    require_known,
+    unreadable,
+)
 from steerbridge.package import SteeringPackage
 from steerbridge.tensors import Tensor
 from steerbridge_convert import files, vectors
@@ -32,6 +42,16 @@ HINT: Final = Option(
 _HINT: Final = f"{ARCHITECTURE}.model_hint"
 _DIRECTION: Final = re.compile(r"^direction\.(\d{1,5})$")
 _DTYPES: Final = {"F32": "<f4", "F16": "<f2"}
+# What the tools write: how many directions there are, and how EasySteer found them. A key with the
+# prefix of another tool may turn the addition into something else (`glp.mode`, `hook_site`).
+_KEYS: Final = frozenset(
+    f"{ARCHITECTURE}.{name}"
+    for name in (
+        *("model_hint", "layer_count", "method"),
+        *("normalize", "token_pos", "n_positive", "n_negative"),
+    )
+)
+_DESCRIPTIVE: Final = "general. GGUF."
 
 
 class _Directions(Format):
@@ -55,6 +75,7 @@ class _Directions(Format):
 
     def read(self, path: Path, answers: Answers) -> SteeringPackage:
         file = files.gguf(path)
+        require_known(self.name, "keys", file.metadata, _KEYS, _DESCRIPTIVE)
         by_block = _directions(file, path)
         hint = file.metadata.get(_HINT) if answers.get(self.hint) == "check" else None
         base = answers.base_model(model_type=hint)
@@ -153,6 +174,8 @@ def _directions(file: gguf_file.GgufFile, path: Path) -> dict[int, Tensor]:
         stored = Tensor(tensor.type.name, tensor.data.view(_DTYPES[tensor.type.name]))  # type: ignore[arg-type]
         if not stored.finite():
             raise unreadable(path, name, "finite values", "NaN or infinity")
+        if int(number[1]) in by_block:  # llama.cpp adds them up, others take one
+            raise unreadable(path, name, "one direction a layer", "another of the same number")
         by_block[int(number[1])] = stored
     if not by_block:
         raise unreadable(path, "tensors", "direction.N", "none")

@@ -186,12 +186,24 @@ def _directory_embedding(path: Path) -> Embedding:
     name = next((n for n in _NAMES if n in where), None)
     if name is None:
         raise unreadable(path, "*.safetensors", f"one of {', '.join(_NAMES)}", "none of them")
+    if name != _NAMES[0] and _has_head_of_its_own(path):
+        want = "lm_head.weight, which this model has (a shard of it is missing)"
+        raise unreadable(path, "*.safetensors", want, "none")
     stored = files.safetensors(where[name])[name]
 
     def piece(part: slice) -> Float32:
         return Tensor(stored.dtype, stored.array[part]).float32()
 
     return Embedding(piece, stored.shape, name != "lm_head.weight", name)  # type: ignore[arg-type]
+
+
+def _has_head_of_its_own(path: Path) -> bool:
+    """True if the model's files say that its output embedding is not the input's."""
+    index, config = path / "model.safetensors.index.json", path / "config.json"
+    listed = files.json_object(index).get("weight_map", {}) if index.is_file() else {}
+    stated = files.json_object(config) if config.is_file() else {}
+    tied = {**stated, **(stated.get("text_config") or {})}.get("tie_word_embeddings")
+    return _NAMES[0] in listed or tied is False
 
 
 # ---------------------------------------------------------------- from a change of logits

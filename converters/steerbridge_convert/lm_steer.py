@@ -14,7 +14,16 @@ from typing import Any, Final
 import numpy as np
 
 from steerbridge.errors import NotRepresentable
-from steerbridge.format import Answers, Format, Holds, Option, finite, several, unreadable
+from steerbridge.format import (
+    Answers,
+    Format,
+    Holds,
+    Option,
+    finite,
+    require_known,
+    several,
+    unreadable,
+)
 from steerbridge.package import SteeringPackage
 from steerbridge.tensors import Tensor
 from steerbridge_convert import heads, pickles
@@ -85,6 +94,7 @@ def _projectors(path: Path) -> tuple[Any, Any]:
         raise unreadable(
             path, "list", "[.., {projector1, projector2}, step]", type(content).__name__
         )
+    require_known("lm-steer", path.name, map(str, pair), {"projector1", "projector2"})
     one, two = (pickles.tensor(pair[k], k, path, 3).float32() for k in ("projector1", "projector2"))
     if one.shape != two.shape:
         raise unreadable(path, "projector2", f"shape {one.shape}", two.shape)

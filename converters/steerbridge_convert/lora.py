@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 
 from steerbridge import gguf_file
 from steerbridge.errors import NotRepresentable
-from steerbridge.format import Answers, Format, Holds, Loss, shown, unreadable
+from steerbridge.format import Answers, Format, Holds, Loss, require_known, shown, unreadable
 from steerbridge.package import SteeringPackage
 from steerbridge.tensors import Float32, Tensor
 from steerbridge_convert import files, heads
@@ -32,6 +32,38 @@ _HOLDS: Final = Holds(
     sites="head input",
     strength="folded into B; requests may scale it",
 )
+
+
+_GGUF_KEYS: Final = frozenset({"adapter.type", "adapter.lora.alpha"})
+# Options of PEFT 0.21 that say where a file comes from, how it was trained or what it is about;
+# and those that change what it does, with the values at which they do nothing.
+_NEUTRAL: Final = frozenset(
+    {
+        *("auto_mapping", "base_model_name_or_path", "eva_config", "exclude_modules"),
+        *("inference_mode", "lora_alpha", "lora_dropout", "megatron_core", "peft_type"),
+        *("peft_version", "qalora_group_size", "r", "revision", "target_modules", "task_type"),
+        "use_rslora",
+    }
+)
+_OFF: Final[dict[str, tuple[Any, ...]]] = {
+    **dict.fromkeys(
+        (
+            *("alora_invocation_tokens", "alpha_pattern", "arrow_config", "corda_config"),
+            *("kasa_config", "layer_replication", "layers_pattern", "layers_to_transform"),
+            *("loftq_config", "lora_ga_config", "megatron_config", "modules_to_save"),
+            *("monteclora_config", "rank_pattern", "target_parameters"),
+            *("trainable_token_indices", "use_bdlora", "velora_config"),
+        ),
+        (None, [], {}),
+    ),
+    **dict.fromkeys(
+        (*("ensure_weight_tying", "fan_in_fan_out", "lora_bias", "use_dora", "use_qalora"),),
+        (False, None),
+    ),
+    "bias": ("none",),
+    # The others move a part of the base model's weights into the adapter.
+    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
+}
 
 
 class _HeadLora(Format):
@@ -106,6 +138,7 @@ class GgufLora(_HeadLora):
 
     def factors(self, path: Path) -> tuple[Float32, Float32, float]:
         file = files.gguf(path)
+        require_known(self.name, "keys", file.metadata, _GGUF_KEYS, "general. GGUF.")
         names = ("output.weight.lora_a", "output.weight.lora_b")
         _refuse_others(self.name, file.tensors, names)
         a, b = (_matrix(file.tensors[n]) for n in names)
@@ -150,11 +183,10 @@ class PeftLora(_HeadLora):
 
     def factors(self, path: Path) -> tuple[Float32, Float32, float]:
         config = _config(path)
-        for key, default in (("use_dora", False), ("bias", "none"), ("fan_in_fan_out", False)):
-            if config.get(key, default) != default:
-                raise NotRepresentable(self.name, f"{key} = {config[key]!r}")
-        if config.get("rank_pattern") or config.get("alpha_pattern"):
-            raise NotRepresentable(self.name, "rank_pattern or alpha_pattern")
+        require_known(self.name, "adapter_config.json", config, {*_NEUTRAL, *_OFF})
+        for key, off in _OFF.items():
+            if key in config and config[key] not in off:
+                raise NotRepresentable(self.name, f"{key} = {shown(config[key])}")
         tensors = files.safetensors(path / "adapter_model.safetensors")
         names = tuple(
             next((n for n in tensors if n.endswith(f"lm_head.lora_{side}.weight")), f"lora_{side}")

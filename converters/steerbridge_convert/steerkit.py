@@ -15,7 +15,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from steerbridge.errors import InvalidOption, MissingOption, NotRepresentable
-from steerbridge.format import Answers, Format, Holds, Option, finite, shown, unreadable
+from steerbridge.format import (
+    Answers,
+    Format,
+    Holds,
+    Option,
+    finite,
+    require_known,
+    shown,
+    unreadable,
+)
 from steerbridge.package import SteeringPackage
 from steerbridge.spec import LayerInput, LayerOutput
 from steerbridge.tensors import Tensor
@@ -25,6 +34,15 @@ _METHOD: Final = Option(
     "method", str, "name of the direction in the file", "default_method of the file"
 )
 _STRENGTH: Final = Option("strength", finite, "factor of the direction", "auto_alpha of the file")
+
+
+_KEYS: Final = frozenset(
+    {
+        *("schema_version", "layer", "n_total_layers", "normalized_depth", "model_id"),
+        *("hook_site", "hook_name", "default_method", "auto_alpha", "bias_json"),
+        *("metrics_json", "created_at", "extras_json"),
+    }
+)
 
 
 class Steerkit(Format):
@@ -48,6 +66,13 @@ class Steerkit(Format):
 
     def read(self, path: Path, answers: Answers) -> SteeringPackage:
         directions, metadata = _load(path)
+        require_known(self.name, "metadata", metadata, _KEYS)
+        if metadata.get("schema_version") != "3":
+            found = shown(metadata.get("schema_version"))
+            raise unreadable(path, "schema_version", "'3'", found)
+        hook = f"blocks.{metadata.get('layer')}.hook_{metadata['hook_site']}"
+        if metadata.get("hook_name", hook) != hook:
+            raise unreadable(path, "hook_name", repr(hook), shown(metadata["hook_name"]))
         method = answers.values.get("method", metadata.get("default_method", ""))
         if method not in directions:
             error = InvalidOption if "method" in answers.values else MissingOption
@@ -106,7 +131,9 @@ def _load(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     try:
         with safe_open(path, "numpy") as file:
             metadata = dict(file.metadata() or {})
-            names = [name for name in file.keys() if name.startswith("direction.")]  # noqa: SIM118
+            names = list(file.keys())
+            known = [name for name in names if name.startswith("direction.")]
+            require_known("steerkit", path.name, names, known)
             directions = {name.partition(".")[2]: file.get_tensor(name) for name in names}
     except (SafetensorError, TypeError) as error:
         raise unreadable(path, "file", "a safetensors file of float vectors", error) from error

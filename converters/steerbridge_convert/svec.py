@@ -10,12 +10,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
 from steerbridge.errors import NotRepresentable, UnreadableSource
-from steerbridge.format import Answers, Format, Holds, Option, one_of, shown, unreadable
+from steerbridge.format import (
+    Answers,
+    Format,
+    Holds,
+    Option,
+    one_of,
+    require_known,
+    shown,
+    unreadable,
+)
 from steerbridge.package import SteeringPackage
 from steerbridge.tensors import Tensor
 from steerbridge_convert import files, vectors
@@ -25,6 +34,14 @@ APPLIED_AT = Option(
     "applied_at",
     one_of("layer_input", "layer_output"),
     "where the method adds vector k: CAST and ActAdd at the input of block k, CAA at its output",
+)
+
+
+_KEYS: Final = frozenset(
+    {
+        *("model_type", "directions", "explained_variances"),
+        *("num_heads", "head_dim", "probe_accuracies"),
+    }
 )
 
 
@@ -108,6 +125,10 @@ def load(path: Path) -> dict[str, Any]:
         UnreadableSource: malformed.
     """
     content = files.json_object(path)
+    require_known("svec", path.name, content, _KEYS)
+    for key in ("num_heads", "head_dim"):  # of AISteer360: vectors of attention heads
+        if content.get(key) is not None:
+            raise NotRepresentable("svec", f"{path.name}: {key} = {shown(content[key])}")
     if not isinstance(content.get("directions"), dict):
         raise unreadable(path, "directions", "an object of vectors by layer", "none")
     if not isinstance(content.get("model_type"), str):

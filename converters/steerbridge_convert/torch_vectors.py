@@ -12,7 +12,17 @@ from typing import Any, ClassVar, Final
 import numpy as np
 
 from steerbridge.errors import NotRepresentable
-from steerbridge.format import Answers, Format, Holds, Option, block, several, shown, unreadable
+from steerbridge.format import (
+    Answers,
+    Format,
+    Holds,
+    Option,
+    block,
+    require_known,
+    several,
+    shown,
+    unreadable,
+)
 from steerbridge.package import SteeringPackage
 from steerbridge.tensors import Float32, Tensor
 from steerbridge_convert import pickles, vectors
@@ -59,6 +69,8 @@ class SteeringVectors(_TorchVectors):
 
     def vectors(self, path: Path) -> dict[int, Tensor]:
         fields = _fields(pickles.load(path, _OBJECT))
+        known = {"layer_activations", "layer_type"}
+        require_known(self.name, path.name, map(str, fields), known)
         activations = fields.get("layer_activations")
         if not isinstance(activations, dict) or not activations:
             raise unreadable(path, "layer_activations", "tensors by layer", shown(activations))
@@ -95,8 +107,13 @@ class EasyEdit(_TorchVectors):
 
     def vectors(self, path: Path) -> dict[int, Tensor]:
         by_block = {}
+        tensors = [p.name for p in path.iterdir() if p.suffix in (".pt", ".pth")]
+        known = [name for name in tensors if _LAYER_FILE.match(name)]
+        require_known(self.name, path.name, tensors, known)
         for file in sorted(path.iterdir()):
             if number := _LAYER_FILE.match(file.name):
+                if int(number[1]) in by_block:
+                    raise unreadable(path, file.name, "one file a layer", "two")
                 by_block[int(number[1])] = pickles.tensor(pickles.load(file), "tensor", file, 1)
         if not by_block:
             raise unreadable(path, "files", "layer_{k}.pt", "none")
@@ -140,7 +157,11 @@ class Hotwire(_TorchVectors):
     def _tensor(self, path: Path) -> Float32:
         tensor = pickles.load(path)
         if isinstance(tensor, dict):  # hotwire takes the first tensor, whatever its key
-            tensor = next((v for v in tensor.values() if hasattr(v, "dim")), None)
+            if len(tensor) != 1:
+                raise NotRepresentable(
+                    self.name, f"{len(tensor)} entries: the tool takes the first and drops the rest"
+                )
+            (tensor,) = tensor.values()
         dimensions = 1 if getattr(tensor, "ndim", 2) == 1 else 2
         return pickles.tensor(tensor, "tensor", path, dimensions).float32()
 
