@@ -2,8 +2,8 @@
 
 `pairs` has an entry for each ordered pair: `ok`, `lossy` or `impossible`, with the reason;
 `roundtrip_exact` lists the formats whose round trip was bit-identical. `refused_unknown_keys`: the
-share of the keys that a format's tool writes which are understood, refused or reported, as they must
-be (`tests/foreign_keys.py`); `none` for files without keys. Throughput: a package
+share of the keys that a format's tool writes which are understood, refused or reported as they
+must be (`tests/foreign_keys.py`); `none` for files without keys. Throughput: a package
 directory with a dense 3584 x 3584 head (F32) is converted to one GGUF file, relative to copying the
 same bytes, interleaved. `peak_memory_ratio`: the same conversion of a 16384 x 16384 head in a
 separate process; the increase of its peak resident memory, mapped pages included, as a multiple of

@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
-from steerbridge import registry
+from steerbridge import gguf_model, registry
 from steerbridge.errors import (
     InvalidOption,
     MissingOption,
@@ -116,7 +116,8 @@ class Answers:
         return option.default
 
     def base_model(self, **facts: Any) -> BaseModelInfo:
-        """The base model, checked against the facts that the file states about it.
+        """The base model, checked against the facts that the file states about it. Two words for
+        one architecture (`mistral` and llama.cpp's `llama`) are the same.
 
         Raises:
             MissingOption: no base model was given.
@@ -129,15 +130,19 @@ class Answers:
                 "the model the artifact was made for: a directory, GGUF file or steering package",
             )
         wrong = [
-            Problem(key, repr(getattr(self.base, key)), repr(value))
+            Problem(key, repr(getattr(self.base, key)), shown(value))
             for key, value in facts.items()
-            if value is not None and getattr(self.base, key) != value
+            if value is not None and _said(key, getattr(self.base, key)) != _said(key, value)
         ]
         if wrong:
             raise NotRepresentable(
                 self.format, f"not made for {self.base.name}: " + "; ".join(map(str, wrong))
             )
         return self.base
+
+
+def _said(key: str, value: Any) -> Any:
+    return gguf_model.architecture(str(value)) if key == "model_type" else value
 
 
 @dataclass(frozen=True, slots=True)

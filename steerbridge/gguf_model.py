@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from gguf import LlamaFileType
+from gguf import MODEL_ARCH_NAMES, LlamaFileType
 
 from steerbridge import gguf_file
 from steerbridge.errors import DataError, Problem
@@ -16,7 +16,12 @@ from steerbridge.spec import BaseModelInfo
 
 # llama.cpp's name of an architecture where it is not transformers' model_type without `_`,
 # `-` and a trailing `_text`. Several model types share the `llama` graph.
-_ARCHITECTURES: Final = {"mistral": "llama", "qwen2_5_vl_text": "qwen2vl", "phi": "phi2"}
+_ARCHITECTURES: Final = {
+    "mistral": "llama",
+    "qwen2_5_vl": "qwen2vl",
+    "qwen2_5_vl_text": "qwen2vl",
+    "phi": "phi2",
+}
 
 
 def read_facts(path: Path) -> ModelFacts:
@@ -65,10 +70,15 @@ def storage_name(kind: LlamaFileType) -> str:
     return kind.name.removeprefix("ALL_").removeprefix("MOSTLY_")
 
 
+def architecture(model_type: str) -> str:
+    """llama.cpp's name of a model type of transformers, or of an architecture of llama.cpp."""
+    name = _plain(_ARCHITECTURES.get(model_type, model_type.removesuffix("_text")))
+    return next((known for known in MODEL_ARCH_NAMES.values() if _plain(known) == name), name)
+
+
 def in_words_of(base: BaseModelInfo, known: ModelFacts) -> ModelFacts:
     """The facts with the package's own word for the architecture if it means the same graph."""
-    name = _ARCHITECTURES.get(base.model_type, base.model_type.removesuffix("_text"))
-    same = _plain(name) == _plain(known.model_type or "")
+    same = architecture(base.model_type) == architecture(known.model_type or "")
     return replace(known, model_type=base.model_type) if same else known
 
 

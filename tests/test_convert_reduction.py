@@ -7,7 +7,8 @@ import pytest
 
 from artifacts import sample
 from steerbridge import load
-from steerbridge.errors import ConversionError
+from steerbridge.errors import ConversionError, WouldLose
+from steerbridge.tensors import Tensor
 from steerbridge_convert import convert
 
 
@@ -39,3 +40,16 @@ def test_dtypes(dtype, tmp_path):
     for name, tensor in load(tmp_path / "q.gguf").tensors.items():
         assert tensor.dtype == dtype
         assert np.allclose(tensor.float32(), ours.tensors[name].float32(), rtol=1e-2, atol=1e-2)
+
+
+def test_values_that_are_too_small_for_a_type_are_a_loss(tmp_path):
+    ours = sample("steerbridge")
+    small = {n: Tensor.of(1e-7 * t.float32()) for n, t in ours.tensors.items() if n == "h.W"}
+    ours.replace(tensors={**ours.tensors, **small}).save(tmp_path / "p")
+    with pytest.raises(WouldLose, match=r"tensor h\.W in F16: values too small"):
+        convert(tmp_path / "p", tmp_path / "q.gguf", dtype="F16")
+    assert not convert(tmp_path / "p", tmp_path / "q.gguf", dtype="BF16").losses
+    large = {n: Tensor.of(1e7 * t.float32()) for n, t in ours.tensors.items() if n == "h.W"}
+    ours.replace(tensors={**ours.tensors, **large}).save(tmp_path / "large")
+    with pytest.raises(ConversionError, match=r"tensor h\.W: a value is too large for F16"):
+        convert(tmp_path / "large", tmp_path / "r.gguf", dtype="F16")

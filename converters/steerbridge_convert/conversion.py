@@ -85,10 +85,10 @@ def convert(
     package, losses = read(
         source, source_format=before.name, answers=answers, base=base, model=model
     )
-    package, truncations = reduction.reduced(package, rank, energy, dtype)
+    package, truncations, rounded = reduction.reduced(package, rank, energy, dtype)
     weights = Path(model) if model else None
     supplied = Answers(after.name, answers, package.spec.base_model, weights)
-    losses = [*losses, *after.losses(package, supplied)]
+    losses = [*losses, *rounded, *after.losses(package, supplied)]
     if losses and not allow_loss:
         raise WouldLose(after.name, losses)
     write(after, package, Path(target), supplied)

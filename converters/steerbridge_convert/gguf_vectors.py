@@ -17,6 +17,7 @@ import numpy as np
 from gguf import GGUFWriter
 
 from steerbridge import gguf_file
+from steerbridge.errors import NotRepresentable
 from steerbridge.format import (
     Answers,
     Format,
@@ -78,7 +79,11 @@ class _Directions(Format):
         require_known(self.name, "keys", file.metadata, _KEYS, _DESCRIPTIVE)
         by_block = _directions(file, path)
         hint = file.metadata.get(_HINT) if answers.get(self.hint) == "check" else None
-        base = answers.base_model(model_type=hint)
+        try:
+            base = answers.base_model(model_type=hint)
+        except NotRepresentable as error:
+            reason = f"{error.reason} (--set hint=ignore reads it for that model all the same)"
+            raise NotRepresentable(self.name, reason) from None
         vectors.checked(by_block, base, self.name)
         return vectors.package(path.stem, base, vectors.outputs(by_block), answers.get(STRENGTH))
 

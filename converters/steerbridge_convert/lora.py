@@ -18,7 +18,7 @@ from gguf import GGUFWriter
 from gguf.quants import dequantize
 from safetensors.numpy import save_file
 
-from steerbridge import gguf_file
+from steerbridge import gguf_file, gguf_model
 from steerbridge.errors import NotRepresentable
 from steerbridge.format import Answers, Format, Holds, Loss, require_known, shown, unreadable
 from steerbridge.package import SteeringPackage
@@ -154,7 +154,7 @@ class GgufLora(_HeadLora):
         architecture = (
             files.gguf(answers.model).metadata["general.architecture"]
             if answers.model.is_file()
-            else package.spec.base_model.model_type.removesuffix("_text").replace("_", "")
+            else gguf_model.architecture(package.spec.base_model.model_type)
         )
 
         def fill(writer: GGUFWriter) -> None:
