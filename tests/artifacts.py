@@ -10,11 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import helpers
 from helpers import LOW_RANK, MEAN, head, linear_probe, package, reading, rule
 from steerbridge.fingerprint import ModelFacts
 from steerbridge.format import get_format
 from steerbridge.package import SteeringPackage, load
+from steerbridge.tensors import Tensor
 from steerbridge_convert import convert
 
 ALWAYS = {"probes": [], "rules": [rule(None, ["v"])]}
@@ -74,6 +77,15 @@ SAMPLES: dict[str, Sample] = {
         read=_ONE,
     ),
     "easysteer": Sample(_OUTPUTS, ".gguf", read=_ONE),
+    "glp": Sample(
+        {
+            **ALWAYS,
+            "interventions": [
+                vector("layer_output[1]", "layer_output[2]", alpha=0.75) | {"type": "project_out"}
+            ],
+        },
+        ".gguf",
+    ),
     "svec-ibm": Sample(_INPUTS, ".svec", read=_ONE),
     "svec-aisteer360": Sample(
         _INPUTS,
@@ -136,9 +148,13 @@ HIDDEN = 64  # hidden size of AutoSteer's prober
 
 def sample(name: str, facts: ModelFacts = helpers.FACTS) -> SteeringPackage:
     """The package that the artifact of a format is made from."""
-    return package(
+    made = package(
         facts, free=HIDDEN if "mlp" in str(SAMPLES[name].fields) else 3, **SAMPLES[name].fields
     )
+    if name != "glp":
+        return made
+    unit = {k: t.float32() / np.linalg.norm(t.float32()) for k, t in made.tensors.items()}
+    return made.replace(tensors={k: Tensor.of(v) for k, v in unit.items()})
 
 
 def written(name: str, folder: Path, model: Path | None, facts: ModelFacts = helpers.FACTS) -> Path:

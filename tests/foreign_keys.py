@@ -94,6 +94,25 @@ KEYS: Final[Mapping[str, Mapping[str, tuple[Any, str]]]] = {
         "controlvector.n_negative": (10.0, UNDERSTOOD),
         "controlvector.sign": (-1, REFUSED),
     },
+    "glp": {
+        **{
+            f"glp.{key}": ("a", UNDERSTOOD)
+            for key in ("method", "contrast", "created", "validation", "derived_at", "base_model")
+        },
+        "general.base_model.0.version": ("a", UNDERSTOOD),
+        "glp.alpha_default": (2.0, UNDERSTOOD),
+        "glp.mode": ("add", UNDERSTOOD),
+        "glp.orthonormal": (True, UNDERSTOOD),
+        "glp.hook_point": ("ffn_out_pre_residual", REFUSED),
+        "glp.spec_version": (2, REFUSED),
+        "glp.rank": (2, REFUSED),
+        "glp.structure": ("per-execution-step", REFUSED),
+        "glp.layer_ids_zero_based": ("0,1", REFUSED),
+        "glp.content_sha256": ("0", REFUSED),
+        "glp.dir_scales": ("1.0,0.5", REFUSED),
+        "dspark.mode": ("project", REFUSED),
+        "controlvector.model_hint": ("another", REFUSED),
+    },
     "lora-gguf": {
         "general.name": ("a", UNDERSTOOD),
         "adapter.lora.alpha": (7.0, UNDERSTOOD),

@@ -9,6 +9,7 @@ and rejects a file with any other tensor, so it cannot steer block 0.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -40,7 +41,8 @@ STRENGTH: Final = Option(
 HINT: Final = Option(
     "hint", one_of("check", "ignore"), "compare the file's model_hint with the base model", "check"
 )
-_HINT: Final = f"{ARCHITECTURE}.model_hint"
+GLP: Final = ("glp.", "dspark.")  # prefixes of its keys, the second in older files
+HINT_KEY: Final = f"{ARCHITECTURE}.model_hint"
 _DIRECTION: Final = re.compile(r"^direction\.(\d{1,5})$")
 _DTYPES: Final = {"F32": "<f4", "F16": "<f2"}
 # What the tools write: how many directions there are, and how EasySteer found them. A key with the
@@ -70,15 +72,15 @@ class _Directions(Format):
         return {
             "metadata": {k: v for k, v in file.metadata.items() if not isinstance(v, list)},
             "directions": {
-                str(k): list(v.shape) for k, v in sorted(_directions(file, path).items())
+                str(k): list(v.shape) for k, v in sorted(directions(file, path).items())
             },
         }
 
     def read(self, path: Path, answers: Answers) -> SteeringPackage:
         file = files.gguf(path)
         require_known(self.name, "keys", file.metadata, _KEYS, _DESCRIPTIVE)
-        by_block = _directions(file, path)
-        hint = file.metadata.get(_HINT) if answers.get(self.hint) == "check" else None
+        by_block = directions(file, path)
+        hint = file.metadata.get(HINT_KEY) if answers.get(self.hint) == "check" else None
         try:
             base = answers.base_model(model_type=hint)
         except NotRepresentable as error:
@@ -92,7 +94,7 @@ class _Directions(Format):
 
         def fill(writer: GGUFWriter) -> None:
             # repeng rejects a file without the hint; llama.cpp ignores these keys.
-            writer.add_string(_HINT, package.spec.base_model.model_type)
+            writer.add_string(HINT_KEY, package.spec.base_model.model_type)
             writer.add_uint32(f"{ARCHITECTURE}.layer_count", len(by_block))
             self.describe(writer)
             for number, values in by_block.items():
@@ -155,17 +157,27 @@ class EasySteer(_Directions):
         writer.add_string(f"{ARCHITECTURE}.method", "steerbridge")
 
 
+def is_glp(metadata: Mapping[str, Any]) -> bool:
+    """True if a file says that its directions are projections (see `glp`)."""
+    return any(key.startswith(GLP) for key in metadata)
+
+
 def _kind(path: Path) -> str | None:
     """The format of a file, or None if it is none of the three."""
     metadata = files.gguf_metadata(path)
-    if metadata.get("general.architecture") != ARCHITECTURE:
+    if metadata.get("general.architecture") != ARCHITECTURE or is_glp(metadata):
         return None
     if f"{ARCHITECTURE}.method" in metadata:
         return "easysteer"
     return "repeng" if "direction.0" in files.gguf(path).tensors else "control-vector"
 
 
-def _directions(file: gguf_file.GgufFile, path: Path) -> dict[int, Tensor]:
+def directions(file: gguf_file.GgufFile, path: Path) -> dict[int, Tensor]:
+    """The directions of a file by number.
+
+    Raises:
+        UnreadableSource: other tensors, types, or two of one number.
+    """
     by_block = {}
     for name, tensor in file.tensors.items():
         number = _DIRECTION.match(name)

@@ -26,7 +26,7 @@ from steerbridge.format import (
     unreadable,
 )
 from steerbridge.package import SteeringPackage
-from steerbridge.spec import LayerInput, LayerOutput
+from steerbridge.spec import AddVector, LayerInput, LayerOutput
 from steerbridge.tensors import Tensor
 from steerbridge_convert import vectors
 
@@ -90,7 +90,7 @@ class Steerkit(Format):
         return vectors.package(path.stem, base, placed, _STRENGTH.parse(alpha, self.name))
 
     def write(self, package: SteeringPackage, path: Path, answers: Answers) -> None:
-        acting = vectors.acting(package)
+        acting = vectors.acting(package, AddVector)
         by_depth = vectors.by_depth(package)
         if len(by_depth) != 1:
             raise NotRepresentable(self.name, f"vectors at {len(by_depth)} layers; it supports one")

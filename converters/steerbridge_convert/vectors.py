@@ -8,7 +8,7 @@ which.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from steerbridge.spec import (
     ConstantStrength,
     LayerInput,
     LayerOutput,
+    ProjectOut,
     Rule,
     SteeringSpec,
     Target,
@@ -27,6 +28,7 @@ from steerbridge.spec import (
 from steerbridge.tensors import Float32, Tensor
 
 Vectors = Mapping[int, Tensor]  # by a tool's layer number, or by depth
+Acting = TypeVar("Acting", AddVector, ProjectOut)
 
 
 def package(
@@ -35,12 +37,14 @@ def package(
     sites: Mapping[LayerInput | LayerOutput, Tensor],
     strength: float,
     position: str = "all_positions",
+    act: type[AddVector] | type[ProjectOut] = AddVector,
 ) -> SteeringPackage:
-    """A package that adds `strength` times each vector on every prompt."""
+    """A package that adds `strength` times each vector on every prompt, or takes it out."""
     names = {site: f"vector.{site.stream}.{site.layer}" for site in sites}
-    vector = AddVector(
+    kind: Any = "add_vector" if act is AddVector else "project_out"
+    vector = act(
         id="vector",
-        type="add_vector",
+        type=kind,
         position=position,  # type: ignore[arg-type] # pydantic checks the word
         alpha=strength,
         targets=tuple(Target(site=site, vector=names[site]) for site in sites),
@@ -80,7 +84,7 @@ def by_depth(package: SteeringPackage) -> dict[int, Float32]:
     depth and has factor 1 stays bit-identical.
     """
     sums: dict[int, Float32] = {}
-    for rule, vector in acting(package):
+    for rule, vector in acting(package, AddVector):
         factor = np.float32(vector.alpha * strength(rule))
         for target in vector.targets:
             depth = package.spec.depth(target.site)
@@ -90,13 +94,13 @@ def by_depth(package: SteeringPackage) -> dict[int, Float32]:
     return dict(sorted(sums.items()))
 
 
-def acting(package: SteeringPackage) -> list[tuple[Rule, AddVector]]:
-    """Each rule paired with each vector that it adds."""
+def acting(package: SteeringPackage, kind: type[Acting]) -> list[tuple[Rule, Acting]]:
+    """Each rule paired with each intervention of a kind that it applies."""
     return [
-        (rule, vector)
+        (rule, act)
         for rule in package.spec.rules
         for id in rule.interventions
-        if isinstance(vector := package.spec.intervention(id), AddVector)
+        if isinstance(act := package.spec.intervention(id), kind)
     ]
 
 
