@@ -30,13 +30,15 @@ class Truncation:
 
 @dataclass(frozen=True, slots=True)
 class ConversionReport:
-    """The result of a conversion: formats, the path written, allowed losses, reduced matrices."""
+    """The result of a conversion: formats, the path written, allowed losses, reduced matrices, and
+    where and how strongly the vectors act that were read."""
 
     source: str
     target: str
     path: Path
     losses: tuple[Loss, ...]
     truncations: tuple[Truncation, ...]
+    acts: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -46,6 +48,7 @@ class ConversionReport:
             "path": str(self.path),
             "losses": [{"what": x.what, "effect": x.effect} for x in self.losses],
             "truncations": [x.to_json() for x in self.truncations],
+            "acts": list(self.acts),
         }
 
 

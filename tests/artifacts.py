@@ -66,17 +66,17 @@ class Sample:
 AT_OFFSET = reading("layer_input[2]", {"type": "prompt_end", "offset": -1})
 _OUTPUTS = {**ALWAYS, "interventions": [vector("layer_output[1]", "layer_output[2]")]}
 _INPUTS = {**ALWAYS, "interventions": [vector("layer_input[2]", "layer_input[3]")]}
-_ONE = {"strength": "1"}
+ALL_LAYERS = {"strength": "1", "layers": "all", "positions": "all_positions"}
 SAMPLES: dict[str, Sample] = {
     "steerbridge": Sample({}),
     "steerbridge-gguf": Sample({}, ".gguf"),
-    "control-vector": Sample(_OUTPUTS, ".gguf", read=_ONE),
+    "control-vector": Sample(_OUTPUTS, ".gguf", read=ALL_LAYERS),
     "repeng": Sample(
         {**ALWAYS, "interventions": [vector("layer_output[0]", "layer_output[2]")]},
         ".gguf",
-        read=_ONE,
+        read=ALL_LAYERS,
     ),
-    "easysteer": Sample(_OUTPUTS, ".gguf", read=_ONE),
+    "easysteer": Sample(_OUTPUTS, ".gguf", read=ALL_LAYERS),
     "glp": Sample(
         {
             **ALWAYS,
@@ -86,18 +86,20 @@ SAMPLES: dict[str, Sample] = {
         },
         ".gguf",
     ),
-    "svec-ibm": Sample(_INPUTS, ".svec", read=_ONE),
+    "svec-ibm": Sample(_INPUTS, ".svec", read=ALL_LAYERS),
     "svec-aisteer360": Sample(
         _INPUTS,
         ".svec",
         write={"applied_at": "layer_input"},
-        read={**_ONE, "applied_at": "layer_input"},
+        read={**ALL_LAYERS, "applied_at": "layer_input"},
     ),
-    "steering-vectors": Sample(_OUTPUTS, ".pt", read=_ONE),
-    "easyedit": Sample(_OUTPUTS, read=_ONE),
-    "hotwire": Sample(_OUTPUTS, ".pt", read={**_ONE, "layers": "1,2"}),
+    "steering-vectors": Sample(_OUTPUTS, ".pt", read=ALL_LAYERS),
+    "easyedit": Sample(_OUTPUTS, read=ALL_LAYERS),
+    "hotwire": Sample(_OUTPUTS, ".pt", read=ALL_LAYERS),
     "steerkit": Sample(
-        {**ALWAYS, "interventions": [vector("layer_output[2]")]}, ".probe.safetensors"
+        {**ALWAYS, "interventions": [vector("layer_output[2]")]},
+        ".probe.safetensors",
+        read={"positions": "all_positions"},
     ),
     "autosteer": Sample(
         {"probes": [mlp(AT_OFFSET)]},

@@ -24,10 +24,14 @@ def run(*arguments):
 def test_the_command_line(tmp_path, artifact_paths, tiny_weights):
     done = run(
         "convert", artifact_paths["repeng"], tmp_path / "p.gguf", "--base", tiny_weights,
-        "--set", "strength=4", "--json",
+        "--set", "strength=4", "--set", "layers=all", "--set", "positions=all_positions", "--json",
     )  # fmt: skip
     assert done.exit_code == 0, done.output
-    assert json.loads(done.stdout)["target"] == "steerbridge-gguf"
+    told = json.loads(done.stdout)
+    assert told["target"] == "steerbridge-gguf"
+    assert told["acts"] == [
+        "add_vector 4 times at layer_output[0], layer_output[2] (all_positions)"
+    ]
     assert load(tmp_path / "p.gguf").spec.interventions[0].alpha == 4
     lossy = (
         "convert",

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from artifacts import (
+    ALL_LAYERS,
     ALWAYS,
     FORMAT_NAMES,
     SAMPLES,
@@ -109,7 +110,7 @@ def test_any_vector_comes_back_bit_for_bit(values, name):
     places = [f"layer_output[{k}]" for k in values]
     original = package(FACTS, **{**ALWAYS, "interventions": [vector(*places)]})
     tensors = {f"v{i}": Tensor.of(np.array(v)) for i, v in enumerate(values.values())}
-    answers = {"strength": "1", "applied_at": "layer_output"}
+    answers = {**ALL_LAYERS, "applied_at": "layer_output"}
     format = get_format(name)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)

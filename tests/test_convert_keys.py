@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from gguf import GGUFWriter
 
-from artifacts import FORMAT_NAMES, SAMPLES, read_as_package
+from artifacts import ALL_LAYERS, FORMAT_NAMES, SAMPLES, read_as_package
 from foreign_keys import KEYS, WITHOUT_KEYS, verdict
 from steerbridge import gguf_file
 from steerbridge.errors import NotRepresentable, UnreadableSource, WouldLose
@@ -45,7 +45,7 @@ def test_two_directions_of_one_layer_are_refused(tmp_path, tiny_weights):
 
     gguf_file.write(tmp_path / "v.gguf", "controlvector", fill)
     with pytest.raises(UnreadableSource, match="one direction a layer"):
-        read(tmp_path / "v.gguf", answers={"strength": "1"}, base=tiny_weights)
+        read(tmp_path / "v.gguf", answers=ALL_LAYERS, base=tiny_weights)
 
 
 def test_a_dict_of_layers_is_not_one_vector(tmp_path, tiny_weights):
@@ -103,4 +103,4 @@ def test_vectors_of_other_methods_in_a_directory_are_refused(
     (folder / publishing.LIST).unlink()
     torch.save(torch.ones(16), folder / "layer_1_act_trim0.65.pt")
     with pytest.raises(NotRepresentable, match=r"layer_1_act_trim0\.65\.pt: unknown"):
-        read(folder, answers={"strength": "1"}, base=tiny_weights)
+        read(folder, answers=ALL_LAYERS, base=tiny_weights)

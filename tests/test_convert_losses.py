@@ -6,7 +6,7 @@ import pytest
 
 import artifacts
 import helpers
-from artifacts import SAMPLES, mlp, vector
+from artifacts import ALL_LAYERS, SAMPLES, mlp, vector
 from helpers import head, package, rule
 from steerbridge import gguf_file
 from steerbridge.errors import NotRepresentable, WouldLose
@@ -77,7 +77,7 @@ def test_a_conversion_that_keeps_nothing_is_refused(tmp_path):
 def test_block_0_is_dropped_for_llama_cpp_and_only_if_allowed(
     tmp_path, artifact_paths, tiny_weights
 ):
-    options = {"to": "control-vector", "answers": {"strength": "1"}, "base": tiny_weights}
+    options = {"to": "control-vector", "answers": ALL_LAYERS, "base": tiny_weights}
     with pytest.raises(WouldLose, match="the vector after block 0: is dropped"):
         convert(artifact_paths["repeng"], tmp_path / "v.gguf", **options)
     convert(artifact_paths["repeng"], tmp_path / "v.gguf", **options, allow_loss=True)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from gguf import GGUFWriter
 
-from artifacts import FORMAT_NAMES, SAMPLES
+from artifacts import ALL_LAYERS, FORMAT_NAMES, SAMPLES
 from steerbridge import gguf_file
 from steerbridge.errors import ConversionError, UnreadableSource
 from steerbridge_convert import convert, publishing
@@ -98,4 +98,4 @@ def test_broken_directions(tensors, match, tmp_path, tiny_weights):
 
     gguf_file.write(path, "controlvector", fill)
     with pytest.raises(UnreadableSource, match=match):
-        convert(path, tmp_path / "a", answers={"strength": "1"}, base=tiny_weights)
+        convert(path, tmp_path / "a", answers=ALL_LAYERS, base=tiny_weights)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from gguf import GGUFWriter
 
+from artifacts import ALL_LAYERS, SAMPLES
 from helpers import package
 from steerbridge import gguf_file
 from steerbridge.errors import (
@@ -15,21 +16,24 @@ from steerbridge.errors import (
     UnknownFormat,
 )
 from steerbridge.fingerprint import ModelFacts
-from steerbridge_convert import convert
+from steerbridge_convert import convert, read
 
 
 def test_missing_and_invalid_options(tmp_path, artifact_paths, tiny_weights):
-    with pytest.raises(MissingOption, match="strength is not in the files"):
+    with pytest.raises(MissingOption, match="layers is not in the files"):
         convert(artifact_paths["repeng"], tmp_path / "a", base=tiny_weights)
     with pytest.raises(MissingOption, match=r"base is not in the files .* give --base "):
-        convert(artifact_paths["repeng"], tmp_path / "a", answers={"strength": "1"})
+        convert(artifact_paths["repeng"], tmp_path / "a", answers=ALL_LAYERS)
     with pytest.raises(MissingOption, match=r"eps is not in the files .* give --set eps="):
         convert(artifact_paths["autosteer"], tmp_path / "a", base=tiny_weights)
     with pytest.raises(InvalidOption, match="found 'one'"):
         convert(
-            artifact_paths["repeng"], tmp_path / "a", answers={"strength": "one"}, base=tiny_weights
+            artifact_paths["repeng"],
+            tmp_path / "a",
+            answers={**ALL_LAYERS, "strength": "one"},
+            base=tiny_weights,
         )
-    with pytest.raises(InvalidOption, match="polarity: unknown; known options: strength"):
+    with pytest.raises(InvalidOption, match="polarity: unknown; known options: layers"):
         convert(
             artifact_paths["repeng"], tmp_path / "a", answers={"polarity": "up"}, base=tiny_weights
         )
@@ -39,10 +43,10 @@ def test_missing_and_invalid_options(tmp_path, artifact_paths, tiny_weights):
 def test_a_file_for_another_model_is_refused(tmp_path, artifact_paths):
     other = package(ModelFacts("qwen2", 16, 4, 64, name="other")).save(tmp_path / "base.gguf")
     with pytest.raises(NotRepresentable, match=r"not made for other: model_type.*hint=ignore"):
-        convert(artifact_paths["repeng"], tmp_path / "a", answers={"strength": "1"}, base=other)
+        convert(artifact_paths["repeng"], tmp_path / "a", answers=ALL_LAYERS, base=other)
     narrow = package(ModelFacts("llama", 8, 4, 64, name="narrow")).save(tmp_path / "n.gguf")
     with pytest.raises(NotRepresentable, match="width 8"):
-        convert(artifact_paths["repeng"], tmp_path / "a", answers={"strength": "1"}, base=narrow)
+        convert(artifact_paths["repeng"], tmp_path / "a", answers=ALL_LAYERS, base=narrow)
 
 
 def test_unknown_formats_and_files(tmp_path, artifact_paths):
@@ -74,4 +78,77 @@ def test_two_words_for_one_architecture(hint, model_type, tmp_path):
         writer.add_tensor("direction.1", np.ones(16, "f4"))
 
     gguf_file.write(tmp_path / "v.gguf", "controlvector", fill)
-    convert(tmp_path / "v.gguf", tmp_path / "p", answers={"strength": "1"}, base=base)
+    convert(tmp_path / "v.gguf", tmp_path / "p", answers=ALL_LAYERS, base=base)
+
+
+VECTORS = [name for name, sample in SAMPLES.items() if "layers" in sample.read and name != "cast"]
+
+
+@pytest.mark.parametrize("name", VECTORS)
+@pytest.mark.parametrize("left_out", ["layers", "positions", "strength"])
+def test_where_and_how_strongly_is_asked_for(
+    name, left_out, artifact_paths, tmp_path, tiny_weights
+):
+    pytest.importorskip("torch")
+    said = {k: v for k, v in SAMPLES[name].read.items() if k != left_out}
+    with pytest.raises(MissingOption, match=f"{left_out} is not in the files"):
+        convert(artifact_paths[name], tmp_path / "a", answers=said, base=tiny_weights)
+
+
+@pytest.mark.parametrize("name", VECTORS)
+def test_what_was_said_is_in_the_package(name, artifact_paths, tmp_path, tiny_weights):
+    pytest.importorskip("torch")
+    whole, _ = read(artifact_paths[name], answers=SAMPLES[name].read, base=tiny_weights)
+    first, second = (t.site.layer for t in whole.spec.interventions[0].targets)
+    answers = {**SAMPLES[name].read, "positions": "from_prompt_end", "layers": f"{second}"}
+    one, _ = read(artifact_paths[name], answers=answers, base=tiny_weights)
+    (vector,) = one.spec.interventions
+    assert [t.site.layer for t in vector.targets] == [second]
+    assert vector.position == "from_prompt_end"
+    answers |= {"layers": f"{first}-{second}", "strength": f"{first}:1.5,{second}:-2"}
+    if second - first == 1:
+        both, _ = read(artifact_paths[name], answers=answers, base=tiny_weights)
+        acting = {v.targets[0].site.layer: v.alpha for v in both.spec.interventions}
+        assert acting == {first: 1.5, second: -2.0}
+        assert both.spec.rules[0].interventions == ("vector-1", "vector-2")
+
+
+@pytest.mark.parametrize(
+    ("answers", "match"),
+    [
+        ({"layers": "0,7"}, r"layers: layers \[7\]: the file has \[0, 2\]"),
+        ({"layers": "2-1"}, "the range 2-1 is none"),
+        ({"layers": "2,2"}, "named twice"),
+        ({"layers": "-1"}, "found '-1'"),
+        ({"strength": "0:1"}, r"a number for each of the layers \[0, 2\], found \[0\]"),
+        ({"strength": "0:1,0:2"}, "named twice"),
+        ({"positions": "after"}, "one of all_positions, from_prompt_end"),
+        ({"like": "caa"}, "one of"),
+    ],
+)
+def test_a_scope_that_cannot_be_is_refused(answers, match, artifact_paths, tmp_path, tiny_weights):
+    said = {**ALL_LAYERS, **answers}
+    with pytest.raises(InvalidOption, match=match):
+        convert(artifact_paths["repeng"], tmp_path / "a", answers=said, base=tiny_weights)
+
+
+def test_the_examples_of_tools(tmp_path):
+    facts = ModelFacts("llama", 16, 32, 64, name="deep")
+    base = package(facts).save(tmp_path / "base.gguf")
+
+    def fill(writer: GGUFWriter) -> None:
+        for k in range(1, 32):
+            writer.add_tensor(f"direction.{k}", np.full(16, k, "f4"))
+
+    gguf_file.write(tmp_path / "v.gguf", "controlvector", fill)
+
+    def read_like(like: str, **more: str) -> tuple[list[int], float]:
+        got, _ = read(tmp_path / "v.gguf", answers={"like": like, **more}, base=base)
+        (vector,) = got.spec.interventions
+        return [t.site.layer for t in vector.targets], vector.alpha
+
+    assert read_like("llama.cpp") == (list(range(1, 32)), 1.0)
+    assert read_like("repeng") == ([32 + k for k in range(-17, -4)], 1.0)
+    assert read_like("repeng", strength="2.2")[1] == 2.2
+    assert read_like("ibm-quickstart") == (list(range(15, 24)), 1.5)
+    assert read_like("ibm-paper", layers="20") == ([20], 0.1)

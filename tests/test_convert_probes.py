@@ -97,6 +97,7 @@ def test_cast_s_condition_and_behaviour(artifact_paths, tiny_weights, tiny_llama
         **SAMPLES["cast"].read,
         "threshold": str(float(expected) - 1e-3),
         "behaviour": str(artifact_paths["svec-ibm"]),
+        "behaviour_layers": "2,3",
         "strength": "2",
     }
     options = {"source_format": "cast", "base": tiny_weights}

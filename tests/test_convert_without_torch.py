@@ -22,7 +22,9 @@ assert len(formats()) >= 18
 targets = {"control-vector": "v.gguf", "svec-ibm": "v.svec", "steerkit": "v.safetensors"}
 for name, target in targets.items():
     convert(folder / "package", folder / target, to=name)
-    options = {} if name == "steerkit" else {"strength": "1"}
+    options = {"positions": "all_positions"}
+    if name != "steerkit":
+        options |= {"strength": "1", "layers": "all"}
     convert(folder / target, folder / name, answers=options, base=folder / "package")
 (folder / "v.pt").write_bytes(b"")
 for attempt in (

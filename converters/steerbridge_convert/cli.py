@@ -17,6 +17,7 @@ from steerbridge.format import formats as installed_formats
 from steerbridge.package import SteeringPackage, load
 from steerbridge.tensors import Dtype
 from steerbridge_convert import conversion
+from steerbridge_convert.scope import LIKES
 
 
 def convert(
@@ -35,6 +36,10 @@ def convert(
         list[str],
         typer.Option("--set", help="NAME=VALUE of an option (see `steerbridge formats`)."),
     ] = [],
+    like: Annotated[
+        str,
+        typer.Option(help="Vectors act as in a tool's example: " + ", ".join(LIKES) + "."),
+    ] = "",
     base: Annotated[
         Path | None,
         typer.Option(help="The model it was made for: directory, GGUF file or steering package."),
@@ -79,7 +84,7 @@ def convert(
         raise DataError(Problem("--data", "harmful prompts", "none"))
     origin: dict[str, Any] = {
         "source_format": source_format or None,
-        "answers": dict(_pair(text) for text in answers),
+        "answers": dict(_pair(text) for text in answers) | ({"like": like} if like else {}),
         "base": base,
         "model": model,
     }
@@ -106,6 +111,8 @@ def convert(
 
 def _print(report: ConversionReport, refused: dict[str, float]) -> None:
     print(f"{report.path}: {report.target}, from {report.source}")
+    for act in report.acts:
+        print(f"acts       {act}")
     for loss in report.losses:
         print(f"lost       {loss}")
     for cut in report.truncations:

@@ -11,7 +11,7 @@ from steerbridge.format import Answers, Format, Loss, check_source, detect, get_
 from steerbridge.package import SteeringPackage
 from steerbridge.spec import BaseModelInfo
 from steerbridge.tensors import Dtype
-from steerbridge_convert import publishing, reduction
+from steerbridge_convert import publishing, reduction, vectors
 from steerbridge_convert.base import base_model
 
 
@@ -92,7 +92,8 @@ def convert(
     if losses and not allow_loss:
         raise WouldLose(after.name, losses)
     write(after, package, Path(target), supplied)
-    return ConversionReport(before.name, after.name, Path(target), tuple(losses), truncations)
+    acts = vectors.told(package)
+    return ConversionReport(before.name, after.name, Path(target), tuple(losses), truncations, acts)
 
 
 def write(format: Format, package: SteeringPackage, target: Path, answers: Answers) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Final
 import numpy as np
 from safetensors.numpy import save_file
 
-from steerbridge.errors import InvalidSpec, MissingOption, NotRepresentable
+from steerbridge.errors import InvalidOption, InvalidSpec, MissingOption, NotRepresentable
 from steerbridge.format import (
     Answers,
     Format,
@@ -288,7 +288,15 @@ class Cast(Format):
         _, directions = svec.read_vectors(path, self.name)
         if not values["strength"]:
             raise MissingOption(self.name, "strength", "factor of the behaviour; not 0")
-        layers = values["behaviour_layers"] or tuple(directions)
+        layers = values["behaviour_layers"]
+        if not layers:
+            raise MissingOption(self.name, "behaviour_layers", "blocks that the behaviour changes")
+        if missing := sorted(set(layers) - set(directions)):
+            raise InvalidOption(
+                self.name,
+                "behaviour_layers",
+                f"layers {missing}: {path.name} has {sorted(directions)}",
+            )
         tensors |= {f"behaviour.{k}": directions[k] for k in layers}
         answers.losses.append(
             Loss(

@@ -25,7 +25,6 @@ from steerbridge.format import (
     Holds,
     Loss,
     Option,
-    finite,
     one_of,
     require_known,
     unreadable,
@@ -33,11 +32,9 @@ from steerbridge.format import (
 from steerbridge.package import SteeringPackage
 from steerbridge.tensors import Tensor
 from steerbridge_convert import files, vectors
+from steerbridge_convert.scope import OPTIONS, scope
 
 ARCHITECTURE: Final = "controlvector"
-STRENGTH: Final = Option(
-    "strength", finite, "factor that the vectors were used with (1 = as stored)"
-)
 HINT: Final = Option(
     "hint", one_of("check", "ignore"), "compare the file's model_hint with the base model", "check"
 )
@@ -58,7 +55,7 @@ _DESCRIPTIVE: Final = "general. GGUF."
 
 
 class _Directions(Format):
-    options = (STRENGTH, HINT)
+    options = (*OPTIONS, HINT)
     unsteerable: frozenset[int] = frozenset()  # blocks whose vectors are left out
     hint = HINT
     holds = Holds(
@@ -87,7 +84,8 @@ class _Directions(Format):
             reason = f"{error.reason} (--set hint=ignore reads it for that model all the same)"
             raise NotRepresentable(self.name, reason) from None
         vectors.checked(by_block, base, self.name)
-        return vectors.package(path.stem, base, vectors.outputs(by_block), answers.get(STRENGTH))
+        chosen = scope(answers, by_block)
+        return vectors.scoped(path.stem, base, by_block, vectors.outputs, chosen)
 
     def write(self, package: SteeringPackage, path: Path, answers: Answers) -> None:
         by_block = vectors.keyed_by_output(package, self.name, self.unsteerable)
@@ -148,7 +146,7 @@ class EasySteer(_Directions):
     title = "EasySteer vector (GGUF)"
     # Its hints are model names ("qwen2.5"), not model types.
     hint = replace(HINT, default="ignore")
-    options = (STRENGTH, hint)
+    options = (*OPTIONS, hint)
 
     def recognises(self, path: Path) -> bool:
         return _kind(path) == "easysteer"

@@ -29,6 +29,7 @@ from steerbridge.package import SteeringPackage
 from steerbridge.spec import AddVector, LayerInput, LayerOutput
 from steerbridge.tensors import Tensor
 from steerbridge_convert import vectors
+from steerbridge_convert.scope import POSITIONS
 
 _METHOD: Final = Option(
     "method", str, "name of the direction in the file", "default_method of the file"
@@ -55,7 +56,7 @@ class Steerkit(Format):
         sites="input or output of one block",
         strength="auto_alpha",
     )
-    options = (_METHOD, _STRENGTH)
+    options = (_METHOD, _STRENGTH, POSITIONS)
 
     def recognises(self, path: Path) -> bool:
         return path.name.endswith(".safetensors") and path.is_file() and "hook_site" in _meta(path)
@@ -87,7 +88,8 @@ class Steerkit(Format):
         if (site := metadata["hook_site"]) not in sites:
             raise NotRepresentable(self.name, f"hook_site {site!r}: only the residual stream")
         placed = sites[site]({layer: Tensor.of(directions[method])})
-        return vectors.package(path.stem, base, placed, _STRENGTH.parse(alpha, self.name))
+        strength, positions = _STRENGTH.parse(alpha, self.name), answers.get(POSITIONS)
+        return vectors.package(path.stem, base, placed, strength, positions)
 
     def write(self, package: SteeringPackage, path: Path, answers: Answers) -> None:
         acting = vectors.acting(package, AddVector)

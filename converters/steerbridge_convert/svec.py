@@ -28,7 +28,7 @@ from steerbridge.format import (
 from steerbridge.package import SteeringPackage
 from steerbridge.tensors import Tensor
 from steerbridge_convert import files, vectors
-from steerbridge_convert.gguf_vectors import STRENGTH
+from steerbridge_convert.scope import OPTIONS, scope
 
 APPLIED_AT = Option(
     "applied_at",
@@ -55,7 +55,7 @@ class IbmSvec(Format):
         sites="inputs of blocks",
         strength="one vector per layer; the tool sets the strength when it runs",
     )
-    options = (STRENGTH,)
+    options = OPTIONS
 
     def recognises(self, path: Path) -> bool:
         return path.suffix == ".svec" and path.is_file() and not _of_aisteer360(path)
@@ -74,7 +74,7 @@ class IbmSvec(Format):
         content, by_layer = read_vectors(path, self.name)
         base = answers.base_model(model_type=content["model_type"])
         vectors.checked(by_layer, base, self.name)
-        return vectors.package(path.stem, base, vectors.inputs(by_layer), answers.get(STRENGTH))
+        return vectors.scoped(path.stem, base, by_layer, vectors.inputs, scope(answers, by_layer))
 
     def write(self, package: SteeringPackage, path: Path, answers: Answers) -> None:
         directions = {
@@ -94,7 +94,7 @@ class AisteerSvec(Format):
         sites="inputs or outputs of blocks, depending on the method",
         strength="one vector per layer; the tool sets the strength when it runs",
     )
-    options = (STRENGTH, APPLIED_AT)
+    options = (*OPTIONS, APPLIED_AT)
     write_options = (APPLIED_AT,)
 
     def recognises(self, path: Path) -> bool:
@@ -108,7 +108,7 @@ class AisteerSvec(Format):
         base = answers.base_model(model_type=content["model_type"])
         vectors.checked(by_layer, base, self.name)
         place = vectors.inputs if answers.get(APPLIED_AT) == "layer_input" else vectors.outputs
-        return vectors.package(path.stem, base, place(by_layer), answers.get(STRENGTH))
+        return vectors.scoped(path.stem, base, by_layer, place, scope(answers, by_layer))
 
     def write(self, package: SteeringPackage, path: Path, answers: Answers) -> None:
         if answers.get(APPLIED_AT) == "layer_input":

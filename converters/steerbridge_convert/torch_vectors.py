@@ -17,16 +17,14 @@ from steerbridge.format import (
     Format,
     Holds,
     Option,
-    block,
     require_known,
-    several,
     shown,
     unreadable,
 )
 from steerbridge.package import SteeringPackage
 from steerbridge.tensors import Float32, Tensor
 from steerbridge_convert import pickles, vectors
-from steerbridge_convert.gguf_vectors import STRENGTH
+from steerbridge_convert.scope import OPTIONS, scope
 
 _HOLDS: Final = Holds(
     interventions=frozenset({"add_vector"}),
@@ -37,7 +35,7 @@ _HOLDS: Final = Holds(
 
 class _TorchVectors(Format):
     holds = _HOLDS
-    options: ClassVar[tuple[Option, ...]] = (STRENGTH,)
+    options: ClassVar[tuple[Option, ...]] = OPTIONS
 
     def vectors(self, path: Path) -> dict[int, Tensor]:
         """Vectors by the block whose output they change."""
@@ -51,7 +49,8 @@ class _TorchVectors(Format):
         by_block = self.vectors(path)
         base = answers.base_model()
         vectors.checked(by_block, base, self.name)
-        return vectors.package(path.stem, base, vectors.outputs(by_block), answers.get(STRENGTH))
+        chosen = scope(answers, by_block)
+        return vectors.scoped(path.stem, base, by_block, vectors.outputs, chosen)
 
 
 class SteeringVectors(_TorchVectors):
@@ -130,10 +129,6 @@ class Hotwire(_TorchVectors):
 
     name = "hotwire"
     title = "hotwire-vllm vectors (.pt)"
-    layers = Option(
-        "layers", several(block), "blocks whose outputs requests steer, comma-separated"
-    )
-    options = (STRENGTH, layers)
 
     def recognises(self, path: Path) -> bool:
         return pickles.holds(path, lambda x: hasattr(x, "dim") and x.dim() in (1, 2))
@@ -142,17 +137,18 @@ class Hotwire(_TorchVectors):
         return {"tensor": list(np.shape(self._tensor(path)))}
 
     def read(self, path: Path, answers: Answers) -> SteeringPackage:
-        array = self._tensor(path)
-        layers, base = answers.get(self.layers), answers.base_model()
+        array, base = self._tensor(path), answers.base_model()
         if array.ndim == 2 and len(array) != base.num_layers:
             raise NotRepresentable(
                 self.name, f"{len(array)} rows for {base.num_layers} blocks of {base.name}"
             )
-        vectors.checked(
-            dict.fromkeys(layers, array if array.ndim == 1 else array[0]), base, self.name
-        )
-        by_block = {k: Tensor.of(array if array.ndim == 1 else array[k]) for k in layers}
-        return vectors.package(path.stem, base, vectors.outputs(by_block), answers.get(STRENGTH))
+        rows = np.broadcast_to(array, (base.num_layers, array.shape[-1]))
+        vectors.checked({0: rows[0]}, base, self.name)
+        # A row of zeros is a layer that has no vector: to add it is to do nothing.
+        there = {k: row for k, row in enumerate(rows) if row.any()}
+        chosen = scope(answers, there)
+        by_block = {k: Tensor.of(there[k]) for k in chosen.strengths}
+        return vectors.scoped(path.stem, base, by_block, vectors.outputs, chosen)
 
     def _tensor(self, path: Path) -> Float32:
         tensor = pickles.load(path)

@@ -7,7 +7,7 @@ which.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import numpy as np
@@ -26,45 +26,82 @@ from steerbridge.spec import (
     Target,
 )
 from steerbridge.tensors import Float32, Tensor
+from steerbridge_convert.scope import Scope
 
 Vectors = Mapping[int, Tensor]  # by a tool's layer number, or by depth
 Acting = TypeVar("Acting", AddVector, ProjectOut)
 
 
+Placed = Mapping[LayerInput | LayerOutput, Tensor]
+
+
 def package(
     name: str,
     base: BaseModelInfo,
-    sites: Mapping[LayerInput | LayerOutput, Tensor],
+    sites: Placed,
     strength: float,
     position: str = "all_positions",
     act: type[AddVector] | type[ProjectOut] = AddVector,
 ) -> SteeringPackage:
     """A package that adds `strength` times each vector on every prompt, or takes it out."""
-    names = {site: f"vector.{site.stream}.{site.layer}" for site in sites}
+    return _package(name, base, {strength: sites}, position, act)
+
+
+def scoped(
+    name: str,
+    base: BaseModelInfo,
+    vectors: Vectors,
+    place: Callable[[Vectors], Placed],
+    scope: Scope,
+) -> SteeringPackage:
+    """A package that adds the vectors of a file on every prompt, where and as strongly as was said.
+
+    Args:
+        vectors: by the tool's number of the layer; `place` makes sites of them.
+    """
+    groups = {
+        strength: place({k: vectors[k] for k, s in scope.strengths.items() if s == strength})
+        for strength in dict.fromkeys(scope.strengths.values())
+    }
+    return _package(name, base, groups, scope.position, AddVector)
+
+
+def _package(
+    name: str,
+    base: BaseModelInfo,
+    groups: Mapping[float, Placed],
+    position: str,
+    act: type[AddVector] | type[ProjectOut],
+) -> SteeringPackage:
     kind: Any = "add_vector" if act is AddVector else "project_out"
-    vector = act(
-        id="vector",
-        type=kind,
-        position=position,  # type: ignore[arg-type] # pydantic checks the word
-        alpha=strength,
-        targets=tuple(Target(site=site, vector=names[site]) for site in sites),
+    placed = {site: tensor for sites in groups.values() for site, tensor in sites.items()}
+    names = {site: f"vector.{site.stream}.{site.layer}" for site in placed}
+    acting = tuple(
+        act(
+            id="vector" if len(groups) == 1 else f"vector-{i}",
+            type=kind,
+            position=position,  # type: ignore[arg-type] # pydantic checks the word
+            alpha=strength,
+            targets=tuple(Target(site=site, vector=names[site]) for site in sites),
+        )
+        for i, (strength, sites) in enumerate(groups.items(), 1)
     )
     spec = SteeringSpec(
         spec_version="1.0",
         name=name,
         base_model=base,
         probes=(),
-        interventions=(vector,),
+        interventions=acting,
         rules=(
             Rule(
                 id="always",
                 condition=None,
-                interventions=("vector",),
+                interventions=tuple(one.id for one in acting),
                 strength=ConstantStrength(type="constant", value=1.0),
             ),
         ),
     )
-    return SteeringPackage(spec, {names[site]: tensor for site, tensor in sites.items()})
+    return SteeringPackage(spec, {names[site]: tensor for site, tensor in placed.items()})
 
 
 def outputs(vectors: Vectors) -> dict[LayerInput | LayerOutput, Tensor]:
@@ -102,6 +139,16 @@ def acting(package: SteeringPackage, kind: type[Acting]) -> list[tuple[Rule, Act
         for id in rule.interventions
         if isinstance(act := package.spec.intervention(id), kind)
     ]
+
+
+def told(package: SteeringPackage) -> tuple[str, ...]:
+    """Where each vector acts and how strongly, in words."""
+    lines = []
+    for act in package.spec.interventions:
+        if isinstance(act, AddVector | ProjectOut):
+            sites = ", ".join(str(target.site) for target in act.targets)
+            lines.append(f"{act.type} {act.alpha:g} times at {sites} ({act.position})")
+    return tuple(lines)
 
 
 def strength(rule: Rule) -> float:
