@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -205,6 +206,18 @@ def test_numbers_that_are_none_are_refused(
             model=tiny_weights,
         )
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "1e999"])
+def test_numbers_in_files_are_finite(value, artifact_paths, tmp_path, tiny_weights):
+    folder = tmp_path / "adapter"
+    shutil.copytree(artifact_paths["peft"], folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["lora_alpha"] = "here"
+    text = json.dumps(config).replace('"here"', value)
+    (folder / "adapter_config.json").write_text(text)
+    with pytest.raises(UnreadableSource, match="number"):
+        read(folder, base=tiny_weights, model=tiny_weights)
 
 
 def test_what_is_found_is_told_in_a_few_words():

@@ -71,9 +71,13 @@ def json_object(path: Path) -> dict[str, Any]:
     if (parts := sum(map(text.count, (b",", b"[", b"{")))) > MAX_JSON_PARTS:
         raise unreadable(path, "file", f"at most {MAX_JSON_PARTS} values", parts)
     try:
-        value = json.loads(text)
+        value = json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise unreadable(path, "file", "JSON", error) from error
     if not isinstance(value, dict):
         raise unreadable(path, "file", "a JSON object", type(value).__name__)
     return value
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"a number, found {name}")

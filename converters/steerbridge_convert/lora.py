@@ -144,8 +144,8 @@ class GgufLora(_HeadLora):
         a, b = (_matrix(file.tensors[n]) for n in names)
         _fit(a, b, path)
         alpha = file.metadata.get("adapter.lora.alpha", 0)
-        if not isinstance(alpha, int | float):
-            raise unreadable(path, "adapter.lora.alpha", "a number", shown(alpha))
+        if not isinstance(alpha, int | float) or not math.isfinite(alpha):
+            raise unreadable(path, "adapter.lora.alpha", "a finite number", shown(alpha))
         return a, b, alpha / len(a) if alpha else 1.0  # as in llama.cpp: 0 means no division
 
     def write(self, package: SteeringPackage, path: Path, answers: Answers) -> None:
@@ -196,8 +196,10 @@ class PeftLora(_HeadLora):
         a, b = (tensors[n].float32() for n in names)
         _fit(a, b, path)
         rank, alpha = len(a), config.get("lora_alpha")
-        if config.get("r") != rank or not isinstance(alpha, int | float):
-            raise unreadable(path, "r and lora_alpha", f"{rank} and a number", config.get("r"))
+        if config.get("r") != rank:
+            raise unreadable(path, "r", f"{rank}, as in the tensors", shown(config.get("r")))
+        if not isinstance(alpha, int | float) or not math.isfinite(alpha):
+            raise unreadable(path, "lora_alpha", "a finite number", shown(alpha))
         return a, b, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
     def write(self, package: SteeringPackage, path: Path, answers: Answers) -> None:
