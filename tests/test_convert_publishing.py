@@ -44,11 +44,16 @@ def test_nothing_foreign_is_lost(name, tmp_path, tiny_weights):
         for path, text in FOREIGN.items():
             (target / path).parent.mkdir(exist_ok=True)
             (target / path).write_text(text)
+        (target / "empty").mkdir()
+        (target / "elsewhere").symlink_to(tmp_path / "source", target_is_directory=True)
     before = texts(target) if target.is_dir() else {}
     convert(source, target, overwrite=True, **options(name, tiny_weights))
     after = texts(target) if target.is_dir() else {}
     assert after.keys() == before.keys()
     assert all(after[path] == b"mine" for path in FOREIGN if target.is_dir())
+    if target.is_dir():
+        assert (target / "empty").is_dir()
+        assert (target / "elsewhere").readlink() == tmp_path / "source"
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(f".{target.name}.")]
 
 

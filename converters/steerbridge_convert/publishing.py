@@ -55,11 +55,12 @@ def published(target: Path) -> Iterator[Path]:
 
 
 def _files(folder: Path) -> list[str]:
-    """What is in a directory, however deep, but for empty directories."""
+    """Files and links in a directory, however deep; links to directories are not followed."""
     return sorted(
-        str((Path(place) / name).relative_to(folder))
-        for place, _, names in os.walk(folder)
-        for name in names
+        str(item.relative_to(folder))
+        for place, folders, names in os.walk(folder)
+        for item in (Path(place) / name for name in (*folders, *names))
+        if item.is_symlink() or not item.is_dir()
     )
 
 
@@ -80,6 +81,9 @@ def _listed(folder: Path) -> set[str]:
 
 def _keep_others(old: Path, fresh: Path) -> None:
     ours = _listed(old)
+    for place, folders, names in os.walk(old):
+        if not folders and not names:  # an empty one of somebody else
+            (fresh / Path(place).relative_to(old)).mkdir(parents=True, exist_ok=True)
     for name in _files(old):
         if name in ours or name == LIST:
             continue
