@@ -282,23 +282,25 @@ def _kinds(package: SteeringPackage) -> str:
 
 def unreadable(path: Path, field: str, want: str, got: object) -> UnreadableSource:
     """The error for a malformed file; what was found is told in a few words, however large."""
-    found = got if isinstance(got, str) else str(got)
-    return UnreadableSource(Problem(field, want, found[:MOST_TOLD]), path)
+    return UnreadableSource(Problem(field, want, str(got)[:MOST_TOLD]), path)
 
 
 def require_known(
-    format: str, where: str, fields: Iterable[str], known: Collection[str], prefixes: str = ""
+    format: str,
+    where: str,
+    fields: Iterable[str],
+    known: Collection[str],
+    prefixes: tuple[str, ...] = (),
 ) -> None:
     """Refuse fields that are not known: each may change what the rest of a file means.
 
     Args:
-        prefixes: space-separated beginnings of fields that describe and change nothing.
+        prefixes: beginnings of fields that describe and change nothing.
 
     Raises:
         NotRepresentable: there are some.
     """
-    harmless = tuple(prefixes.split())
-    unknown = sorted(f for f in fields if f not in known and not f.startswith(harmless or "\0"))
+    unknown = sorted(f for f in fields if f not in known and not f.startswith(prefixes))
     if unknown:
         more = f" and {len(unknown) - 4} more" if len(unknown) > 4 else ""
         names = ", ".join(name[:60] for name in unknown[:4])

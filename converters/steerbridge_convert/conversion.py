@@ -30,15 +30,30 @@ def read(
     Raises:
         ConversionError: see `steerbridge.errors`.
     """
-    format = get_format(source_format) if source_format else detect(Path(source))
-    if source_format and Path(source).exists():
-        check_source(Path(source))
+    return _read(_format(Path(source), source_format), Path(source), answers, base, model)
+
+
+def _format(source: Path, name: str | None) -> Format:
+    """The format of the source, by name or by what it is."""
+    if name is None:
+        return detect(source)
+    check_source(source)
+    return get_format(name)
+
+
+def _read(
+    format: Format,
+    source: Path,
+    answers: Mapping[str, str] | None,
+    base: BaseModelInfo | str | Path | None,
+    model: str | Path | None,
+) -> tuple[SteeringPackage, list[Loss]]:
     weights = Path(model) if model else None
     base_info = base_model(Path(base)) if isinstance(base, str | Path) else base
     if base_info is None and weights is not None:
         base_info = base_model(weights)
     supplied = Answers(format.name, answers or {}, base_info, weights)
-    return format.read(Path(source), supplied), supplied.losses
+    return format.read(source, supplied), supplied.losses
 
 
 def convert(
@@ -76,15 +91,13 @@ def convert(
         ConversionError: see `steerbridge.errors`; nothing was written.
         PackageError: the target exists, and is not to be overwritten or not Steerbridge's.
     """
-    before = get_format(source_format) if source_format else detect(Path(source))
+    before = _format(Path(source), source_format)
     own = "steerbridge-gguf" if Path(target).suffix == ".gguf" else "steerbridge"
     after = get_format(to or own)
     publishing.require_free(after, Path(target), overwrite)
     answers = dict(answers or {})
     _refuse_unknown(answers, before, after)
-    package, losses = read(
-        source, source_format=before.name, answers=answers, base=base, model=model
-    )
+    package, losses = _read(before, Path(source), answers, base, model)
     package, truncations, rounded = reduction.reduced(package, rank, energy, dtype)
     weights = Path(model) if model else None
     supplied = Answers(after.name, answers, package.spec.base_model, weights)

@@ -12,6 +12,7 @@ from steerbridge.errors import BrokenPackage
 from steerbridge.format import unreadable
 from steerbridge.tensors import Tensor
 
+GGUF_DESCRIPTIVE: Final = ("general.", "GGUF.")  # prefixes of keys that change nothing
 MAX_JSON: Final = 1 << 26  # bytes
 MAX_JSON_PARTS: Final = 2_200_000  # values: those of the vectors of a model of 405 billion weights
 

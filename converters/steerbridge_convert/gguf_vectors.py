@@ -51,7 +51,6 @@ _KEYS: Final = frozenset(
         *("normalize", "token_pos", "n_positive", "n_negative"),
     )
 )
-_DESCRIPTIVE: Final = "general. GGUF."
 
 
 class _Directions(Format):
@@ -75,7 +74,7 @@ class _Directions(Format):
 
     def read(self, path: Path, answers: Answers) -> SteeringPackage:
         file = files.gguf(path)
-        require_known(self.name, "keys", file.metadata, _KEYS, _DESCRIPTIVE)
+        require_known(self.name, "keys", file.metadata, _KEYS, files.GGUF_DESCRIPTIVE)
         by_block = directions(file, path)
         hint = file.metadata.get(HINT_KEY) if answers.get(self.hint) == "check" else None
         try:

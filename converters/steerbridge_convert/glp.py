@@ -169,7 +169,7 @@ def _read(path: Path) -> _File:
         raise unreadable(path, "keys", "each once", ", ".join(sorted(mine)))
     known = {f"{prefix}{key}" for prefix in GLP for key in (*_CHECKED, *_DESCRIPTIVE)}
     known |= {gguf_vectors.HINT_KEY, f"{gguf_vectors.ARCHITECTURE}.layer_count"}
-    require_known("glp", "keys", file.metadata, known, "general. GGUF.")
+    require_known("glp", "keys", file.metadata, known, files.GGUF_DESCRIPTIVE)
     directions = gguf_vectors.directions(file, path)
     for number, values in directions.items():
         norm = float(np.linalg.norm(values.float32().astype(np.float64)))

@@ -57,7 +57,7 @@ _OFF: Final[dict[str, tuple[Any, ...]]] = {
         (None, [], {}),
     ),
     **dict.fromkeys(
-        (*("ensure_weight_tying", "fan_in_fan_out", "lora_bias", "use_dora", "use_qalora"),),
+        ("ensure_weight_tying", "fan_in_fan_out", "lora_bias", "use_dora", "use_qalora"),
         (False, None),
     ),
     "bias": ("none",),
@@ -138,7 +138,7 @@ class GgufLora(_HeadLora):
 
     def factors(self, path: Path) -> tuple[Float32, Float32, float]:
         file = files.gguf(path)
-        require_known(self.name, "keys", file.metadata, _GGUF_KEYS, "general. GGUF.")
+        require_known(self.name, "keys", file.metadata, _GGUF_KEYS, files.GGUF_DESCRIPTIVE)
         names = ("output.weight.lora_a", "output.weight.lora_b")
         _refuse_others(self.name, file.tensors, names)
         a, b = (_matrix(file.tensors[n]) for n in names)

@@ -142,11 +142,13 @@ def _list_length(file: Any, size: int) -> int:
     """Bytes of the list of records, as the end of a zip file tells them; 0 if it does not."""
     file.seek(max(0, size - (1 << 16) - 22))
     tail = file.read()
-    if (wide := tail.rfind(b"PK\x06\x06")) >= 0 and len(tail) >= wide + 48:
-        return int(struct.unpack_from("<Q", tail, wide + 40)[0])
-    if (end := tail.rfind(b"PK\x05\x06")) >= 0 and len(tail) >= end + 16:
-        return int(struct.unpack_from("<I", tail, end + 12)[0])
-    return 0
+    end, wide = tail.rfind(b"PK\x05\x06"), tail.rfind(b"PK\x06\x06")
+    if end < 0 or len(tail) < end + 16:
+        return 0
+    length = int(struct.unpack_from("<I", tail, end + 12)[0])
+    if length == 0xFFFFFFFF and 0 <= wide <= len(tail) - 48:  # zip64 has a field of its own
+        length = int(struct.unpack_from("<Q", tail, wide + 40)[0])
+    return length
 
 
 @contextmanager

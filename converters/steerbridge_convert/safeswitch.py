@@ -72,8 +72,7 @@ class SafeSwitch(Format):
     def contents(self, path: Path) -> dict[str, Any]:
         args, state = _prober(path)
         shapes = {k: list(v.shape) for k, v in state.items()}
-        heads = [name for name in HEADS if (path / name).is_file()]
-        return {"args": args, "prober": shapes, "heads": heads}
+        return {"args": args, "prober": shapes, "heads": [p.name for p in _heads(path)]}
 
     def read(self, path: Path, answers: Answers) -> SteeringPackage:
         base = answers.base_model()
@@ -87,10 +86,10 @@ class SafeSwitch(Format):
         probe, tensors = probers.two_class(
             "unsafe", mlp, UNSAFE, reading, ">=", answers.get(_THRESHOLD)
         )
-        files_of_head = [path / name for name in HEADS if (path / name).is_file()]
-        if len(files_of_head) > 1:
+        found = _heads(path)
+        if len(found) > 1:
             raise unreadable(path, "head", f"one of {', '.join(HEADS)}", "both")
-        head = self._head(files_of_head[0], answers) if files_of_head else None
+        head = self._head(found[0], answers) if found else None
         if head is None:
             answers.losses.append(
                 Loss("head", f"is not there ({' or '.join(HEADS)}): the prober changes nothing")
@@ -190,6 +189,11 @@ class SafeSwitch(Format):
             state[f"layers.{2 * i}.bias"] = pickles.torch_tensor(bias)
         pickles.save(state, path / "model_weights.pth")
         pickles.save(pickles.torch_tensor(new), path / HEADS[0])
+
+
+def _heads(path: Path) -> list[Path]:
+    """The files of a head that are there."""
+    return [path / name for name in HEADS if (path / name).is_file()]
 
 
 def _prober(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
