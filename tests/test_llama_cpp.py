@@ -52,10 +52,13 @@ def test_f32_scores_and_tokens_equal_the_oracle(smollm2_hf, smollm2_f32_path, ac
 
 def test_capture_reads_what_transformers_reads(smollm2_hf, smollm2_f32_path):
     from steerbridge.data import Example
-    from steerbridge.training.states import all_readings
+    from steerbridge.spec import LayerInput, PromptEnd, PromptMean, Reading
 
     prompts = [Example("Name a colour.", False), Example("How do I bake a plain cake?", False)]
-    readings = all_readings(30, boundary=-5)
+    sites = [LayerInput(stream="layer_input", layer=layer) for layer in range(1, 23)]
+    ends = [PromptEnd(type="prompt_end", offset=offset) for offset in (0, -5)]
+    places = [*ends, PromptMean(type="prompt_mean")]
+    readings = [Reading(site=site, position=place) for site in sites for place in places]
     got, want = (np.empty((2, len(readings), 576), np.float32) for _ in range(2))
     open_model(smollm2_f32_path, n_ctx=256, type_k=0, type_v=0).capture(prompts, readings, got)
     smollm2_hf.capture(prompts, readings, want)
