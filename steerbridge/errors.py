@@ -17,6 +17,7 @@ SteerbridgeError
 │   ├── UnreadableSource       a file is malformed
 │   ├── MissingOption          a value that the files do not contain was not given
 │   ├── InvalidOption          an option is unknown, or its value is not valid
+│   ├── NotReadBack            what was written does not act as the package
 │   ├── NotRepresentable       the format has no counterpart for a part
 │   └── WouldLose              the target cannot represent everything; needs permission
 ├── EndpointFailed             a server that was asked for answers gave none
@@ -199,6 +200,15 @@ class NotRepresentable(ConversionError):
 
     def __init__(self, format: str, reason: str) -> None:
         super().__init__(f"{format} cannot represent this: {reason}")
+        self.format = format
+        self.reason = reason
+
+
+class NotReadBack(ConversionError):
+    """What was written does not act as the package does; it was not put into place."""
+
+    def __init__(self, format: str, reason: str) -> None:
+        super().__init__(f"{format}: what was written does not read back as the package: {reason}")
         self.format = format
         self.reason = reason
 

@@ -180,7 +180,9 @@ class Format(ABC):
     write_options: ClassVar[tuple[Option, ...]] = ()
     exact: ClassVar[bool] = True  # writing and reading back is bit-identical
     needs_model: ClassVar[bool] = False  # needs the output embedding of the base model
-    atomic: ClassVar[bool] = False  # `write` itself replaces an existing target atomically
+    # `write` itself reads back, compares and replaces an existing target atomically.
+    atomic: ClassVar[bool] = False
+    omits: ClassVar[frozenset[int]] = frozenset()  # depths whose vectors are a loss
 
     @abstractmethod
     def recognises(self, path: Path) -> bool:
@@ -215,6 +217,11 @@ class Format(ABC):
         Raises:
             NotRepresentable: one of these parts has a value that the format cannot represent.
         """
+
+    def whole(self, package: SteeringPackage) -> Mapping[str, str]:
+        """Answers, beside those of `write`, with which `read` takes all of what `write` wrote as it
+        stands there."""
+        return {}
 
     def losses(self, package: SteeringPackage, answers: Answers) -> list[Loss]:
         """What `write` would leave out or change.

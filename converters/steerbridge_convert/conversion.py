@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from steerbridge.conversion import ConversionReport
@@ -11,7 +11,7 @@ from steerbridge.format import Answers, Format, Loss, check_source, detect, get_
 from steerbridge.package import SteeringPackage
 from steerbridge.spec import BaseModelInfo
 from steerbridge.tensors import Dtype
-from steerbridge_convert import publishing, reduction, vectors
+from steerbridge_convert import publishing, reduction, rereading, vectors
 from steerbridge_convert.base import base_model
 
 
@@ -104,15 +104,23 @@ def convert(
     losses = [*losses, *rounded, *after.losses(package, supplied)]
     if losses and not allow_loss:
         raise WouldLose(after.name, losses)
-    write(after, package, Path(target), supplied)
+    write(after, package, Path(target), supplied, losses)
     acts = vectors.told(package)
     return ConversionReport(before.name, after.name, Path(target), tuple(losses), truncations, acts)
 
 
-def write(format: Format, package: SteeringPackage, target: Path, answers: Answers) -> None:
-    """Write beside the target, then put it into place, so that a partial target never appears.
+def write(
+    format: Format,
+    package: SteeringPackage,
+    target: Path,
+    answers: Answers,
+    losses: Sequence[Loss] = (),
+) -> None:
+    """Write beside the target, read that back, then put it into place: a target that is partial or
+    wrong never appears.
 
     Raises:
+        NotReadBack: what was written acts differently, beyond the losses.
         PackageError: a file that Steerbridge did not write is in the way.
     """
     if format.atomic:
@@ -120,6 +128,7 @@ def write(format: Format, package: SteeringPackage, target: Path, answers: Answe
         return
     with publishing.published(target) as fresh:
         format.write(package, fresh, answers)
+        rereading.check(format, package, fresh, answers, losses)
 
 
 def _refuse_unknown(answers: Mapping[str, str], before: Format, after: Format) -> None:

@@ -7,6 +7,7 @@ that should act come from another file.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -335,6 +336,11 @@ class Cast(Format):
                     )
                 )
         return losses
+
+    def whole(self, package: SteeringPackage) -> Mapping[str, str]:
+        probes = [p for p in package.spec.probes if isinstance(p, CosineProbe)]
+        layers = ",".join(str(package.spec.depth(p.readings[0].site)) for p in probes)
+        return {"layers": layers, "threshold": "0", "fires_when": ">"}
 
     def write(self, package: SteeringPackage, path: Path, answers: Answers) -> None:
         directions: dict[str, Any] = {}

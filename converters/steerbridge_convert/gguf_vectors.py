@@ -32,7 +32,7 @@ from steerbridge.format import (
 from steerbridge.package import SteeringPackage
 from steerbridge.tensors import Tensor
 from steerbridge_convert import files, vectors
-from steerbridge_convert.scope import OPTIONS, scope
+from steerbridge_convert.scope import OPTIONS, WHOLE, scope
 
 ARCHITECTURE: Final = "controlvector"
 HINT: Final = Option(
@@ -55,7 +55,6 @@ _KEYS: Final = frozenset(
 
 class _Directions(Format):
     options = (*OPTIONS, HINT)
-    unsteerable: frozenset[int] = frozenset()  # blocks whose vectors are left out
     hint = HINT
     holds = Holds(
         interventions=frozenset({"add_vector"}),
@@ -87,7 +86,7 @@ class _Directions(Format):
         return vectors.scoped(path.stem, base, by_block, vectors.outputs, chosen)
 
     def write(self, package: SteeringPackage, path: Path, answers: Answers) -> None:
-        by_block = vectors.keyed_by_output(package, self.name, self.unsteerable)
+        by_block = vectors.keyed_by_output(package, self.name, self.omits)
 
         def fill(writer: GGUFWriter) -> None:
             # repeng rejects a file without the hint; llama.cpp ignores these keys.
@@ -99,6 +98,9 @@ class _Directions(Format):
 
         gguf_file.write(path, ARCHITECTURE, fill)
 
+    def whole(self, package: SteeringPackage) -> Mapping[str, str]:
+        return WHOLE
+
     def describe(self, writer: GGUFWriter) -> None:
         """Add metadata that only this tool uses."""
 
@@ -108,7 +110,7 @@ class ControlVector(_Directions):
 
     name = "control-vector"
     title = "llama.cpp control vector (GGUF)"
-    unsteerable = frozenset({0})
+    omits = frozenset({1})
     holds = Holds(
         interventions=frozenset({"add_vector"}),
         sites="outputs of blocks 1 and up",

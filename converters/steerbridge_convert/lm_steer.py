@@ -8,6 +8,7 @@ exact in both directions.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -73,6 +74,9 @@ class LmSteer(Format):
         u = Tensor.of(np.concatenate(scaled, axis=1))
         v = Tensor.of(np.concatenate([p.T for p in one], axis=0))
         return heads.package(path.stem, base, Head(answers.get(EPSILON), u, v))
+
+    def whole(self, package: SteeringPackage) -> Mapping[str, str]:
+        return {VALUES.name: "1"}
 
     def write(self, package: SteeringPackage, path: Path, answers: Answers) -> None:
         _, head = heads.only(package, self.name)

@@ -84,6 +84,11 @@ LIKE: Final = Option(
     "",
 )
 OPTIONS: Final = (LAYERS, POSITIONS, STRENGTH, LIKE)
+WHOLE: Final[Mapping[str, str]] = {  # all that a file holds, as it is stored
+    LAYERS.name: ALL,
+    POSITIONS.name: "all_positions",
+    STRENGTH.name: "1",
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ output. Directions are unit vectors; the strength is `auto_alpha` if steerkit ca
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -90,6 +91,9 @@ class Steerkit(Format):
         placed = sites[site]({layer: Tensor.of(directions[method])})
         strength, positions = _STRENGTH.parse(alpha, self.name), answers.get(POSITIONS)
         return vectors.package(path.stem, base, placed, strength, positions)
+
+    def whole(self, package: SteeringPackage) -> Mapping[str, str]:
+        return {POSITIONS.name: "all_positions"}
 
     def write(self, package: SteeringPackage, path: Path, answers: Answers) -> None:
         acting = vectors.acting(package, AddVector)

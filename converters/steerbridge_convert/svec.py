@@ -9,6 +9,7 @@ may store several vectors per layer ([K][D]: heads, positions, bases); only K = 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,7 +29,7 @@ from steerbridge.format import (
 from steerbridge.package import SteeringPackage
 from steerbridge.tensors import Tensor
 from steerbridge_convert import files, vectors
-from steerbridge_convert.scope import OPTIONS, scope
+from steerbridge_convert.scope import OPTIONS, WHOLE, scope
 
 APPLIED_AT = Option(
     "applied_at",
@@ -76,6 +77,9 @@ class IbmSvec(Format):
         vectors.checked(by_layer, base, self.name)
         return vectors.scoped(path.stem, base, by_layer, vectors.inputs, scope(answers, by_layer))
 
+    def whole(self, package: SteeringPackage) -> Mapping[str, str]:
+        return WHOLE
+
     def write(self, package: SteeringPackage, path: Path, answers: Answers) -> None:
         directions = {
             str(k): values.tolist()
@@ -109,6 +113,9 @@ class AisteerSvec(Format):
         vectors.checked(by_layer, base, self.name)
         place = vectors.inputs if answers.get(APPLIED_AT) == "layer_input" else vectors.outputs
         return vectors.scoped(path.stem, base, by_layer, place, scope(answers, by_layer))
+
+    def whole(self, package: SteeringPackage) -> Mapping[str, str]:
+        return WHOLE
 
     def write(self, package: SteeringPackage, path: Path, answers: Answers) -> None:
         if answers.get(APPLIED_AT) == "layer_input":

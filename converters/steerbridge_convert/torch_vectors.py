@@ -6,6 +6,7 @@ All three add the vector, times a multiplier that the runtime sets, to the outpu
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
@@ -24,7 +25,7 @@ from steerbridge.format import (
 from steerbridge.package import SteeringPackage
 from steerbridge.tensors import Float32, Tensor
 from steerbridge_convert import pickles, vectors
-from steerbridge_convert.scope import OPTIONS, scope
+from steerbridge_convert.scope import OPTIONS, WHOLE, scope
 
 _HOLDS: Final = Holds(
     interventions=frozenset({"add_vector"}),
@@ -40,6 +41,9 @@ class _TorchVectors(Format):
     def vectors(self, path: Path) -> dict[int, Tensor]:
         """Vectors by the block whose output they change."""
         raise NotImplementedError
+
+    def whole(self, package: SteeringPackage) -> Mapping[str, str]:
+        return WHOLE
 
     def contents(self, path: Path) -> dict[str, Any]:
         by_block = self.vectors(path)

@@ -122,12 +122,14 @@ def by_depth(package: SteeringPackage) -> dict[int, Float32]:
     """
     sums: dict[int, Float32] = {}
     for rule, vector in acting(package, AddVector):
-        factor = np.float32(vector.alpha * strength(rule))
+        with np.errstate(over="ignore"):
+            factor = np.float32(vector.alpha * strength(rule))
         for target in vector.targets:
             depth = package.spec.depth(target.site)
             values = package.tensors[target.vector].float32()
-            values = values if factor == 1 else factor * values
-            sums[depth] = sums[depth] + values if depth in sums else values
+            with np.errstate(over="ignore", invalid="ignore"):  # no reader takes infinity
+                values = values if factor == 1 else factor * values
+                sums[depth] = sums[depth] + values if depth in sums else values
     return dict(sorted(sums.items()))
 
 
@@ -159,14 +161,17 @@ def strength(rule: Rule) -> float:
 
 
 def keyed_by_output(
-    package: SteeringPackage, format: str, dropped: frozenset[int] = frozenset()
+    package: SteeringPackage, format: str, omits: frozenset[int] = frozenset()
 ) -> dict[int, Float32]:
-    """Vectors by the number of the block whose output they change, without `dropped` blocks.
+    """Vectors by the number of the block whose output they change, without those at `omits`.
+
+    Args:
+        omits: depths.
 
     Raises:
         NotRepresentable: a vector acts before the output of block 0, or none is left.
     """
-    return _keyed(package, format, shift=1, dropped=dropped)
+    return _keyed(package, format, shift=1, omits=omits)
 
 
 def keyed_by_input(package: SteeringPackage, format: str) -> dict[int, Float32]:
@@ -179,15 +184,15 @@ def keyed_by_input(package: SteeringPackage, format: str) -> dict[int, Float32]:
 
 
 def _keyed(
-    package: SteeringPackage, format: str, shift: int, dropped: frozenset[int] = frozenset()
+    package: SteeringPackage, format: str, shift: int, omits: frozenset[int] = frozenset()
 ) -> dict[int, Float32]:
-    blocks = [k for k in range(package.spec.base_model.num_layers) if k not in dropped]
+    blocks = [k for k in range(package.spec.base_model.num_layers) if k + shift not in omits]
     side = "output" if shift else "input"
     by_block: dict[int, Float32] = {}
     for depth, values in by_depth(package).items():
-        block = depth - shift
-        if block in dropped:
+        if depth in omits:
             continue
+        block = depth - shift
         if block not in blocks:
             raise NotRepresentable(
                 format,
