@@ -179,6 +179,7 @@ class Format(ABC):
     options: ClassVar[tuple[Option, ...]] = ()  # for reading
     write_options: ClassVar[tuple[Option, ...]] = ()
     exact: ClassVar[bool] = True  # writing and reading back is bit-identical
+    writable: ClassVar[bool] = True
     needs_model: ClassVar[bool] = False  # needs the output embedding of the base model
     # `write` itself reads back, compares and replaces an existing target atomically.
     atomic: ClassVar[bool] = False

@@ -5,12 +5,14 @@ The package that an artifact is made from is the richest that the format represe
 
 from __future__ import annotations
 
+import json
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import save_file
 
 import helpers
 from helpers import LOW_RANK, MEAN, head, linear_probe, package, reading, rule
@@ -86,6 +88,17 @@ SAMPLES: dict[str, Sample] = {
         },
         ".gguf",
     ),
+    "directions": Sample(
+        {**ALWAYS, "interventions": [vector("layer_input[0]", "layer_output[2]")]},
+        ".npy",
+        read={**ALL_LAYERS, "act": "add", "site": "layer_input"},
+    ),
+    "easysteer-payload": Sample(_OUTPUTS, ".json", read=ALL_LAYERS),
+    "vllm-hook": Sample({**ALWAYS, "interventions": [vector("layer_output[2]")]}),
+    "sae-lens": Sample(
+        {**ALWAYS, "interventions": [vector("layer_output[2]")]},
+        read={"feature": "3", "strength": "1", "positions": "all_positions"},
+    ),
     "svec-ibm": Sample(_INPUTS, ".svec", read=ALL_LAYERS),
     "svec-aisteer360": Sample(
         _INPUTS,
@@ -145,6 +158,7 @@ SAMPLES: dict[str, Sample] = {
     ),
 }
 FORMAT_NAMES = sorted(SAMPLES)
+WRITABLE = [name for name in FORMAT_NAMES if get_format(name).writable]
 HIDDEN = 64  # hidden size of AutoSteer's prober
 
 
@@ -162,10 +176,38 @@ def sample(name: str, facts: ModelFacts = helpers.FACTS) -> SteeringPackage:
 def written(name: str, folder: Path, model: Path | None, facts: ModelFacts = helpers.FACTS) -> Path:
     """The artifact of a format, in a folder of its own."""
     artifact = SAMPLES[name]
-    source = sample(name, facts).save(folder / name / "source")
+    package = sample(name, facts)
+    source = package.save(folder / name / "source")
     target = folder / name / f"{artifact.name}{artifact.suffix}"
+    if name == "sae-lens":
+        return autoencoder(target, package.tensors["v0"].float32())
     convert(source, target, to=name, answers=artifact.write, model=model, allow_loss=name == "cast")
     return target
+
+
+def autoencoder(folder: Path, row: Any, **config: Any) -> Path:
+    """A sparse autoencoder as SAELens 6 saves it, on the output of block 2; `row` is feature 3."""
+    features = 5
+    decoder = np.random.default_rng(0).normal(size=(features, len(row))).astype(np.float32)
+    decoder[3] = row
+    encoder = np.ascontiguousarray(decoder.T)
+    biases = {"b_enc": np.zeros(features, np.float32), "b_dec": np.zeros(len(row), np.float32)}
+    folder.mkdir(parents=True)
+    save_file({"W_dec": decoder, "W_enc": encoder, **biases}, folder / "sae_weights.safetensors")
+    stored = {
+        "d_in": len(row),
+        "d_sae": features,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": True,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "metadata": {"hook_name": "blocks.2.hook_resid_post", "sae_lens_version": "6.54.12"},
+        "architecture": "standard",
+        **config,
+    }
+    (folder / "cfg.json").write_text(json.dumps(stored))
+    return folder
 
 
 def read_as_package(name: str, path: Path, weights: Path, **answers: str) -> SteeringPackage:

@@ -81,7 +81,7 @@ _PEFT_ACTIVE: Final = {
     "option_of_a_newer_release": True,
 }
 
-# Format -> key -> (value, what a reader makes of it).
+# Format -> key (SECTION/KEY inside another) -> (value, what a reader makes of it).
 KEYS: Final[Mapping[str, Mapping[str, tuple[Any, str]]]] = {
     "control-vector": _DESCRIBED,
     "repeng": _DESCRIBED,
@@ -177,9 +177,41 @@ KEYS: Final[Mapping[str, Mapping[str, tuple[Any, str]]]] = {
         "scale": (2.0, REFUSED),
     },
     "lm-steer": {"projector3": (1, REFUSED)},
+    "easysteer-payload": {
+        "version": (2, REFUSED),
+        "kind": ("concept_pair", REFUSED),
+        "extra": ({"layer": 1}, REFUSED),
+        "sha256": ("0", REFUSED),
+        "scale": (2.0, REFUSED),
+    },
+    "vllm-hook": {
+        "model_info": ({"name": "a"}, UNDERSTOOD),
+        "optimizations": ({"MIA_WRITER_PROCESS": 0}, UNDERSTOOD),
+        "steering/coefficient": (2.0, UNDERSTOOD),
+        "steering/optimal_layer": ([1, 2], UNDERSTOOD),
+        "steering/positions": ("last_token", UNDERSTOOD),
+        "steering/phase": ("prefill", REFUSED),
+        "steering/method": ("adjust_rs", REFUSED),
+        "steering/vector_path": ("../vector.pt", REFUSED),
+        "steering/normalize": (True, REFUSED),
+    },
+    "sae-lens": {
+        **dict.fromkeys(("d_sae", "dtype", "device", "apply_b_dec_to_input"), (1, UNDERSTOOD)),
+        "architecture": ("transcoder", REFUSED),
+        "k": (32, UNDERSTOOD),
+        "rescale_acts_by_decoder_norm": (True, UNDERSTOOD),
+        "metadata/model_name": ("a", UNDERSTOOD),
+        "metadata/hook_name": ("blocks.2.hook_resid_pre", UNDERSTOOD),
+        "metadata/hook_head_index": (1, REFUSED),
+        "metadata/hook_name_out": ("blocks.2.hook_mlp_out", REFUSED),
+        "normalize_activations": ("layer_norm", REFUSED),
+        "reshape_activations": ("hook_z", REFUSED),
+        "finetuning_scaling_factor": (True, REFUSED),
+        "decoder_rotation": ("a", REFUSED),
+    },
 }
 # Those whose files hold tensors under fixed names and nothing else.
-WITHOUT_KEYS: Final = ("autosteer", "cast", "easyedit", "hotwire")
+WITHOUT_KEYS: Final = ("autosteer", "cast", "directions", "easyedit", "hotwire")
 
 
 def verdict(format: str, key: str, value: Any, artifact: Path, folder: Path, weights: Path) -> str:
@@ -197,17 +229,20 @@ def verdict(format: str, key: str, value: Any, artifact: Path, folder: Path, wei
             changed, source_format=format, answers=sample.read, base=weights, model=weights
         )
     except ConversionError as error:
-        named = key in str(error) or str(value) in str(error)
+        named = key.rpartition("/")[2] in str(error) or str(value) in str(error)
         return REFUSED if named else f"refused without its name: {error}"
     return REPORTED if losses else UNDERSTOOD
 
 
 def _set(path: Path, key: str, value: Any) -> None:
-    described = {"adapter_config.json", "probe.json", "args.json"}
+    described = {"adapter_config.json", "probe.json", "args.json", "steering.json", "cfg.json"}
     if path.is_dir():
         path = next(p for p in path.iterdir() if p.name in described)
     if path.suffix in (".json", ".svec"):
-        path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+        content = json.loads(path.read_text())
+        section, _, name = key.rpartition("/")
+        (content[section] if section else content)[name] = value
+        path.write_text(json.dumps(content))
     elif path.suffix == ".gguf":
         _set_gguf(path, key, value)
     elif path.suffix == ".safetensors":

@@ -12,7 +12,13 @@ from gguf import GGUFWriter
 from artifacts import ALL_LAYERS, FORMAT_NAMES, SAMPLES, read_as_package
 from foreign_keys import KEYS, WITHOUT_KEYS, verdict
 from steerbridge import gguf_file
-from steerbridge.errors import NotRepresentable, UnreadableSource, WouldLose
+from steerbridge.errors import (
+    InvalidOption,
+    MissingOption,
+    NotRepresentable,
+    UnreadableSource,
+    WouldLose,
+)
 from steerbridge_convert import convert, publishing, read
 
 torch = pytest.importorskip("torch", reason="needs the extra `convert`")
@@ -95,12 +101,50 @@ def test_a_missing_shard_with_the_head_is_told(artifact_paths, tmp_path, tiny_we
         read(artifact_paths["peft"], base=tiny_weights, model=model)
 
 
-def test_vectors_of_other_methods_in_a_directory_are_refused(
-    artifact_paths, tmp_path, tiny_weights
-):
+def test_one_of_several_vectors_of_a_layer_is_asked_for(artifact_paths, tmp_path, tiny_weights):
+    """STA of EasyEdit2 writes one vector for each mode and share that it trims."""
     folder = tmp_path / "sta"
     shutil.copytree(artifact_paths["easyedit"], folder)
     (folder / publishing.LIST).unlink()
-    torch.save(torch.ones(16), folder / "layer_1_act_trim0.65.pt")
-    with pytest.raises(NotRepresentable, match=r"layer_1_act_trim0\.65\.pt: unknown"):
+    trimmed = torch.arange(16.0)
+    torch.save(trimmed, folder / "layer_1_act_trim0.65.pt")
+    torch.save(trimmed, folder / "layer_2_act_trim0.65.pt")
+    with pytest.raises(MissingOption, match=r"plain, act_trim0\.65"):
         read(folder, answers=ALL_LAYERS, base=tiny_weights)
+    with pytest.raises(InvalidOption, match=r"the directory has plain, act_trim0\.65"):
+        read(folder, answers={**ALL_LAYERS, "variant": "sum"}, base=tiny_weights)
+    answers = {**ALL_LAYERS, "variant": "act_trim0.65"}
+    package, losses = read(folder, answers=answers, base=tiny_weights)
+    assert not losses
+    assert [t.float32().tolist() for t in package.tensors.values()] == 2 * [trimmed.tolist()]
+    for name in list(folder.iterdir()):  # a vector that `merge` wrote
+        name.unlink()
+    torch.save(trimmed, folder / "layer_2_merged_vector.pt")
+    package, _ = read(folder, answers=ALL_LAYERS, base=tiny_weights)
+    assert [str(t.site) for t in package.spec.interventions[0].targets] == ["layer_output[2]"]
+    torch.save(trimmed, folder / "metadata.pt")
+    with pytest.raises(NotRepresentable, match=r"metadata\.pt: unknown"):
+        read(folder, answers=ALL_LAYERS, base=tiny_weights)
+
+
+def test_a_checkpoint_of_lm_steer_has_its_epsilon(tmp_path, tiny_weights):
+    """The original saves the options of its command line beside the projectors."""
+    from argparse import Namespace
+
+    projectors = {key: torch.ones(1, 16, 2) for key in ("projector1", "projector2")}
+    options = {"adaptor_class": "multiply", "adapted_component": "final_layer", "epsilon": 0.02}
+    path = tmp_path / "gpt2.pt"
+
+    def head(answers=(), state=projectors, **changes):
+        torch.save([Namespace(**{**options, **changes}), state, 1000], path)
+        answers = {"values": "1", **dict(answers)}
+        return read(path, answers=answers, base=tiny_weights)[0].spec.interventions[0]
+
+    assert head().eps == 0.02
+    assert head({"epsilon": "0.5"}).eps == 0.5
+    with pytest.raises(NotRepresentable, match="adapted_component"):
+        head(adapted_component="input_embedding")
+    with pytest.raises(NotRepresentable, match="add_vec"):
+        head(state={"add_vec": torch.ones(1, 16)})
+    with pytest.raises(UnreadableSource, match="epsilon"):
+        head(epsilon="much")

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from artifacts import FORMAT_NAMES, SAMPLES, sample
+from artifacts import SAMPLES, WRITABLE, sample
 from steerbridge import load
 from steerbridge.errors import ConversionError, NotRepresentable, PackageError
 from steerbridge.format import get_format
@@ -32,7 +32,7 @@ def texts(folder):
     }
 
 
-@pytest.mark.parametrize("name", FORMAT_NAMES)
+@pytest.mark.parametrize("name", WRITABLE)
 def test_nothing_foreign_is_lost(name, tmp_path, tiny_weights):
     pytest.importorskip("torch")
     source = sample(name).save(tmp_path / "source")
@@ -57,7 +57,7 @@ def test_nothing_foreign_is_lost(name, tmp_path, tiny_weights):
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(f".{target.name}.")]
 
 
-@pytest.mark.parametrize("name", [n for n in FORMAT_NAMES if not get_format(n).atomic])
+@pytest.mark.parametrize("name", [n for n in WRITABLE if not get_format(n).atomic])
 def test_what_a_tool_wrote_is_left_alone(name, tmp_path, tiny_weights):
     pytest.importorskip("torch")
     source = sample(name).save(tmp_path / "source")

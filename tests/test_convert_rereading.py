@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from artifacts import FORMAT_NAMES, SAMPLES
+from artifacts import SAMPLES, WRITABLE
 from steerbridge.errors import NotReadBack, NotRepresentable, PackageError
 from steerbridge.format import get_format
 from steerbridge.package import load
@@ -15,7 +15,7 @@ from steerbridge.tensors import Tensor
 from steerbridge_convert import convert
 
 pytest.importorskip("torch", reason="needs the extra `convert`")
-FOREIGN = [name for name in FORMAT_NAMES if not name.startswith("steerbridge")]
+FOREIGN = [name for name in WRITABLE if not name.startswith("steerbridge")]
 
 
 def mistakes(package):

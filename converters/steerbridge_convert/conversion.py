@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from steerbridge.conversion import ConversionReport
-from steerbridge.errors import InvalidOption, WouldLose
+from steerbridge.errors import InvalidOption, NotRepresentable, WouldLose
 from steerbridge.format import Answers, Format, Loss, check_source, detect, get_format
 from steerbridge.package import SteeringPackage
 from steerbridge.spec import BaseModelInfo
@@ -94,6 +94,8 @@ def convert(
     before = _format(Path(source), source_format)
     own = "steerbridge-gguf" if Path(target).suffix == ".gguf" else "steerbridge"
     after = get_format(to or own)
+    if not after.writable:
+        raise NotRepresentable(after.name, "the format is read only")
     publishing.require_free(after, Path(target), overwrite)
     answers = dict(answers or {})
     _refuse_unknown(answers, before, after)

@@ -39,7 +39,6 @@ from steerbridge_convert.gguf_vectors import GLP
 
 HOOK: Final = "residual_stream_post_layer"
 UNIT: Final = 1e-3  # how far from one a norm may be: some tools normalise once more
-_ROUNDED: Final = 1e-5  # the norm of a unit vector in float32
 _STRENGTH: Final = Option(
     "strength", finite, "share of the direction that is taken out", "glp.alpha_default of the file"
 )
@@ -150,7 +149,7 @@ class Glp(Format):
                 norm = float(np.linalg.norm(values.astype(np.float64)))
                 if norm == 0:
                     raise NotRepresentable(self.name, f"a zero vector at {target.site}")
-                exact = abs(norm - 1) < _ROUNDED
+                exact = abs(norm - 1) < vectors.UNIT
                 directions[block] = np.ascontiguousarray(values if exact else values / norm, "<f4")
                 strength = out.alpha * vectors.strength(rule) * (1 if exact else norm**2)
                 alphas.add(np.float32(strength))

@@ -1,14 +1,15 @@
 """LM-Steer, original and in EasyEdit2: pairs of projectors after the final norm.
 
-`lm_steer_vector.pt` is a list [HyperParams object, {"projector1", "projector2"} each
-[steers, d, rank], step]. Applied as h' = h + epsilon sum_s value_s (h P1_s) P2_s^T
-(easyeditor/models/lm_steer), which is W = sum_s value_s P2_s P1_s^T at low rank. Conversion is
-exact in both directions.
+A checkpoint is a list [options, {"projector1", "projector2"} each [steers, d, rank], step]; the
+options (argparse's of the original, HyperParams of EasyEdit2) hold the epsilon it was trained with.
+Applied as h' = h + epsilon sum_s value_s (h P1_s) P2_s^T (lm_steer/models/steers.py), which is
+W = sum_s value_s P2_s P1_s^T at low rank. Conversion is exact in both directions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,6 +24,7 @@ from steerbridge.format import (
     finite,
     require_known,
     several,
+    shown,
     unreadable,
 )
 from steerbridge.package import SteeringPackage
@@ -30,10 +32,12 @@ from steerbridge.tensors import Tensor
 from steerbridge_convert import heads, pickles
 from steerbridge_convert.heads import Head
 
-_CLASSES: Final = r"[\w.]*HyperParams"
-
-
-EPSILON: Final = Option("epsilon", finite, "epsilon of the tool", 1e-3)
+# The first of the list: options of EasyEdit2, or what the original's command line said.
+_KINDS: Final = frozenset({"projector1", "add_vec", "offset_vec"})
+_CLASSES: Final = r"[\w.]*HyperParams|argparse\.Namespace"
+_EPSILON: Final = 1e-3  # of both tools
+EPSILON: Final = Option("epsilon", finite, "epsilon of the tool", _EPSILON)
+_STORED: Final = replace(EPSILON, default="what the file says, else that of the tool")
 VALUES: Final = Option("values", several(finite), "steer_values, one per steer, comma-separated")
 
 
@@ -48,11 +52,11 @@ class LmSteer(Format):
         sites="head input",
         strength="the tool sets epsilon and steer_values when it runs",
     )
-    options = (EPSILON, VALUES)
+    options = (_STORED, VALUES)
     write_options = (EPSILON,)
 
     def recognises(self, path: Path) -> bool:
-        return pickles.holds(path, lambda x: "projector1" in _pair(x), _CLASSES)
+        return pickles.holds(path, lambda x: not _KINDS.isdisjoint(map(str, _pair(x))), _CLASSES)
 
     def contents(self, path: Path) -> dict[str, Any]:
         one, two = _projectors(path)
@@ -60,6 +64,7 @@ class LmSteer(Format):
 
     def read(self, path: Path, answers: Answers) -> SteeringPackage:
         one, two = _projectors(path)
+        epsilon = answers.get(_STORED) if EPSILON.name in answers.values else _stored(path)
         values, base = answers.get(VALUES), answers.base_model()
         if one.shape[1] != base.hidden_size:
             raise NotRepresentable(
@@ -73,7 +78,7 @@ class LmSteer(Format):
         ]
         u = Tensor.of(np.concatenate(scaled, axis=1))
         v = Tensor.of(np.concatenate([p.T for p in one], axis=0))
-        return heads.package(path.stem, base, Head(answers.get(EPSILON), u, v))
+        return heads.package(path.stem, base, Head(epsilon, u, v))
 
     def whole(self, package: SteeringPackage) -> Mapping[str, str]:
         return {VALUES.name: "1"}
@@ -91,9 +96,28 @@ class LmSteer(Format):
         pickles.save([None, projectors, 0], path)
 
 
+def _stored(path: Path) -> float:
+    """The epsilon of the options that a file holds, or the tools' default.
+
+    Raises:
+        NotRepresentable: they say that the change is of another kind.
+    """
+    content = pickles.load(path, _CLASSES)
+    said = getattr(content[0], "__dict__", {}) if isinstance(content, list) and content else {}
+    for key, used in (("adaptor_class", "multiply"), ("adapted_component", "final_layer")):
+        if said.get(key, used) != used:
+            raise NotRepresentable("lm-steer", f"{key} = {shown(said[key])}")
+    epsilon = said.get("epsilon", _EPSILON)
+    if isinstance(epsilon, bool) or not isinstance(epsilon, int | float):
+        raise unreadable(path, "epsilon", "a number", shown(epsilon))
+    return finite(str(epsilon))
+
+
 def _projectors(path: Path) -> tuple[Any, Any]:
     content = pickles.load(path, _CLASSES)
     pair = _pair(content)
+    if other := {"add_vec", "offset_vec"} & set(map(str, pair)):
+        raise NotRepresentable("lm-steer", f"{', '.join(other)}: it adds, and multiplies nothing")
     if not {"projector1", "projector2"} <= set(pair):
         raise unreadable(
             path, "list", "[.., {projector1, projector2}, step]", type(content).__name__

@@ -40,10 +40,9 @@ def check(
     Raises:
         NotReadBack: the reader refuses it, or it acts differently.
     """
-    values = {**answers.values, **format.whole(package)}
-    known = {option.name for option in format.options}
-    supplied = {name: value for name, value in values.items() if name in known}
-    given = Answers(format.name, supplied, answers.base, answers.model)
+    written = {option.name for option in format.write_options} & set(answers.values)
+    values = {name: answers.values[name] for name in written} | dict(format.whole(package))
+    given = Answers(format.name, values, answers.base, answers.model)
     try:
         again = format.read(path, given)
     except SteerbridgeError as error:

@@ -83,6 +83,11 @@ LIKE: Final = Option(
     f"layers, positions and strength of a tool's example: {', '.join(LIKES)}",
     "",
 )
+ACT: Final = Option(
+    "act",
+    one_of("add", "project_out"),
+    "add: the vectors are added; project_out: their directions are taken out (strength 1: wholly)",
+)
 OPTIONS: Final = (LAYERS, POSITIONS, STRENGTH, LIKE)
 WHOLE: Final[Mapping[str, str]] = {  # all that a file holds, as it is stored
     LAYERS.name: ALL,

@@ -111,7 +111,7 @@ class Steerkit(Format):
             "schema_version": "3",
             "layer": str(site.layer),
             "n_total_layers": str(base.num_layers),
-            "normalized_depth": f"{site.layer / max(base.num_layers - 1, 1):.6f}",
+            "normalized_depth": f"{(site.layer + 1) / (base.num_layers + 1):.6f}",
             "model_id": base.name,
             "hook_site": where,
             "hook_name": f"blocks.{site.layer}.hook_{where}",

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Final
 
 import numpy as np
 
-from steerbridge.errors import NotRepresentable
+from steerbridge.errors import InvalidOption, MissingOption, NotRepresentable
 from steerbridge.format import (
     Answers,
     Format,
@@ -24,7 +24,7 @@ from steerbridge.format import (
 )
 from steerbridge.package import SteeringPackage
 from steerbridge.tensors import Float32, Tensor
-from steerbridge_convert import pickles, vectors
+from steerbridge_convert import bare, pickles, vectors
 from steerbridge_convert.scope import OPTIONS, WHOLE, scope
 
 _HOLDS: Final = Holds(
@@ -50,7 +50,12 @@ class _TorchVectors(Format):
         return {"vectors": {str(k): [v.dtype, *v.shape] for k, v in sorted(by_block.items())}}
 
     def read(self, path: Path, answers: Answers) -> SteeringPackage:
-        by_block = self.vectors(path)
+        return self.package(path, self.vectors(path), answers)
+
+    def package(
+        self, path: Path, by_block: Mapping[int, Tensor], answers: Answers
+    ) -> SteeringPackage:
+        """A package of the vectors of a file."""
         base = answers.base_model()
         vectors.checked(by_block, base, self.name)
         chosen = scope(answers, by_block)
@@ -96,11 +101,21 @@ def _fields(content: Any) -> dict[Any, Any]:
 
 
 _OBJECT: Final = r"steering_vectors\.steering_vector\.SteeringVector"
-_LAYER_FILE: Final = re.compile(r"^layer_(\d{1,5})\.pt$")
+_LAYER_FILE: Final = re.compile(r"^layer_(\d{1,5})(?:_(\w[\w.]{0,99}))?\.pt$")
+_PLAIN: Final = "plain"
+_VARIANT: Final = Option(
+    "variant",
+    str,
+    "which of the vectors of a layer: the end of their files' names (act_and_freq_trim0.35, "
+    f"merged_vector), or {_PLAIN}; only if there are several",
+    "",
+)
 
 
 class EasyEdit(_TorchVectors):
-    """EasyEdit2 (CAA, vector_prompt, merge, SAE): a directory of `layer_{k}.pt` files."""
+    """EasyEdit2: a directory of `layer_{k}.pt` (CAA, vector_prompt, SAE) or
+    `layer_{k}_merged_vector.pt` (merge), or of `layer_{k}_{mode}_trim{t}.pt` (STA, which writes
+    several to choose from)."""
 
     name = "easyedit"
     title = "EasyEdit2 vectors (directory)"
@@ -108,24 +123,46 @@ class EasyEdit(_TorchVectors):
     def recognises(self, path: Path) -> bool:
         return path.is_dir() and any(_LAYER_FILE.match(p.name) for p in path.iterdir())
 
-    def vectors(self, path: Path) -> dict[int, Tensor]:
+    options = (*OPTIONS, _VARIANT)
+
+    def contents(self, path: Path) -> dict[str, Any]:
+        return {"files": sorted(file.name for files in _variants(path).values() for file in files)}
+
+    def read(self, path: Path, answers: Answers) -> SteeringPackage:
+        variants, chosen = _variants(path), answers.get(_VARIANT)
+        if not chosen and len(variants) > 1:
+            raise MissingOption(self.name, _VARIANT.name, f"one of {', '.join(variants)}")
+        if chosen and chosen not in variants:
+            choices = f"{shown(chosen)}: the directory has {', '.join(variants)}"
+            raise InvalidOption(self.name, _VARIANT.name, choices)
         by_block = {}
-        tensors = [p.name for p in path.iterdir() if p.suffix in (".pt", ".pth")]
-        known = [name for name in tensors if _LAYER_FILE.match(name)]
-        require_known(self.name, path.name, tensors, known)
-        for file in sorted(path.iterdir()):
-            if number := _LAYER_FILE.match(file.name):
-                if int(number[1]) in by_block:
-                    raise unreadable(path, file.name, "one file a layer", "two")
-                by_block[int(number[1])] = pickles.tensor(pickles.load(file), "tensor", file, 1)
-        if not by_block:
-            raise unreadable(path, "files", "layer_{k}.pt", "none")
-        return by_block
+        for file in variants[chosen or next(iter(variants))]:
+            number = _LAYER_FILE.match(file.name)
+            assert number is not None
+            if int(number[1]) in by_block:
+                raise unreadable(path, file.name, "one file a layer", "two")
+            by_block[int(number[1])] = pickles.tensor(pickles.load(file), "tensor", file, 1)
+        return self.package(path, by_block, answers)
 
     def write(self, package: SteeringPackage, path: Path, answers: Answers) -> None:
         path.mkdir()
         for k, values in vectors.keyed_by_output(package, self.name).items():
             pickles.save(pickles.torch_tensor(values), path / f"layer_{k}.pt")
+
+
+def _variants(path: Path) -> dict[str, list[Path]]:
+    """The files of a directory by the end of their names."""
+    stored = [p for p in sorted(path.iterdir()) if p.suffix in (".pt", ".pth")]
+    require_known(
+        EasyEdit.name, path.name, [p.name for p in stored if not _LAYER_FILE.match(p.name)], ()
+    )
+    variants: dict[str, list[Path]] = {}
+    for file in stored:
+        if number := _LAYER_FILE.match(file.name):
+            variants.setdefault(number[2] or _PLAIN, []).append(file)
+    if not variants:
+        raise unreadable(path, "files", "layer_{k}.pt", "none")
+    return variants
 
 
 class Hotwire(_TorchVectors):
@@ -135,6 +172,8 @@ class Hotwire(_TorchVectors):
     title = "hotwire-vllm vectors (.pt)"
 
     def recognises(self, path: Path) -> bool:
+        if bare.described(path):
+            return False
         return pickles.holds(path, lambda x: hasattr(x, "dim") and x.dim() in (1, 2))
 
     def contents(self, path: Path) -> dict[str, Any]:
@@ -144,7 +183,9 @@ class Hotwire(_TorchVectors):
         array, base = self._tensor(path), answers.base_model()
         if array.ndim == 2 and len(array) != base.num_layers:
             raise NotRepresentable(
-                self.name, f"{len(array)} rows for {base.num_layers} blocks of {base.name}"
+                self.name,
+                f"{len(array)} rows for {base.num_layers} blocks of {base.name} (persona vectors "
+                "have one more: --from directions)",
             )
         rows = np.broadcast_to(array, (base.num_layers, array.shape[-1]))
         vectors.checked({0: rows[0]}, base, self.name)

@@ -8,7 +8,7 @@ which.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import numpy as np
 
@@ -28,6 +28,7 @@ from steerbridge.spec import (
 from steerbridge.tensors import Float32, Tensor
 from steerbridge_convert.scope import Scope
 
+UNIT: Final = 1e-5  # how far from one the norm of a unit vector in float32 may be
 Vectors = Mapping[int, Tensor]  # by a tool's layer number, or by depth
 Acting = TypeVar("Acting", AddVector, ProjectOut)
 
@@ -53,17 +54,35 @@ def scoped(
     vectors: Vectors,
     place: Callable[[Vectors], Placed],
     scope: Scope,
+    act: str = "add",
 ) -> SteeringPackage:
-    """A package that adds the vectors of a file on every prompt, where and as strongly as was said.
+    """A package that adds the vectors of a file on every prompt, where and as strongly as was said,
+    or takes their directions out.
 
     Args:
         vectors: by the tool's number of the layer; `place` makes sites of them.
+        act: `add` or `project_out`.
+
+    Raises:
+        NotRepresentable: a vector of zeros has no direction.
     """
+    if act == "project_out":
+        vectors = {k: _direction(vectors[k], k) for k in scope.strengths}
     groups = {
         strength: place({k: vectors[k] for k, s in scope.strengths.items() if s == strength})
         for strength in dict.fromkeys(scope.strengths.values())
     }
-    return _package(name, base, groups, scope.position, AddVector)
+    kind = ProjectOut if act == "project_out" else AddVector
+    return _package(name, base, groups, scope.position, kind)
+
+
+def _direction(vector: Tensor, layer: int) -> Tensor:
+    """The unit vector."""
+    values = vector.float32().astype(np.float64)
+    norm = float(np.linalg.norm(values))
+    if norm == 0:
+        raise NotRepresentable("project_out", f"layer {layer}: a vector of zeros has no direction")
+    return vector if abs(norm - 1) < UNIT else Tensor.of(values / norm)
 
 
 def _package(

@@ -85,6 +85,10 @@ class ToyFormat(Format):
         tensors = {f"vector.{block}": Tensor.of(vector) for block, vector in vectors.items()}
         return SteeringPackage(parse(spec), tensors)  # checks every name and shape
 
+    def whole(self, package: SteeringPackage) -> dict[str, str]:  # noqa: ARG002
+        """See `Format`: how to read all of a written file as it stands there."""
+        return {STRENGTH.name: "1"}
+
     def write(self, package: SteeringPackage, path: Path, answers: Answers) -> None:  # noqa: ARG002
         """See `Format`: alpha and strength become part of the vectors."""
         spec, sums = package.spec, defaultdict[int, Any](lambda: np.float32(0))
