@@ -187,11 +187,18 @@ class Format(ABC):
 
     @abstractmethod
     def recognises(self, path: Path) -> bool:
-        """True if `path` looks like this format; runs no code from the file."""
+        """True if `path` looks like this format; runs no code from the file.
+
+        Raises:
+            UnreadableSource: a file of this kind that is malformed.
+        """
 
     def replaces(self, path: Path) -> bool:
         """True if `path` holds this format for certain, so that it may be written over."""
-        return self.recognises(path)
+        try:
+            return self.recognises(path)
+        except UnreadableSource:
+            return False
 
     @abstractmethod
     def contents(self, path: Path) -> dict[str, Any]:
@@ -389,17 +396,25 @@ def detect(path: Path) -> Format:
 
     Raises:
         FileNotFoundError: `path` does not exist.
-        UnreadableSource: see `check_source`.
+        UnreadableSource: see `check_source`; or no format recognises it, for it is malformed.
         UnknownFormat: no format recognises it, or several do; the user must name one.
     """
     if not path.exists():
         raise FileNotFoundError(f"nothing to convert at {path}")
     check_source(path)
-    matches = [format for format in formats().values() if format.recognises(path)]
+    matches: list[Format] = []
+    malformed: list[UnreadableSource] = []
+    for format in formats().values():
+        try:
+            matches += [format] if format.recognises(path) else []
+        except UnreadableSource as error:
+            malformed.append(error)
     if len(matches) == 1:
         return matches[0]
     if matches:
         raise UnknownFormat(
             f"several formats match {path}; name one with --from", [f.name for f in matches]
         )
+    if malformed:
+        raise malformed[0]
     raise UnknownFormat(f"no known format matches {path}; name one with --from", tuple(formats()))

@@ -18,6 +18,12 @@ from steerbridge.spec import BaseModelInfo
 # `-` and a trailing `_text`. Several model types share the `llama` graph.
 _ARCHITECTURES: Final = {
     "mistral": "llama",
+    "mixtral": "llama",
+    "cohere": "command-r",
+    "deepseek_v2": "deepseek2",
+    "deepseek_v3": "deepseek2",
+    "glm": "chatglm",
+    "granitemoehybrid": "granitehybrid",
     "qwen2_5_vl": "qwen2vl",
     "qwen2_5_vl_text": "qwen2vl",
     "phi": "phi2",

@@ -16,7 +16,7 @@ from steerbridge.errors import (
     UnknownFormat,
     UnreadableSource,
 )
-from steerbridge.format import detect
+from steerbridge.format import detect, get_format
 from steerbridge.reference import apply
 from steerbridge.spec import LayerInput, LayerOutput
 from steerbridge_convert import read
@@ -122,16 +122,21 @@ def test_the_direction_of_refusal_direction_says_its_layer(tmp_path, tiny_weight
 )
 def test_arrays_that_are_none(array, tmp_path, tiny_weights):
     np.save(tmp_path / "v.npy", array)
-    with pytest.raises(UnknownFormat):
-        detect(tmp_path / "v.npy")
     with pytest.raises(UnreadableSource, match="array"):
-        read(tmp_path / "v.npy", source_format="directions", answers=SCOPE, base=tiny_weights)
+        read(tmp_path / "v.npy", answers=SCOPE, base=tiny_weights)
 
 
-def test_a_pickle_in_a_numpy_file_is_not_run(tmp_path):
+def test_a_pickle_in_a_numpy_file_is_not_run(tmp_path, tiny_weights):
     np.save(tmp_path / "v.npy", np.array([print], object), allow_pickle=True)
-    with pytest.raises(UnknownFormat):
-        detect(tmp_path / "v.npy")
+    with pytest.raises(UnreadableSource, match="an array of numpy"):
+        read(tmp_path / "v.npy", answers=SCOPE, base=tiny_weights)
+
+
+@pytest.mark.parametrize("name", ["v.pt", "v.gguf", "v.npy", "v.safetensors", "v.svec"])
+def test_what_is_wrong_with_a_malformed_file_is_told(name, tmp_path):
+    (tmp_path / name).write_bytes(b"cut off")
+    with pytest.raises(UnreadableSource, match=name):
+        get_format(detect(tmp_path / name).name).contents(tmp_path / name)
 
 
 def test_a_safetensors_file_of_several_tensors_is_none(tmp_path, tiny_weights):

@@ -6,11 +6,13 @@ import pytest
 
 import artifacts
 import helpers
-from artifacts import ALL_LAYERS, SAMPLES, mlp, vector
+from artifacts import ALL_LAYERS, SAMPLES, WRITABLE, mlp, sample, vector
 from helpers import head, package, rule
 from steerbridge import gguf_file
 from steerbridge.errors import NotRepresentable, WouldLose
+from steerbridge.format import get_format
 from steerbridge_convert import convert
+from steerbridge_convert.combining import combined
 
 
 def test_losses_are_reported_and_refused(tmp_path):
@@ -94,3 +96,28 @@ def test_an_intervention_that_only_acts_after_block_0_is_dropped_for_llama_cpp(t
     path = package(probes=[], interventions=[first], rules=[rule(None, ["v"])]).save(tmp_path / "q")
     with pytest.raises(NotRepresentable, match="at the output of a block it steers"):
         convert(path, tmp_path / "w.gguf", to="control-vector", allow_loss=True)
+
+
+@pytest.mark.parametrize("name", [n for n in WRITABLE if not get_format(n).holds.token_readings])
+def test_token_readings_and_sentences_are_never_dropped_in_silence(name, tmp_path, tiny_weights):
+    """Beside all that the format holds: a probe that reads every row, and a sentence."""
+    whole = sample(name)
+    sites = [helpers.site("layer_input[2]")]
+    reading = {"sites": sites, "scope": "both", "window": 4, "skip": 0, "rows": "all"}
+    more = package(
+        probes=[
+            helpers.linear_probe(
+                "rows", token_reading=reading, comparator=">=", threshold=0.5, link="sigmoid"
+            )
+        ],
+        interventions=[{"id": "words", "type": "say", "text": "No.", "tokens": [3]}],
+        rules=[rule(["rows"], ["words"])],
+    )
+    both, _ = combined([whole, more], "both")
+    source = both.save(tmp_path / "both.gguf")
+    with pytest.raises((WouldLose, NotRepresentable)) as caught:
+        convert(source, tmp_path / "out", to=name, answers=SAMPLES[name].write, model=tiny_weights)
+    told = str(caught.value)
+    assert "rows" in told
+    assert "words" in told or isinstance(caught.value, NotRepresentable)
+    assert not (tmp_path / "out").exists()

@@ -33,7 +33,7 @@ def test_missing_and_invalid_options(tmp_path, artifact_paths, tiny_weights):
             answers={**ALL_LAYERS, "strength": "one"},
             base=tiny_weights,
         )
-    with pytest.raises(InvalidOption, match="polarity: unknown; known options: layers"):
+    with pytest.raises(InvalidOption, match="polarity: unknown; known options: hint, layers"):
         convert(
             artifact_paths["repeng"], tmp_path / "a", answers={"polarity": "up"}, base=tiny_weights
         )

@@ -18,7 +18,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from steerbridge.errors import NotRepresentable, UnreadableSource
+from steerbridge.errors import ConversionError, NotRepresentable
 from steerbridge.format import (
     Answers,
     Format,
@@ -60,16 +60,16 @@ class Directions(Format):
     def recognises(self, path: Path) -> bool:
         if path.is_dir():
             return (path / MEASURED).is_file() and (path / _DIRECTION).is_file()
-        if path.suffix in _TORCH and not described(path):  # others look the same: see `hotwire`
-            return False
-        try:
-            _read(path)
-        except (UnreadableSource, NotRepresentable):
-            return False
-        return True
+        if path.suffix == ".safetensors":
+            return path.is_file() and len(files.safetensors(path)) == 1 and not _hooked(path)
+        # Others look like those of torch.save: see `hotwire`.
+        return path.is_file() and (path.suffix == ".npy" or described(path))
 
     def replaces(self, path: Path) -> bool:
-        return path.is_file() and (path.suffix in _TORCH or self.recognises(path))
+        try:
+            return path.is_file() and bool(_read(path))
+        except ConversionError:
+            return False
 
     def contents(self, path: Path) -> dict[str, Any]:
         tensor, measured = _read(path)
@@ -124,6 +124,12 @@ class Directions(Format):
 def described(path: Path) -> bool:
     """True for the direction of a run of refusal_direction."""
     return path.name == _DIRECTION and path.with_name(MEASURED).is_file()
+
+
+def _hooked(path: Path) -> bool:
+    """True for a probe of steerkit, which may hold one direction as well."""
+    with safe_open(path, "numpy") as file:
+        return "hook_site" in (file.metadata() or {})
 
 
 def _row(tensor: Tensor, k: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, Final
 
 from steerbridge import encodings, gguf_model
 from steerbridge.errors import DataError
@@ -34,18 +35,47 @@ def base_model(path: Path) -> BaseModelInfo:
         raise unreadable(path, "metadata", "a language model", error) from error
 
 
+# Names of transformers' configurations; the older ones have others than `hidden_size`.
+_NAMES: Final[dict[str, tuple[str, ...]]] = {
+    "hidden_size": ("hidden_size", "n_embd", "d_model"),
+    "num_layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
+    "vocab_size": ("vocab_size",),
+}
+
+
 def _of_config(file: Path) -> BaseModelInfo:
     whole = files.json_object(file)
     try:
-        config = {**whole, **whole.get("text_config", {})}  # the language model of a VLM
+        config = {**whole, **(whole.get("text_config") or {})}  # the language model of a VLM
+        model_type = config["model_type"]
+        stated: dict[str, Any] = {
+            field: next((config[name] for name in names if name in config), None)
+            for field, names in _NAMES.items()
+        }
+        if None in stated.values():  # a configuration leaves out what is as its class has it
+            default = _default(model_type)
+            stated = {
+                field: getattr(default, _NAMES[field][0], None) if value is None else value
+                for field, value in stated.items()
+            }
         architectures: list[str] = whole.get("architectures") or []
         return BaseModelInfo(
             name=str(whole.get("_name_or_path") or file.parent.name),
-            model_type=config["model_type"],
-            hidden_size=config["hidden_size"],
-            num_layers=config["num_hidden_layers"],
-            vocab_size=config["vocab_size"],
-            **({"architecture": architectures[0]} if architectures else {}),
+            model_type=model_type,
+            architecture=architectures[0] if architectures else None,
+            **stated,
         )
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise unreadable(file, "config", "a transformers configuration", error) from error
+
+
+def _default(model_type: str) -> Any:
+    """The configuration that transformers makes of a name alone; None without it."""
+    try:
+        from transformers import AutoConfig
+    except ImportError:
+        return None
+    try:
+        return AutoConfig.for_model(model_type)
+    except ValueError:  # a type that this release does not know
+        return None

@@ -21,8 +21,13 @@ from steerbridge_convert.scope import LIKES
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(help="File or directory to convert.")],
-    target: Annotated[Path, typer.Argument(help="File or directory to write.")],
+    paths: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="SOURCE... TARGET",
+            help="File or directory to convert (several with --combine), and the one to write.",
+        ),
+    ],
     to: Annotated[
         str,
         typer.Option(
@@ -34,8 +39,15 @@ def convert(
     ] = "",
     answers: Annotated[
         list[str],
-        typer.Option("--set", help="NAME=VALUE of an option (see `steerbridge formats`)."),
+        typer.Option(
+            "--set",
+            help="NAME=VALUE of an option (see `steerbridge formats`); with --combine, "
+            "2:NAME=VALUE is of the second source.",
+        ),
     ] = [],
+    combine: Annotated[
+        bool, typer.Option(help="Several sources into one: each acts as it would alone.")
+    ] = False,
     like: Annotated[
         str,
         typer.Option(help="Vectors act as in a tool's example: " + ", ".join(LIKES) + "."),
@@ -74,6 +86,12 @@ def convert(
     json: command_line.Json = False,
 ) -> None:
     """Convert an artifact between formats; every loss is reported."""
+    *sources, target = paths
+    if len(sources) != 1 and not (combine and sources):
+        want = "SOURCE and TARGET, or several sources and --combine"
+        raise SteerbridgeError(f"expected {want}, found {len(paths)} paths")
+    if data and combine:
+        raise SteerbridgeError("--data compares one source with what it becomes")
     if dtype not in ("", "F32", "F16", "BF16"):
         raise SteerbridgeError(f"--dtype: expected F32, F16 or BF16, found {dtype!r}")
     if data and model is None:
@@ -89,7 +107,7 @@ def convert(
         "model": model,
     }
     report = conversion.convert(
-        source,
+        sources,
         target,
         to=to or None,
         rank=rank,
@@ -101,7 +119,7 @@ def convert(
     )
     refused: dict[str, float] = {}
     if prompts:
-        before, _ = conversion.read(source, **origin)
+        before, _ = conversion.read(sources[0], **origin)
         refused = _refused(before, load(target), str(model), runtime, prompts)
     if json:
         command_line.print_json(report.to_json() | ({"refused": refused} if refused else {}))

@@ -32,13 +32,14 @@ def gguf(path: Path) -> gguf_file.GgufFile:
 
 
 def gguf_metadata(path: Path) -> Mapping[str, Any]:
-    """The metadata of a GGUF file; empty for any other path."""
+    """The metadata of a GGUF file; empty for any other path.
+
+    Raises:
+        UnreadableSource: malformed.
+    """
     if not path.is_file() or path.suffix != ".gguf":
         return {}
-    try:
-        return gguf_file.read(path).metadata
-    except BrokenPackage:
-        return {}
+    return gguf(path).metadata
 
 
 def safetensors(path: Path) -> dict[str, Tensor]:

@@ -171,10 +171,13 @@ def _gguf_embedding(path: Path) -> Embedding:
     return Embedding(piece, (tensor.shape[0], tensor.shape[1]), tied, tensor.name)
 
 
-_NAMES: Final = (
-    "lm_head.weight",
-    "model.embed_tokens.weight",
-    "model.language_model.embed_tokens.weight",
+# Names of the output embedding in the files of transformers' models, and of the input embedding
+# that a tied one is.
+_HEADS: Final = ("lm_head.weight", "language_model.lm_head.weight", "embed_out.weight")
+_INPUTS: Final = (
+    *("model.embed_tokens.weight", "model.language_model.embed_tokens.weight"),
+    *("language_model.model.embed_tokens.weight", "model.text_model.embed_tokens.weight"),
+    *("transformer.wte.weight", "wte.weight"),
 )
 
 
@@ -183,10 +186,11 @@ def _directory_embedding(path: Path) -> Embedding:
     for file in sorted(path.glob("*.safetensors")):
         with safe_open(file, "numpy") as opened:
             where |= dict.fromkeys(opened.keys(), file)
-    name = next((n for n in _NAMES if n in where), None)
+    name = next((n for n in (*_HEADS, *_INPUTS) if n in where), None)
     if name is None:
-        raise unreadable(path, "*.safetensors", f"one of {', '.join(_NAMES)}", "none of them")
-    if name != _NAMES[0] and _has_head_of_its_own(path):
+        names = ", ".join((*_HEADS, *_INPUTS))
+        raise unreadable(path, "*.safetensors", f"one of {names}", "none of them")
+    if name in _INPUTS and _has_head_of_its_own(path):
         want = "lm_head.weight, which this model has (a shard of it is missing)"
         raise unreadable(path, "*.safetensors", want, "none")
     stored = files.safetensors(where[name])[name]
@@ -194,7 +198,7 @@ def _directory_embedding(path: Path) -> Embedding:
     def piece(part: slice) -> Float32:
         return Tensor(stored.dtype, stored.array[part]).float32()
 
-    return Embedding(piece, stored.shape, name != "lm_head.weight", name)  # type: ignore[arg-type]
+    return Embedding(piece, stored.shape, name in _INPUTS, name)  # type: ignore[arg-type]
 
 
 def _has_head_of_its_own(path: Path) -> bool:
@@ -203,7 +207,7 @@ def _has_head_of_its_own(path: Path) -> bool:
     listed = files.json_object(index).get("weight_map", {}) if index.is_file() else {}
     stated = files.json_object(config) if config.is_file() else {}
     tied = {**stated, **(stated.get("text_config") or {})}.get("tie_word_embeddings")
-    return _NAMES[0] in listed or tied is False
+    return not set(_HEADS).isdisjoint(listed) or tied is False
 
 
 # ---------------------------------------------------------------- from a change of logits

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from gguf import GGUFWriter
+from gguf import MODEL_ARCH_NAMES, GGUFWriter
 from gguf.quants import dequantize
 from safetensors.numpy import save_file
 
@@ -156,6 +156,8 @@ class GgufLora(_HeadLora):
             if answers.model.is_file()
             else gguf_model.architecture(package.spec.base_model.model_type)
         )
+        if architecture not in MODEL_ARCH_NAMES.values():
+            raise NotRepresentable(self.name, f"{architecture}: no architecture of llama.cpp")
 
         def fill(writer: GGUFWriter) -> None:
             writer.add_type("adapter")

@@ -23,7 +23,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from steerbridge.errors import RuntimeMissing, UnreadableSource
+from steerbridge.errors import RuntimeMissing
 from steerbridge.format import unreadable
 from steerbridge.tensors import Tensor
 
@@ -225,13 +225,14 @@ _NAMES: Final[dict[str, Any]] = {
 
 
 def holds(path: Path, test: Callable[[Any], bool], classes: str = "") -> bool:
-    """True for a `torch.save` file whose contents pass a test."""
+    """True for a `torch.save` file whose contents pass a test.
+
+    Raises:
+        UnreadableSource: malformed, or it names other classes.
+    """
     if not path.is_file() or path.suffix not in (".pt", ".pth", ".bin"):
         return False
-    try:
-        return test(load(path, classes))
-    except UnreadableSource:
-        return False
+    return test(load(path, classes))
 
 
 def _torch() -> Any:
