@@ -5,8 +5,8 @@ STAMP := $(VENV)/.set-up
 BASE ?= python3
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: setup setup-peers setup-clients setup-apps setup-browser demo check conformance \
-  conformance-models test test-apps test-tgi lint schema docs report \
+.PHONY: setup setup-peers setup-lens setup-clients setup-apps setup-browser demo check conformance \
+  conformance-models test test-apps test-tgi test-lens lint schema docs report \
   parity fuzz soak bench-safety bench-safety-multimodal bench-calibration bench-train bench-overhead bench-kernels \
   bench-convert bench-serve test-install test-minimal test-nightly clean
 .DEFAULT_GOAL := setup
@@ -30,8 +30,8 @@ $(STAMP): pyproject.toml requirements/setup.txt $(NATIVE)
 	@touch $@
 
 # What needs older versions than ours, each in an environment of its own: tools whose artifacts are
-# converted (peers), TGI's old client (clients).
-setup-peers setup-clients: setup-%: .venv-%/.set-up
+# converted (peers, and lens: those on TransformerLens), TGI's old client (clients).
+setup-peers setup-lens setup-clients: setup-%: .venv-%/.set-up
 
 .venv-%/.set-up: requirements/%.txt
 	@test -x .venv-$*/bin/python || $(BASE) -m venv .venv-$*
@@ -54,7 +54,7 @@ demo: setup
 	@$(PYTHON) examples/demo.py
 
 test: setup setup-peers setup-clients setup-apps setup-browser
-	@$(PYTHON) -m pytest
+	@$(PYTHON) -m pytest -m "not lens"
 	@echo '{"test": "passed"}'
 
 # UPDATE=1: write the records of what was tried, and the table in docs/run.md.
@@ -80,6 +80,11 @@ test-install: setup
 test-minimal: setup
 	@$(PYTHON) tests/install/minimal.py
 
+# steerkit and SAELens apply artifacts and write some.
+test-lens: setup setup-lens
+	@$(PYTHON) -m pytest -m lens
+	@echo '{"test-lens": "passed"}'
+
 # What takes too long for every change; goes on where it was stopped. PART=demo: that part alone.
 test-nightly: setup
 	@$(PYTHON) tests/nightly.py $(PART)
@@ -91,7 +96,7 @@ test-tgi: setup
 
 # What to run before every commit: under four minutes once .venv is there, without a compiler, a
 # browser, a real model or another environment.
-QUICK := not (slow or native or apps or browser or peers)
+QUICK := not (slow or native or apps or browser or peers or lens)
 check: setup
 	@start=$$(date +%s) && $(MAKE) --silent lint >&2 && $(PYTHON) -m pytest -q -m "$(QUICK)" >&2 && \
 	  echo "{\"check\": \"passed\", \"seconds\": $$(($$(date +%s) - start))}"
@@ -147,4 +152,4 @@ bench-overhead: OPTIONS += --parts $(PARTS)
 bench-overhead: $(if $(filter llama_server,$(PARTS)),setup-apps)
 
 clean:
-	rm -rf $(VENV) .venv-peers .venv-clients .cache
+	rm -rf $(VENV) .venv-peers .venv-lens .venv-clients .cache

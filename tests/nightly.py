@@ -40,6 +40,7 @@ PARTS: Final = {
     "conformance": Part(("make", "conformance"), 60),
     "soak": Part(("make", "soak"), 60),
     "fuzz": Part(("make", "fuzz"), 120),
+    "lens": Part(("make", "test-lens"), 20),
     "models": Part(("make", "conformance-models"), 30),
 }
 

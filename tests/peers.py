@@ -1,8 +1,9 @@
 """Runs in .venv-peers: the tools themselves apply our artifacts and write some of their own.
 
-`python peers.py JOB`: JOB is a JSON object with the model directory, artifacts by format, token
-ids and an output directory. Writes `logits.npz`, `theirs.gguf` (repeng) and `theirs.pt` (the
-pickled dataclass of steering-vectors).
+`python peers.py JOB`: JOB is a JSON object with the model directory, artifacts by format, the
+directory of a deeper model, token ids and an output directory. Writes `logits.npz`, `theirs.gguf`
+(repeng) and `theirs.pt` (the pickled dataclass of steering-vectors), and with the deeper model and
+as in the READMEs of both tools `quick.gguf` and `quick.pt`.
 """
 
 import json
@@ -38,7 +39,27 @@ def main() -> None:
     torch.save(theirs, out / "theirs.pt")
     logits["steering-vectors theirs"] = steered(model, theirs, ids)
     logits["hotwire"] = hotwired(model, job["artifacts"]["hotwire"], ids)
+    logits |= quickstarts(job["deep"], ids, out)
     np.savez(out / "logits.npz", **logits)
+
+
+def quickstarts(folder: str, ids: torch.Tensor, out: Path) -> dict[str, np.ndarray]:
+    """A vector for every layer, applied as the tool's README does it."""
+    model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32).eval()
+    layers, width = model.config.num_hidden_layers, model.config.hidden_size
+    rng = np.random.default_rng(1)
+    directions = {k: rng.normal(size=width).astype(np.float32) for k in range(1, layers)}
+    logits = {"plain quick": model(ids).logits[0].numpy()}
+    added = SteeringVector({k: torch.from_numpy(v) for k, v in directions.items()})
+    torch.save(added, out / "quick.pt")
+    with added.apply(model):
+        logits["steering-vectors quick"] = model(ids).logits[0].numpy()
+    vector = ControlVector(model.config.model_type, directions)
+    vector.export_gguf(out / "quick.gguf")
+    wrapped = ControlModel(model, list(range(-5, -18, -1)))
+    wrapped.set_control(vector, 1.0)
+    logits["repeng quick"] = wrapped(ids).logits[0].numpy()
+    return logits
 
 
 def controlled(model: torch.nn.Module, vector: ControlVector, ids: torch.Tensor) -> np.ndarray:
