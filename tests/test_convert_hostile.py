@@ -63,11 +63,19 @@ def shared_lists(path):
     torch.save({"layer_activations": inner}, path)
 
 
+def lying(path):
+    """An array of numpy with four bytes and a header that says terabytes."""
+    np.save(path, np.ones(1, "f4"))
+    more = b"0" * 12
+    path.write_bytes(path.read_bytes().replace(b"(1,), }" + b" " * 12, b"(1" + more + b",), }", 1))
+
+
 BOMBS = {
     "a.pt": repeated,
     "b.pt": deflated,
     "c.svec": many_numbers,
     "d.pt": shared_lists,
+    "e.npy": lying,
 }
 
 
