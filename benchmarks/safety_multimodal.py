@@ -84,6 +84,7 @@ def measured(
         **{kind: figures["kinds"][kind] for kind in CHANNELS},
         "harmless_identical": figures["harmless_identical"],
         "fpr_general": figures["fpr"]["general"],
+        "fpr_text_beside_picture": figures["fpr"]["text"],
         "refusal_wellformed": figures["refusal_wellformed"],
         "prompts": len(examples),
     }

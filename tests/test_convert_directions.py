@@ -139,6 +139,18 @@ def test_what_is_wrong_with_a_malformed_file_is_told(name, tmp_path):
         get_format(detect(tmp_path / name).name).contents(tmp_path / name)
 
 
+def test_malformed_headers_and_vectors_are_told(tmp_path, tiny_weights):
+    np.save(tmp_path / "v.npy", ROW)
+    raw = (tmp_path / "v.npy").read_bytes()
+    (tmp_path / "v.npy").write_bytes(raw.replace(b"'shape': (", b"'shape': [(((", 1))
+    with pytest.raises(UnreadableSource, match="an array of numpy"):
+        read(tmp_path / "v.npy", answers=SCOPE, base=tiny_weights)
+    ragged = {"model_type": "llama", "directions": {"1": [[1.0], [1.0, 2.0]]}}
+    (tmp_path / "v.svec").write_text(json.dumps(ragged))
+    with pytest.raises(UnreadableSource, match="a vector of numbers"):
+        get_format("svec-ibm").contents(tmp_path / "v.svec")
+
+
 def test_a_safetensors_file_of_several_tensors_is_none(tmp_path, tiny_weights):
     save_file({"a": ROW, "b": ROW}, tmp_path / "v.safetensors")
     with pytest.raises(UnknownFormat):
@@ -182,6 +194,11 @@ def test_a_vector_of_vllm_hook(tmp_path, tiny_weights):
         read(hooked(tmp_path, apply_at_all_positions=False), base=tiny_weights)
     with pytest.raises(UnreadableSource, match="optimal_layer"):
         read(hooked(tmp_path, optimal_layer=[1, 1]), base=tiny_weights)
+    for wrong in ([], "v\0.pt", 3):
+        with pytest.raises(UnreadableSource, match="vector_path"):
+            read(hooked(tmp_path, vector_path=wrong), base=tiny_weights)
+    with pytest.raises(NotRepresentable, match="positions"):
+        read(hooked(tmp_path, positions=["all_tokens"]), base=tiny_weights)
     with pytest.raises(UnreadableSource, match="coefficient"):
         read(hooked(tmp_path, coefficient=True), base=tiny_weights)
 

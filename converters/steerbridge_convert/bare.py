@@ -161,7 +161,7 @@ def _read(path: Path) -> tuple[Tensor, Mapping[str, Any]]:
 def _numpy(path: Path) -> Tensor:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
+    except Exception as error:  # numpy parses a header as Python, which fails in many ways
         raise unreadable(path, "file", "an array of numpy", error) from error
     if array.dtype.kind != "f" or array.dtype.itemsize > 8:
         raise unreadable(path, "array", "float16, float32 or float64", array.dtype)

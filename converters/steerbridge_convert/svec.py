@@ -68,7 +68,7 @@ class IbmSvec(Format):
         content = load(path)
         return {
             "model_type": content["model_type"],
-            "directions": {k: list(np.shape(v)) for k, v in content["directions"].items()},
+            "directions": {k: _shape(v, k, path) for k, v in content["directions"].items()},
         }
 
     def read(self, path: Path, answers: Answers) -> SteeringPackage:
@@ -123,6 +123,13 @@ class AisteerSvec(Format):
         else:
             by_block = vectors.keyed_by_output(package, self.name)
         dump(path, package, {str(k): [values.tolist()] for k, values in by_block.items()})
+
+
+def _shape(value: Any, key: str, path: Path) -> list[int]:
+    try:
+        return list(np.shape(value))
+    except ValueError as error:
+        raise unreadable(path, f"directions[{key!r}]", "a vector of numbers", error) from error
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -158,7 +158,7 @@ class VllmHook(Format):
                     "positions: last_token for the prompt's last token and every new one",
                 )
             said = "all_tokens"
-        if said not in _POSITIONS:
+        if not isinstance(said, str) or said not in _POSITIONS:
             raise NotRepresentable(self.name, f"positions = {shown(said)}")
         return _POSITIONS[said]
 
@@ -212,7 +212,7 @@ def _vector_file(path: Path, steering: Mapping[str, Any], answers: Answers) -> P
     if chosen != Path():
         return chosen
     folder, name = _file(path).parent, steering.get("vector_path")
-    if not isinstance(name, str) or not name:
+    if not isinstance(name, str) or not name or "\0" in name:
         raise unreadable(_file(path), "vector_path", "a path", shown(name))
     if not (folder / name).resolve().is_relative_to(folder.resolve()):
         raise NotRepresentable(
