@@ -118,7 +118,7 @@ def resident(pid: int) -> int:
 
 def share(values: Iterable[bool]) -> float:
     flags = list(values)
-    return round(sum(flags) / len(flags), 4)
+    return round(float(sum(flags)) / len(flags), 4)
 
 
 def with_threshold(package: SteeringPackage, threshold: float) -> SteeringPackage:

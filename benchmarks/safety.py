@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -63,22 +64,22 @@ def main() -> None:
         say(f"{one}: {one.evidence.safety['promise']} {one.evidence.safety['forms']}")
     model, tell = open_smollm2(), progress()
     done = Stages(CACHE / "safety", f"{guard} {shipped} {options.compare} {sha256(test)}")
-    margins = {
-        one: done.stage(
+    of_guard, of_shipped = (
+        done.stage(
             f"margins {one.package.spec.name}",
             lambda one=one: listed(decided(model, one.package, sets, tell)),
         )
         for one in (guard, shipped)
-    }
-    fired = {one: above(found, 0) for one, found in margins.items()}
+    )
+    fired = above(of_guard, 0)
     result: dict[str, Any] = {
         "guards": [str(guard), str(shipped)],
         "public_data": public,
         "probes": {p.id: list(p.reads) for p in guard.package.spec.probes},
         "promise": guard.evidence.safety["promise"],
-        **figures(fired[guard]),
-        "curve": curve(margins[guard]),
-        "shipped_only": {**figures(fired[shipped]), "curve": curve(margins[shipped])},
+        **figures(fired),
+        "curve": curve(of_guard),
+        "shipped_only": {**figures(above(of_shipped, 0)), "curve": curve(of_shipped)},
         "leakage": share(leaking(test, train)),
         "prompts": {name: len(prompts) for name, prompts in sets.items()},
     }
@@ -88,12 +89,10 @@ def main() -> None:
         "baseline", lambda: figures(baseline.verdicts(divided, TrainSettings(), sets))
     )
     result["attacks"] = done.stage("attacks", lambda: attacks(model, guard.package, test))
-    result["llama_cpp"] = done.stage(
-        "llama.cpp", lambda: quantised(guard, divided, sets, fired[guard])
-    )
+    result["llama_cpp"] = done.stage("llama.cpp", lambda: quantised(guard, divided, sets, fired))
     result |= done.stage("dialogues", lambda: dialogues(model, guard.package, sets))
     result |= done.stage("refusals", lambda: refusals(model, guard, pooled_guard(), sets))
-    result |= done.stage("watched", lambda: watched(model, guard.package, sets, fired[guard]))
+    result |= done.stage("watched", lambda: watched(model, guard.package, sets, fired))
     result |= answers(model, guard, test, options.compare)
     done.forget()
     finish(result)
@@ -193,7 +192,8 @@ def quantised(
     from steerbridge_llama_cpp import open_model
 
     llama = open_model(smollm2(), n_ctx=2048)
-    traffic = [divided.examples[i] for i in divided.of("calibrate") if divided.traffic[i]]
+    calm = [divided.examples[i] for i in divided.of("calibrate") if divided.traffic[i]]
+    traffic = [replace(e, kind="traffic") for e in calm]  # one promise for all of them, as in train
     settings = TrainSettings()
     fitted = calibration.fit(
         llama, guard.package, traffic, {"*": settings.target_fpr}, confidence=settings.confidence

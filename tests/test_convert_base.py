@@ -33,15 +33,23 @@ def test_a_configuration_in_other_words(tmp_path):
     assert (found.hidden_size, found.num_layers, found.vocab_size) == (768, 12, 50257)
 
 
-def test_a_configuration_that_leaves_defaults_out(tmp_path, monkeypatch):
-    pytest.importorskip("transformers", reason="needs the extra `hf`")
+def test_a_configuration_that_leaves_defaults_out(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(LLAVA))
     found = base.base_model(tmp_path)
     assert (found.model_type, found.architecture) == ("llama", "LlavaForConditionalGeneration")
     assert (found.hidden_size, found.num_layers, found.vocab_size) == (4096, 32, 32064)
-    monkeypatch.setattr(base, "_default", lambda _: None)
+    other = LLAVA | {"text_config": {"model_type": "unknown", "vocab_size": 32064}}
+    (tmp_path / "config.json").write_text(json.dumps(other))
     with pytest.raises(UnreadableSource, match="hidden_size"):
         base.base_model(tmp_path)
+
+
+@pytest.mark.parametrize("model_type", sorted(base._DEFAULTS))
+def test_defaults_are_those_of_transformers(model_type):
+    transformers = pytest.importorskip("transformers", reason="needs the extra `hf`")
+    config = transformers.AutoConfig.for_model(model_type)
+    found = (config.hidden_size, config.num_hidden_layers, config.vocab_size)
+    assert found == tuple(base._DEFAULTS[model_type].values())
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -98,3 +100,83 @@ def test_a_prompt_without_rows_in_scope_has_no_score():
         ((np.ones((1, 8), np.float32), np.zeros(1, np.float32)),),
     )
     assert set(tokens.scores(probe, rows, prompts.index, design)) == {NO_SCORE}
+
+
+@pytest.mark.parametrize("hidden", [0, 16])
+def test_a_blend_scores_as_the_sum_of_its_probes(hidden):
+    """Of probes that standardise their inputs differently."""
+    rng = np.random.default_rng(0)
+
+    def probe(seed):
+        draw = np.random.default_rng(seed)
+        sizes = [8, *([hidden] if hidden else []), 1]
+        layers = tuple(
+            (draw.normal(size=(o, i)).astype("f4"), draw.normal(size=o).astype("f4"))
+            for i, o in itertools.pairwise(sizes)
+        )
+        scale = draw.uniform(0.5, 2, 8).astype("f4")
+        return tokens.Fitted(draw.normal(size=8).astype("f4"), scale, layers)
+
+    x = rng.normal(size=(50, 8)).astype("f4")
+    parts = [(probe(1), 0.5), (probe(2), 2.0), (probe(3), -0.25)]
+    want = sum(factor * one.scores(x) for one, factor in parts)
+    blend = tokens.blended(parts)
+    np.testing.assert_allclose(blend.scores(x), want, rtol=1e-4, atol=1e-4)
+    assert len(blend.layers) == len(parts[0][0].layers)
+
+
+def task_of(kinds, count=400):
+    """A task on made-up rows whose harmful prompts are of these kinds in turn. Those of the last
+    kind carry a mark that some ordinary prompts carry as well."""
+    from steerbridge import Example, TrainSettings
+    from steerbridge.training.parts import Parts
+    from steerbridge.training.search import Task
+    from steerbridge.training.states import States
+
+    rows, harmful = made_up(count, 3)
+    array = np.array(rows.array)
+    examples = []
+    for i in range(count):
+        kind = kinds[i // 2 % len(kinds)] if harmful[i] else "general"
+        examples.append(Example(f"text {i}", bool(harmful[i]), kind))
+        if len(kinds) > 1 and (kind == kinds[-1] or (kind == "general" and i % 20 == 1)):
+            array[rows.starts[i] + 5 : rows.starts[i] + 9, 0, 1] += 4
+    part = np.array(["train", "train", "search", "search"])[np.arange(count) // 2 % 4]
+    whole = States(np.zeros((count, 0, 8), np.float16), (), Rows(array, rows.starts, SITES))
+    parts = Parts(tuple(examples), part, np.arange(count), ("chat",))
+    settings = TrainSettings(name="made up")
+    goal = next(goal for goal in settings.goals if goal.reads == "rows")
+    return Task(whole, parts, goal, settings)
+
+
+def test_a_blend_is_taken_where_it_detects_more(monkeypatch):
+    from steerbridge.training import search
+
+    monkeypatch.setattr(tokens, "HIDDEN", 8)
+    task, steps = task_of(("a", "b")), []
+    whole = task.judge(TokenDesign(SITES, 4, 8))
+    found = search._blended(task, whole, lambda: steps.append(1))
+    assert len(steps) == 3  # without a, without b, the blend
+    assert found is whole or found.detection > whole.detection
+    assert len(found.fitted.layers[0][0]) % 8 == 0
+    alone = task_of(("a",))
+    only = alone.judge(TokenDesign(SITES, 4, 8))
+    assert search._blended(alone, only, steps.append) is only
+
+
+def test_a_kind_that_is_left_out_is_not_trained_on():
+    task = task_of(("a", "b"))
+    design = TokenDesign(SITES, 4, 8)
+    read = []
+
+    def spy(rows, train, held, *rest, **options):
+        read.append({task.parts.examples[i].kind for i in train.index})
+        assert {task.parts.examples[i].kind for i in held.index} == {"a", "b", "general"}
+        return fit(rows, train, held, *rest, **options)
+
+    fit = tokens.fit
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokens, "fit", spy)
+        task.fit(design, without="b")
+        task.fit(design)
+    assert read == [{"a", "general"}, {"a", "b", "general"}]

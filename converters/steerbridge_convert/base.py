@@ -41,6 +41,13 @@ _NAMES: Final[dict[str, tuple[str, ...]]] = {
     "num_layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
     "vocab_size": ("vocab_size",),
 }
+# What a configuration of a vision-language model leaves out, being as its class has it.
+_DEFAULTS: Final[dict[str, dict[str, int]]] = {
+    "llama": {"hidden_size": 4096, "num_layers": 32, "vocab_size": 32000},
+    "mistral": {"hidden_size": 4096, "num_layers": 32, "vocab_size": 32000},
+    "gemma": {"hidden_size": 3072, "num_layers": 28, "vocab_size": 256000},
+    "gemma2": {"hidden_size": 2304, "num_layers": 26, "vocab_size": 256000},
+}
 
 
 def _of_config(file: Path) -> BaseModelInfo:
@@ -52,12 +59,8 @@ def _of_config(file: Path) -> BaseModelInfo:
             field: next((config[name] for name in names if name in config), None)
             for field, names in _NAMES.items()
         }
-        if None in stated.values():  # a configuration leaves out what is as its class has it
-            default = _default(model_type)
-            stated = {
-                field: getattr(default, _NAMES[field][0], None) if value is None else value
-                for field, value in stated.items()
-            }
+        default = _DEFAULTS.get(model_type, {})
+        stated = {f: default.get(f) if value is None else value for f, value in stated.items()}
         architectures: list[str] = whole.get("architectures") or []
         return BaseModelInfo(
             name=str(whole.get("_name_or_path") or file.parent.name),
@@ -67,15 +70,3 @@ def _of_config(file: Path) -> BaseModelInfo:
         )
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise unreadable(file, "config", "a transformers configuration", error) from error
-
-
-def _default(model_type: str) -> Any:
-    """The configuration that transformers makes of a name alone; None without it."""
-    try:
-        from transformers import AutoConfig
-    except ImportError:
-        return None
-    try:
-        return AutoConfig.for_model(model_type)
-    except ValueError:  # a type that this release does not know
-        return None

@@ -32,6 +32,11 @@ SPREAD: Final = (0.36, 0.7, 1.0)
 WINDOWS: Final = (8, 32)  # beside that of `TokenDesign`
 SAMPLE: Final = 3000  # prompts that a candidate of the search is fitted on
 SAMPLE_EPOCHS: Final = 6
+# Of a blend: the share of the harmful prompts that a kind has at least to be left out once, the
+# quantiles of ordinary prompts that are laid over one another, and how many probes it is a mean of.
+LEAST: Final = 0.2
+TAIL: Final = (0.5, 0.98)
+BLENDED: Final = 4
 
 Design = ProbeDesign | TokenDesign
 Scores = NDArray[np.float64]
@@ -93,9 +98,17 @@ class Task:
     def weights(self) -> NDArray[np.float64]:
         return np.array([self.goal.weight(e) for e in self.parts.examples])
 
-    def fit(self, design: Design, sample: int | None = None) -> Fitted:
-        """A probe fitted on the prompts to train on, or on so many of them."""
+    def fit(self, design: Design, sample: int | None = None, without: str = "") -> Fitted:
+        """A probe fitted on the prompts to train on, or on so many of them.
+
+        Args:
+            without: a kind of harmful prompts that is not trained on. When to stop is still judged
+                on all kinds, so that the fit ends before it forgets what it does not see.
+        """
         train = self._sampled(self.parts.of("train"), sample)
+        if without:
+            left_out = np.array([self.parts.examples[i].kind == without for i in train])
+            train = train[~(left_out & self.parts.harmful[train])]
         harmful, weights = self.parts.harmful, self.weights
         if isinstance(design, ProbeDesign):
             x = self.states.of(design.readings)[train]
@@ -203,7 +216,54 @@ def _rows(task: Task, tried: Callable[[], None]) -> SearchResult:
     design = best_of(replace(both, window=window) for window in WINDOWS)
     whole = task.judge(design)
     tried()
-    return SearchResult(whole, (), tuple(found), complete)
+    return SearchResult(_blended(task, whole, tried), (), tuple(found), complete)
+
+
+def _blended(task: Task, whole: Candidate, tried: Callable[[], None]) -> Candidate:
+    """The mean of a probe and of others that never saw one kind of harm, if it detects more.
+
+    Every kind of harm brings false alarms of its own (political harm those on politics). A probe
+    that was fitted without it does not have them, and mostly finds it all the same; in the mean of
+    both a false alarm of one is no longer one. Which are taken, and how often, is chosen step by
+    step (Caruana et al. 2004).
+    """
+    design, index = whole.design, task.parts.of("search")
+    assert isinstance(design, TokenDesign)
+    train = task.parts.of("train")
+    meant = train[task.parts.harmful[train] & (task.weights[train] > 0)]
+    kinds = [task.parts.examples[i].kind for i in meant]
+    large = [kind for kind in sorted(set(kinds)) if kinds.count(kind) >= LEAST * len(kinds)]
+    if len(large) < 2:  # nothing would be left of one
+        return whole
+    probes_of = [whole.fitted]
+    for kind in large:
+        probes_of.append(task.fit(design, without=kind))
+        tried()
+    calm = calm_of(task.parts, index)
+    spreads, scaled = [], []
+    for probe in probes_of:
+        found = task.scores(probe, design, index)
+        low, high = np.quantile(found[calm], TAIL)
+        spreads.append(max(float(high - low), 1e-6))
+        scaled.append((found - low) / spreads[-1])
+    chosen, best = [0], whole.detection
+    while len(chosen) < BLENDED:
+        trials = {
+            k: task.judged(design, probes_of[k], np.sum([scaled[j] for j in (*chosen, k)], axis=0))
+            for k in range(len(probes_of))
+        }
+        next_one = max(trials, key=lambda k: (trials[k].detection, trials[k].auroc))
+        if trials[next_one].detection <= best:
+            break
+        chosen.append(next_one)
+        best = trials[next_one].detection
+    # On the scale of the first, whose log-odds mean something.
+    factors = [spreads[0] * chosen.count(k) / len(chosen) / spreads[k] for k in range(len(spreads))]
+    used = [(probe, factor) for probe, factor in zip(probes_of, factors, strict=True) if factor]
+    blend = tokens.blended(used)
+    judged = task.judged(design, blend, task.scores(blend, design, index))
+    tried()
+    return judged if judged.detection > whole.detection else whole
 
 
 def _whole(task: Task, sas: Awareness, tried: Callable[[], None]) -> SearchResult:

@@ -294,6 +294,30 @@ def _fitted(net: _Net) -> Fitted:
     return Fitted(net.mean.numpy(), net.scale.numpy(), layers)
 
 
+def blended(parts: Sequence[tuple[Fitted, float]]) -> Fitted:
+    """One probe whose log-odds are those of several [.., I -> H -> 1], each times its factor, added
+    up: their hidden units stand side by side."""
+    mean, scale = parts[0][0].mean, parts[0][0].scale
+    inner: list[tuple[NDArray[np.float32], NDArray[np.float32]]] = []
+    outer = []
+    bias = np.zeros(1)
+    for probe, factor in parts:
+        *hidden, (last, shift) = probe.layers
+        first, offset = hidden[0] if hidden else (factor * last, factor * shift)
+        # Inputs are standardised as those of the first probe are.
+        wide = np.asarray(first, np.float64) / probe.scale
+        offset = offset + wide @ (mean.astype(np.float64) - probe.mean)
+        inner.append((np.asarray(wide * scale, np.float32), np.asarray(offset, np.float32)))
+        outer.append(factor * last)
+        bias += factor * shift
+    if len(parts[0][0].layers) == 1:
+        whole = np.sum([w for w, _ in inner], axis=0), np.sum([b for _, b in inner], axis=0)
+        return Fitted(mean, scale, (whole,))
+    side = np.concatenate([w for w, _ in inner]), np.concatenate([b for _, b in inner])
+    end = np.concatenate(outer, axis=1).astype(np.float32), bias.astype(np.float32)
+    return Fitted(mean, scale, (side, end))
+
+
 def to_spec(
     fitted: Fitted, design: TokenDesign, threshold: float, probe: str
 ) -> tuple[LinearProbe | MlpProbe, dict[str, Any]]:
