@@ -83,7 +83,8 @@ def matrix(root: Path) -> tuple[dict[str, Any], list[str], dict[str, Any]]:
         for b in names
         if a != b
     }
-    exact = [n for n in names if formats()[n].exact and comes_back(paths[n], n, root, weights)]
+    written = [n for n in names if formats()[n].writable and formats()[n].exact]
+    exact = [n for n in written if comes_back(paths[n], n, root, weights)]
     told = {n: keys_told(n, paths[n], root / "keys" / n, weights) for n in names}
     return pairs, exact, told
 

@@ -66,6 +66,7 @@ class SaeLens(Format):
     )
     options = (_FEATURE, POSITIONS, STRENGTH)
     writable: ClassVar[bool] = False
+    exact: ClassVar[bool] = False  # nothing is written
 
     def recognises(self, path: Path) -> bool:
         return (path / CONFIG).is_file() and (path / WEIGHTS).is_file()
