@@ -146,5 +146,6 @@ def test_a_checkpoint_of_lm_steer_has_its_epsilon(tmp_path, tiny_weights):
         head(adapted_component="input_embedding")
     with pytest.raises(NotRepresentable, match="add_vec"):
         head(state={"add_vec": torch.ones(1, 16)})
-    with pytest.raises(UnreadableSource, match="epsilon"):
-        head(epsilon="much")
+    for wrong in ("much", float("inf"), 1e39, True):
+        with pytest.raises(UnreadableSource, match="epsilon"):
+            head(epsilon=wrong)

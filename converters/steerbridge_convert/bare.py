@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from steerbridge.errors import ConversionError, NotRepresentable
@@ -61,7 +60,7 @@ class Directions(Format):
         if path.is_dir():
             return (path / MEASURED).is_file() and (path / _DIRECTION).is_file()
         if path.suffix == ".safetensors":
-            return path.is_file() and len(files.safetensors(path)) == 1 and not _hooked(path)
+            return path.is_file() and _alone(path)
         # Others look like those of torch.save: see `hotwire`.
         return path.is_file() and (path.suffix == ".npy" or described(path))
 
@@ -97,9 +96,9 @@ class Directions(Format):
         place = vectors.inputs if site == "layer_input" else vectors.outputs
 
         def placed(chosen: vectors.Vectors) -> vectors.Placed:
-            last = {n: chosen[n]} if n in chosen else {}
-            inner = place({k: v for k, v in chosen.items() if k != n})
-            return {**inner, **vectors.outputs({k - 1: v for k, v in last.items()})}
+            last = {n - 1: chosen[n]} if n in chosen else {}
+            inner = {k: v for k, v in chosen.items() if k != n}
+            return {**place(inner), **vectors.outputs(last)}
 
         return vectors.scoped(path.stem, base, rows, placed, scope(answers, rows), act)
 
@@ -126,10 +125,9 @@ def described(path: Path) -> bool:
     return path.name == _DIRECTION and path.with_name(MEASURED).is_file()
 
 
-def _hooked(path: Path) -> bool:
-    """True for a probe of steerkit, which may hold one direction as well."""
-    with safe_open(path, "numpy") as file:
-        return "hook_site" in (file.metadata() or {})
+def _alone(path: Path) -> bool:
+    """True for one tensor that is no probe of steerkit, which may hold one direction as well."""
+    return "hook_site" not in files.safetensors_metadata(path) and len(files.safetensors(path)) == 1
 
 
 def _row(tensor: Tensor, k: int) -> Tensor:
@@ -169,11 +167,7 @@ def _numpy(path: Path) -> Tensor:
 
 
 def _safetensors(path: Path) -> Tensor:
-    try:
-        with safe_open(path, "numpy") as file:
-            require_known("directions", path.name, file.metadata() or {}, {"format"})
-    except SafetensorError as error:
-        raise unreadable(path, "file", "a safetensors file", error) from error
+    require_known("directions", path.name, files.safetensors_metadata(path), {"format"})
     tensors = files.safetensors(path)
     if len(tensors) != 1:
         raise unreadable(path, "tensors", "one", len(tensors))

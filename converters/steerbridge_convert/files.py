@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from safetensors import SafetensorError, safe_open
+
 from steerbridge import encodings, gguf_file
 from steerbridge.errors import BrokenPackage
-from steerbridge.format import unreadable
+from steerbridge.format import FLOAT32_MAX, shown, unreadable
 from steerbridge.tensors import Tensor
 
 GGUF_DESCRIPTIVE: Final = ("general.", "GGUF.")  # prefixes of keys that change nothing
@@ -56,6 +58,34 @@ def safetensors(path: Path) -> dict[str, Tensor]:
         raise unreadable(
             path, error.problem.field, error.problem.want, error.problem.got
         ) from error
+
+
+def safetensors_metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file says about itself, beside its tensors.
+
+    Raises:
+        UnreadableSource: malformed.
+    """
+    try:
+        with safe_open(path, "numpy") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise unreadable(path, "file", "a safetensors file", error) from error
+
+
+def number(value: Any, field: str, path: Path) -> float:
+    """A number of a foreign file, within the range of float32.
+
+    Raises:
+        UnreadableSource: anything else.
+    """
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not abs(value) <= FLOAT32_MAX
+    ):
+        raise unreadable(path, field, "a finite number", shown(value))
+    return float(value)
 
 
 def json_object(path: Path) -> dict[str, Any]:

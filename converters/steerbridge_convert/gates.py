@@ -187,8 +187,7 @@ def _probe(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if not numbers or not layers or len(set(layers)) != len(layers):
             raise unreadable(file, key, "numbers of layers from 0 on, each once", shown(layers))
     layers = info["layer_ids"]
-    if not isinstance(info.get("bias"), int | float) or not np.isfinite(info["bias"]):
-        raise unreadable(file, "bias", "a finite number", shown(info.get("bias")))
+    files.number(info.get("bias"), "bias", file)
     tensors = path / "probe.safetensors"
     weights = files.safetensors(tensors)
     for k in layers:

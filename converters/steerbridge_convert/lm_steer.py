@@ -29,7 +29,7 @@ from steerbridge.format import (
 )
 from steerbridge.package import SteeringPackage
 from steerbridge.tensors import Tensor
-from steerbridge_convert import heads, pickles
+from steerbridge_convert import files, heads, pickles
 from steerbridge_convert.heads import Head
 
 # The first of the list: options of EasyEdit2, or what the original's command line said.
@@ -59,12 +59,14 @@ class LmSteer(Format):
         return pickles.holds(path, lambda x: not _KINDS.isdisjoint(map(str, _pair(x))), _CLASSES)
 
     def contents(self, path: Path) -> dict[str, Any]:
-        one, two = _projectors(path)
+        one, two = _projectors(pickles.load(path, _CLASSES), path)
         return {"projector1": list(one.shape), "projector2": list(two.shape)}
 
     def read(self, path: Path, answers: Answers) -> SteeringPackage:
-        one, two = _projectors(path)
-        epsilon = answers.get(_STORED) if EPSILON.name in answers.values else _stored(path)
+        content = pickles.load(path, _CLASSES)
+        one, two = _projectors(content, path)
+        said = EPSILON.name in answers.values
+        epsilon = answers.get(_STORED) if said else _stored(content, path)
         values, base = answers.get(VALUES), answers.base_model()
         if one.shape[1] != base.hidden_size:
             raise NotRepresentable(
@@ -96,25 +98,20 @@ class LmSteer(Format):
         pickles.save([None, projectors, 0], path)
 
 
-def _stored(path: Path) -> float:
+def _stored(content: Any, path: Path) -> float:
     """The epsilon of the options that a file holds, or the tools' default.
 
     Raises:
         NotRepresentable: they say that the change is of another kind.
     """
-    content = pickles.load(path, _CLASSES)
     said = getattr(content[0], "__dict__", {}) if isinstance(content, list) and content else {}
     for key, used in (("adaptor_class", "multiply"), ("adapted_component", "final_layer")):
         if said.get(key, used) != used:
             raise NotRepresentable("lm-steer", f"{key} = {shown(said[key])}")
-    epsilon = said.get("epsilon", _EPSILON)
-    if isinstance(epsilon, bool) or not isinstance(epsilon, int | float):
-        raise unreadable(path, "epsilon", "a number", shown(epsilon))
-    return finite(str(epsilon))
+    return files.number(said.get("epsilon", _EPSILON), "epsilon", path)
 
 
-def _projectors(path: Path) -> tuple[Any, Any]:
-    content = pickles.load(path, _CLASSES)
+def _projectors(content: Any, path: Path) -> tuple[Any, Any]:
     pair = _pair(content)
     if other := {"add_vec", "offset_vec"} & set(map(str, pair)):
         raise NotRepresentable("lm-steer", f"{', '.join(other)}: it adds, and multiplies nothing")

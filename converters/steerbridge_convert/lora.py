@@ -143,9 +143,8 @@ class GgufLora(_HeadLora):
         _refuse_others(self.name, file.tensors, names)
         a, b = (_matrix(file.tensors[n]) for n in names)
         _fit(a, b, path)
-        alpha = file.metadata.get("adapter.lora.alpha", 0)
-        if not isinstance(alpha, int | float) or not math.isfinite(alpha):
-            raise unreadable(path, "adapter.lora.alpha", "a finite number", shown(alpha))
+        key = "adapter.lora.alpha"
+        alpha = files.number(file.metadata.get(key, 0), key, path)
         return a, b, alpha / len(a) if alpha else 1.0  # as in llama.cpp: 0 means no division
 
     def write(self, package: SteeringPackage, path: Path, answers: Answers) -> None:
@@ -197,11 +196,9 @@ class PeftLora(_HeadLora):
         _refuse_others(self.name, tensors, names)
         a, b = (tensors[n].float32() for n in names)
         _fit(a, b, path)
-        rank, alpha = len(a), config.get("lora_alpha")
+        rank, alpha = len(a), files.number(config.get("lora_alpha"), "lora_alpha", path)
         if config.get("r") != rank:
             raise unreadable(path, "r", f"{rank}, as in the tensors", shown(config.get("r")))
-        if not isinstance(alpha, int | float) or not math.isfinite(alpha):
-            raise unreadable(path, "lora_alpha", "a finite number", shown(alpha))
         return a, b, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
     def write(self, package: SteeringPackage, path: Path, answers: Answers) -> None:

@@ -77,7 +77,7 @@ def _moved(
         )
         most = ROUNDED
         if isinstance(site, HeadInput) and format.needs_model:
-            want, got = (_logits(change, answers) for change in (want, got))
+            want, got = np.split(_logits(np.concatenate([want, got]), answers), 2)
             most = FITTED
         size, off = np.linalg.norm(want), np.linalg.norm(got - want)
         if not off <= most * size:

@@ -29,7 +29,7 @@ from steerbridge.format import (
 from steerbridge.package import SteeringPackage
 from steerbridge.spec import AddVector, LayerInput, LayerOutput
 from steerbridge.tensors import Tensor
-from steerbridge_convert import vectors
+from steerbridge_convert import files, vectors
 from steerbridge_convert.scope import POSITIONS
 
 _METHOD: Final = Option(
@@ -60,7 +60,11 @@ class Steerkit(Format):
     options = (_METHOD, _STRENGTH, POSITIONS)
 
     def recognises(self, path: Path) -> bool:
-        return path.name.endswith(".safetensors") and path.is_file() and "hook_site" in _meta(path)
+        return (
+            path.name.endswith(".safetensors")
+            and path.is_file()
+            and "hook_site" in files.safetensors_metadata(path)
+        )
 
     def contents(self, path: Path) -> dict[str, Any]:
         directions, metadata = _load(path)
@@ -123,14 +127,6 @@ class Steerkit(Format):
             "extras_json": json.dumps({"written_by": "steerbridge"}),
         }
         save_file({"direction.mass_mean": values / norm}, path, metadata=metadata)
-
-
-def _meta(path: Path) -> dict[str, str]:
-    try:
-        with safe_open(path, "numpy") as file:
-            return dict(file.metadata() or {})
-    except (SafetensorError, OSError):
-        return {}
 
 
 def _load(path: Path) -> tuple[dict[str, Any], dict[str, str]]:

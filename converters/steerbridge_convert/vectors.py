@@ -105,22 +105,31 @@ def _package(
         )
         for i, (strength, sites) in enumerate(groups.items(), 1)
     )
+    return always(name, base, acting, {names[site]: tensor for site, tensor in placed.items()})
+
+
+def always(
+    name: str,
+    base: BaseModelInfo,
+    interventions: tuple[AddVector | ProjectOut, ...],
+    tensors: Mapping[str, Tensor],
+) -> SteeringPackage:
+    """A package whose interventions act on every prompt, in this order."""
+    rule = Rule(
+        id="always",
+        condition=None,
+        interventions=tuple(one.id for one in interventions),
+        strength=ConstantStrength(type="constant", value=1.0),
+    )
     spec = SteeringSpec(
         spec_version="1.0",
         name=name,
         base_model=base,
         probes=(),
-        interventions=acting,
-        rules=(
-            Rule(
-                id="always",
-                condition=None,
-                interventions=tuple(one.id for one in acting),
-                strength=ConstantStrength(type="constant", value=1.0),
-            ),
-        ),
+        interventions=interventions,
+        rules=(rule,),
     )
-    return SteeringPackage(spec, {names[site]: tensor for site, tensor in placed.items()})
+    return SteeringPackage(spec, tensors)
 
 
 def outputs(vectors: Vectors) -> dict[LayerInput | LayerOutput, Tensor]:

@@ -12,7 +12,6 @@ the projection to avg_proj, h + (avg_proj - h . dir) dir, which is a projection 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -21,7 +20,6 @@ import numpy as np
 
 from steerbridge.errors import NotRepresentable, UnreadableSource
 from steerbridge.format import (
-    FLOAT32_MAX,
     Answers,
     Format,
     Holds,
@@ -35,10 +33,7 @@ from steerbridge.package import SteeringPackage
 from steerbridge.spec import (
     AddVector,
     BaseModelInfo,
-    ConstantStrength,
     ProjectOut,
-    Rule,
-    SteeringSpec,
     Target,
 )
 from steerbridge.tensors import Tensor
@@ -99,7 +94,11 @@ class VllmHook(Format):
         vectors.checked(dict.fromkeys(blocks, direction), base, self.name)
         position = self._position(steering)
         acts: list[tuple[str, type[AddVector] | type[ProjectOut], float]] = [
-            ("vector", AddVector, self._number(path, steering, "coefficient"))
+            (
+                "vector",
+                AddVector,
+                files.number(steering.get("coefficient", 0), "coefficient", _file(path)),
+            )
         ]
         if (method := steering.get("method", "adjust_rs")) == "adjust_rs":
             if projection is None:
@@ -125,21 +124,7 @@ class VllmHook(Format):
             )
             for id, kind, alpha in acts
         )
-        always = Rule(
-            id="always",
-            condition=None,
-            interventions=tuple(act.id for act in acting),
-            strength=ConstantStrength(type="constant", value=1.0),
-        )
-        spec = SteeringSpec(
-            spec_version="1.0",
-            name=_file(path).stem,
-            base_model=base,
-            probes=(),
-            interventions=acting,
-            rules=(always,),
-        )
-        return SteeringPackage(spec, {"dir": direction})
+        return vectors.always(_file(path).stem, base, acting, {"dir": direction})
 
     def _position(self, steering: Mapping[str, Any]) -> str:
         """Which tokens change, in the words of the spec.
@@ -161,12 +146,6 @@ class VllmHook(Format):
         if not isinstance(said, str) or said not in _POSITIONS:
             raise NotRepresentable(self.name, f"positions = {shown(said)}")
         return _POSITIONS[said]
-
-    def _number(self, path: Path, steering: Mapping[str, Any], key: str) -> float:
-        value = steering.get(key, 0)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not _finite(value):
-            raise unreadable(_file(path), key, "a finite number", shown(value))
-        return float(value)
 
     def write(self, package: SteeringPackage, path: Path, answers: Answers) -> None:
         by_block = vectors.keyed_by_output(package, self.name)
@@ -235,13 +214,7 @@ def _stored(file: Path) -> tuple[Tensor, float | None]:
         return direction, None
     if not isinstance(value, int | float):
         value = float(pickles.tensor(value, "avg_proj", file, 0).float32())
-    if not _finite(value):
-        raise unreadable(file, "avg_proj", "a finite number", shown(value))
-    return direction, float(value)
-
-
-def _finite(value: float) -> bool:
-    return math.isfinite(value) and abs(value) <= FLOAT32_MAX
+    return direction, files.number(value, "avg_proj", file)
 
 
 def _blocks(path: Path, steering: Mapping[str, Any], base: BaseModelInfo) -> list[int]:
