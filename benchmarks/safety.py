@@ -41,6 +41,7 @@ from steerbridge.data import sha256
 from steerbridge.evaluation import judge, measure, verdicts
 from steerbridge.training import parts
 from steerbridge.training.settings import DEFAULT_REFUSAL
+from steerbridge_convert.combining import combined
 
 CALM: Final = (*heldout.ORDINARY, "ordinary_long", "ordinary_forms")  # sets of ordinary prompts
 RATES: Final = (0.0025, 0.005, 0.01, 0.015, 0.02, 0.05)  # of the trade-off curve
@@ -64,12 +65,9 @@ def main() -> None:
         say(f"{one}: {one.evidence.safety['promise']} {one.evidence.safety['forms']}")
     model, tell = open_smollm2(), progress()
     done = Stages(CACHE / "safety", f"{guard} {shipped} {options.compare} {sha256(test)}")
-    of_guard, of_shipped = (
-        done.stage(
-            f"margins {one.package.spec.name}",
-            lambda one=one: listed(decided(model, one.package, sets, tell)),
-        )
-        for one in (guard, shipped)
+    both = [guard.package, shipped.package]
+    of_guard, of_shipped = done.stage(
+        "margins", lambda: [listed(m) for m in decided(model, both, sets, tell)]
     )
     fired = above(of_guard, 0)
     result: dict[str, Any] = {
@@ -128,13 +126,22 @@ class Stages:
 
 
 def decided(
-    model: Any, package: SteeringPackage, sets: Mapping[str, Sequence[Example]], tell: Any = None
-) -> dict[str, NDArray[np.float64]]:
-    """By how much, in log-odds, the guard fires on each prompt, by set; it fires above 0."""
+    model: Any,
+    packages: Sequence[SteeringPackage],
+    sets: Mapping[str, Sequence[Example]],
+    tell: Any = None,
+) -> list[dict[str, NDArray[np.float64]]]:
+    """By how much, in log-odds, each guard fires on each prompt, by set; it fires above 0. The
+    probes of all of them read one pass over the prompts."""
     prompts, where = heldout.flat(sets)
-    scores = calibration.scores(model, package, prompts, tell)
-    margins = np.clip(calibration.margins(package, scores), -MOST, MOST)
-    return {name: margins[part] for name, part in where.items()}
+    together, _ = combined(packages, "guards")
+    scores = calibration.scores(model, together, prompts, tell)
+    of_probe = iter([scores[probe.id] for probe in together.spec.probes])
+    margins = []
+    for package in packages:
+        mine = {probe.id: next(of_probe) for probe in package.spec.probes}
+        margins.append(np.clip(calibration.margins(package, mine), -MOST, MOST))
+    return [{name: m[part] for name, part in where.items()} for m in margins]
 
 
 def listed(margins: Mapping[str, NDArray[np.float64]]) -> dict[str, list[float]]:
@@ -202,7 +209,7 @@ def quantised(
     package = package.calibrated(llama.runtime, llama.quantisation, lambda: llama.weights_sha256)
     some = {name: every(prompts, QUANTISED) for name, prompts in sets.items()}
     return {
-        "q4_1": figures(above(decided(llama, package, some), 0)),
+        "q4_1": figures(above(decided(llama, [package], some)[0], 0)),
         "hf_same_prompts": figures({name: of_some(sets, fired, name, some) for name in some}),
         "thresholds": dict(fitted.thresholds),
         **dialogues(llama, package, sets),
@@ -229,7 +236,7 @@ def dialogues(
     calm = every([e for name in heldout.ORDINARY for e in sets.get(name, ())], DIALOGUES)
     turns = [(("user", e.text), ("assistant", DEFAULT_REFUSAL)) for e in harmful]
     kept = [heldout.after(e, turns[i % len(turns)]) for i, e in enumerate(calm)]
-    found = above(decided(model, package, {"dropped": calm, "kept": kept}), 0)
+    found = above(decided(model, [package], {"dropped": calm, "kept": kept})[0], 0)
     return {
         "next_turn_answered": round(1 - share(found["dropped"]), 4),
         "next_turn_answered_if_kept": round(1 - share(found["kept"]), 4),

@@ -65,8 +65,8 @@ def divide(
 
     Every prompt stands in `chat`, and in other forms as often as `shares` says, an ordinary one
     three times as often. An ordinary one to calibrate on stands in one form alone, each as likely:
-    a promise counts prompts. One to search on stands in all of them: what is chosen has to keep
-    that promise.
+    a promise counts prompts. One to search on stands in half of them: what is chosen has to keep
+    that promise in every form.
     """
     forms = renderable(model, examples[0], list(shares))
     fold = groups.folds(examples, FOLDS, seed)
@@ -81,7 +81,7 @@ def divide(
         elif part == "calibrate" and is_traffic(e):
             chosen = [draw.choice(forms)]
         elif part == "search" and is_traffic(e):
-            chosen = forms
+            chosen = draw.sample(forms, (len(forms) + 1) // 2)
         else:
             often = _OFTENER if is_traffic(e) else 1
             others = [f for f in forms if draw.random() < often * shares[f]]
