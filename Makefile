@@ -6,7 +6,7 @@ BASE ?= python3
 export NO_MKDOCS_2_WARNING := 1
 
 .PHONY: setup setup-peers setup-lens setup-clients setup-apps setup-browser demo check conformance \
-  conformance-models test test-apps test-tgi test-lens lint schema docs report \
+  conformance-models parity-models test test-apps test-tgi test-lens lint schema docs report \
   parity fuzz soak bench-safety bench-safety-multimodal bench-calibration bench-train bench-overhead bench-kernels \
   bench-convert bench-serve test-install test-minimal test-nightly clean
 .DEFAULT_GOAL := setup
@@ -67,10 +67,16 @@ test-apps: setup setup-apps
 conformance: setup setup-apps
 	@$(PYTHON) tests/conformance $(if $(RUNTIMES),--runtimes $(RUNTIMES)) $(if $(UPDATE),--update)
 
-# Every type of decoder in transformers, tiny and random. TYPES="llama mamba": some. UPDATE=1: write
-# the pins and docs/models.md.
-conformance-models: setup
-	@$(PYTHON) tests/conformance/models.py $(if $(TYPES),--types $(TYPES)) $(if $(UPDATE),--update)
+# Every type of decoder in transformers, tiny and random, there and in llama.cpp. TYPES="llama mamba":
+# some. UPDATE=1: write the pins and docs/models.md.
+MODELS_OPTIONS = $(if $(TYPES),--types $(TYPES)) $(if $(UPDATE),--update)
+conformance-models: setup setup-apps
+	@$(PYTHON) tests/conformance/models.py $(MODELS_OPTIONS)
+	@$(PYTHON) tests/conformance/llama_models.py $(MODELS_OPTIONS)
+
+# Vision-language models with M-RoPE in transformers and in llama.cpp, 50 prompts with pictures each.
+parity-models: setup setup-apps
+	@$(PYTHON) tests/conformance/picture_models.py
 
 # Every extra, installed from the wheel in an environment of its own, and used once.
 test-install: setup

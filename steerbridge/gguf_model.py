@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
+from importlib import resources
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,16 +20,27 @@ from steerbridge.spec import BaseModelInfo
 # llama.cpp's name of an architecture where it is not transformers' model_type without `_`,
 # `-` and a trailing `_text`. Several model types share the `llama` graph.
 _ARCHITECTURES: Final = {
-    "mistral": "llama",
-    "mixtral": "llama",
+    **dict.fromkeys(("exaone", "internlm3", "iquestcoder", "mistral", "mixtral"), "llama"),
+    "ministral3": "mistral3",
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "youtu"), "deepseek2"),
+    **dict.fromkeys(("bamba", "granitemoehybrid"), "granitehybrid"),
+    **dict.fromkeys(("qwen2_5_vl", "qwen2_5_vl_text"), "qwen2vl"),
     "cohere": "command-r",
-    "deepseek_v2": "deepseek2",
-    "deepseek_v3": "deepseek2",
+    "falcon_mamba": "mamba",
     "glm": "chatglm",
-    "granitemoehybrid": "granitehybrid",
-    "qwen2_5_vl": "qwen2vl",
-    "qwen2_5_vl_text": "qwen2vl",
+    "gpt_bigcode": "starcoder",
+    "granitemoe_swa": "granite_swa",
+    "granitemoeshared": "granitemoe",
+    "hunyuan_v1_dense": "hunyuan-dense",
+    "hunyuan_v1_moe": "hunyuan-moe",
+    "llama4_text": "llama4",
+    "olmo3": "olmo2",
     "phi": "phi2",
+    "qwen3_5": "qwen35",
+    "qwen3_5_text": "qwen35",
+    "qwen3_5_moe": "qwen35moe",
+    "qwen3_5_moe_text": "qwen35moe",
+    "solar_open": "glm4moe",
 }
 
 
@@ -64,6 +78,33 @@ def facts_of(metadata: Mapping[str, Any], path: Path) -> ModelFacts:
     )
 
 
+# What is known of the rows that llama.cpp makes of a picture, by its projector.
+_TOWERS: Final = {
+    "idefics3": "rows as in transformers, exactly if the tower has SiLU and nothing is resized",
+    "mlp": "other rows than in transformers: its class token stands behind the patches",
+    **dict.fromkeys(
+        ("qwen2vl_merger", "qwen2.5vl_merger", "qwen3vl_merger"),
+        "as many rows as in transformers, at the same positions; their values are rounded (GELU)",
+    ),
+}
+
+
+def describe_tower(path: Path) -> str:
+    """The projector of a vision tower and how its rows compare with those in transformers.
+
+    Raises:
+        BrokenPackage: no well-formed GGUF file.
+        DataError: it holds no vision tower.
+    """
+    metadata = gguf_file.read(path).metadata
+    projector = metadata.get("clip.vision.projector_type", metadata.get("clip.projector_type"))
+    if not isinstance(projector, str):
+        raise DataError(Problem("clip.projector_type", "that of a vision tower", "none"), path)
+    told = _TOWERS.get(projector, "not compared with transformers")
+    advice = "" if projector == "idefics3" else "; train or calibrate the guard in llama.cpp"
+    return f"{projector}: {told}{advice}"
+
+
 def unpadded(tokens: list[str]) -> list[str]:
     """The vocabulary without the padding that converters add up to the embedding's size."""
     while tokens and tokens[-1] == f"[PAD{len(tokens) - 1}]":
@@ -80,6 +121,18 @@ def architecture(model_type: str) -> str:
     """llama.cpp's name of a model type of transformers, or of an architecture of llama.cpp."""
     name = _plain(_ARCHITECTURES.get(model_type, model_type.removesuffix("_text")))
     return next((known for known in MODEL_ARCH_NAMES.values() if _plain(known) == name), name)
+
+
+@cache
+def _tried() -> frozenset[str]:
+    file = resources.files("steerbridge") / "architectures.json"
+    return frozenset(json.loads(file.read_text("utf-8")))
+
+
+def is_tried(architecture: str) -> bool:
+    """Whether models of an architecture were steered in llama.cpp by `make conformance-models`; of
+    others, only the names in their graphs are known."""
+    return architecture in _tried()
 
 
 def in_words_of(base: BaseModelInfo, known: ModelFacts) -> ModelFacts:

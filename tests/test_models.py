@@ -1,4 +1,5 @@
-"""Types of models in transformers against their pins; `make conformance-models` tries them all."""
+"""Types of models in transformers and in llama.cpp against their pins; `make conformance-models`
+tries them all."""
 
 from __future__ import annotations
 
@@ -7,10 +8,14 @@ from pathlib import Path
 
 import pytest
 
+import programs
+
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 sys.path.append(str(Path(__file__).with_name("conformance")))
+import converting
 import models
+import models_page
 import steerbridge_hf
 
 pytestmark = [pytest.mark.hf]
@@ -31,7 +36,7 @@ SAMPLE = {
 
 @pytest.mark.parametrize("name", SAMPLE)
 def test_a_type_does_what_is_pinned(name):
-    pinned = models.read()[1].shapes[name]
+    pinned = models_page.read()[1].shapes[name]
     assert pinned.status == "right"
     assert models.tried(name) == pinned
 
@@ -47,7 +52,7 @@ def test_an_adapter_that_steers_otherwise_is_found_wrong(monkeypatch):
 
 
 def test_every_type_is_pinned_and_none_is_wrong():
-    pins = models.read()[1]
+    pins = models_page.read()[1]
     assert sorted(pins.shapes) == list(models.TYPES)
     counts = pins.counts()
     assert counts["right"] >= 130
@@ -56,4 +61,64 @@ def test_every_type_is_pinned_and_none_is_wrong():
 
 
 def test_the_page_of_models_is_the_generated_one():
-    assert models.PAGE.read_text("utf-8").splitlines() == list(models.page())
+    assert models_page.PAGE.read_text("utf-8").splitlines() == list(models_page.page())
+
+
+# ---------------------------------------------------------------- llama.cpp
+
+llama = pytest.mark.skipif(programs.converter() is None, reason="python tests/programs.py")
+LLAMA = {
+    "gemma3_text": "sliding window",
+    "gpt_oss": "mixture whose last block holds all rows",
+    "granite": "scales",
+    "lfm2_moe": "hybrid",
+    "mamba2": "recurrent",
+    "gemma2": "soft cap",
+}
+
+
+@pytest.fixture(scope="module")
+def converter():
+    with converting.running(programs.converter()) as running:
+        yield running
+
+
+@llama
+@pytest.mark.apps
+@pytest.mark.llama_cpp
+@pytest.mark.parametrize("name", LLAMA)
+def test_an_architecture_does_what_is_pinned(name, converter):
+    import llama_models
+
+    pinned = models_page.read_llama().types[name]
+    assert pinned.status == "right"
+    found = llama_models.isolated(name, converter)
+    assert (found.architecture, found.status) == (pinned.architecture, pinned.status)
+
+
+@llama
+@pytest.mark.apps
+@pytest.mark.llama_cpp
+def test_an_adapter_of_llama_cpp_that_steers_otherwise_is_found_wrong(converter, monkeypatch):
+    import llama_models
+
+    steer = llama_models.steer
+
+    def weaker(llama, package):
+        [head] = package.spec.interventions
+        spec = package.spec.replace(interventions=[head.replace(eps=head.eps / 8)])
+        return steer(llama, package.replace(spec=spec))
+
+    monkeypatch.setattr(llama_models, "steer", weaker)
+    assert llama_models.isolated("qwen3", converter).status == "wrong"
+
+
+def test_architectures_are_pinned_and_none_is_wrong():
+    pins = models_page.read_llama()
+    assert set(pins.types) == set(models.TYPES)
+    statuses = [found.status for found in pins.types.values()]
+    assert "wrong" not in statuses
+    right = {found.architecture for found in pins.types.values() if found.status == "right"}
+    assert len(right) >= 45
+    assert right <= set(pins.refused)
+    assert all(found.note for found in pins.types.values() if found.status != "right")

@@ -272,10 +272,10 @@ def test_completions_after_a_picture_evaluate_its_rows_never_as_text(plain):
         with pytest.raises(SteeredCache, match="images"):
             plain.save_state()
         # The ids of picture and text together, as a text: evaluated from the picture on.
-        first = s._tracker._image_row
+        first = s._tracker._images
         next(plain.generate(held, temp=0.0))
-        assert s._tracker._image_row is None
-        assert first is not None
+        assert s._tracker._images == []
+        assert first
         assert s.outcomes
 
 

@@ -28,6 +28,7 @@ from helpers import (
 pytest.importorskip("elftools", reason="needs the extra `run`")
 from steerbridge import gguf_model, load
 from steerbridge.fingerprint import file_sha256
+from steerbridge.testing.model import TinyModel
 from steerbridge_run import preload
 
 
@@ -207,7 +208,8 @@ def test_logits_of_a_whole_prompt_change_nothing(tmp_path, smollm2_path):
 @pytest.mark.native
 def test_doctor_says_what_would_happen(tmp_path, smollm2_path):
     guard = package(smollm2_path, 1, tmp_path)
-    command = [sys.executable, "-m", str(smollm2_path)]
+    tower = TinyModel(pictures=True).save_mmproj(tmp_path / "mmproj.gguf")
+    command = [sys.executable, "-m", str(smollm2_path), "--mmproj", str(tower)]
     done = subprocess.run(
         [*CLI, "doctor", "--json", "--package", str(guard), "--", *command],
         capture_output=True,
@@ -217,6 +219,8 @@ def test_doctor_says_what_would_happen(tmp_path, smollm2_path):
     report = last_json(done.stdout)
     assert report["problems"] == []
     assert report["model"]["architecture"] == "llama"
+    assert report["model"]["tried"] == "models of it were steered"
+    assert report["model"]["pictures"].startswith("idefics3: rows as in transformers")
     bad = compiled(tmp_path, "int main(void) { return 0; }", "-static")
     done = subprocess.run(
         [*CLI, "doctor", "--", str(bad)], capture_output=True, text=True, check=False

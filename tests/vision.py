@@ -12,7 +12,7 @@ from helpers import TINY_TEXT
 IMAGE = 60  # the token that stands for a row of an image
 FAMILIES = (
     *("idefics3", "smolvlm", "llava", "llava_onevision", "chameleon"),
-    *("qwen2_vl", "qwen2_5_vl", "gemma3"),
+    *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3"),
 )
 _TEXT = {**TINY_TEXT, "max_position_embeddings": 256}
 _TOWER = {
@@ -110,6 +110,19 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
                 "intermediate_size": 32,
                 "window_size": 16,
                 "fullatt_block_indexes": [1],
+            },
+        },
+    ),
+    "qwen3_vl": (
+        "Qwen3VL",
+        {
+            **_QWEN,
+            "vision_config": {
+                **_QWEN_TOWER,
+                "out_hidden_size": 16,
+                "intermediate_size": 32,
+                "num_position_embeddings": 16,
+                "deepstack_visual_indexes": [0, 1],
             },
         },
     ),

@@ -26,6 +26,15 @@ from steerbridge_llama_cpp.native import RUNTIME
 OnOutcome = Callable[[tuple[Outcome, ...]], None]
 
 
+@dataclass(frozen=True, slots=True)
+class Image:
+    """Rows of an image in the cache. With M-RoPE they take fewer positions than rows."""
+
+    start: int  # position
+    positions: int
+    rows: int
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Running:
     """A `generate()` call in progress, and the tokens of its prompt that must be evaluated."""
@@ -58,7 +67,7 @@ class RequestTracker:
         self._reported = True  # the outcome of the open prompt
         self._announced = 0  # rows of a prompt that will come in chunks; 0: none
         self._in_chunks = False  # the open prompt came in chunks
-        self._image_row: int | None = None  # first row in the cache that has no token id
+        self._images: list[Image] = []  # in the cache; their rows have no token ids
 
     # -------------------------------------------------------- attach and detach
 
@@ -69,6 +78,7 @@ class RequestTracker:
     def attach(self, context: SteeredContext) -> None:
         """Follow the requests of this context, which the `Llama` has now."""
         self._context = context
+        context.row_at = self._row_at
 
     def detach(self) -> None:
         """Follow no requests."""
@@ -126,8 +136,8 @@ class RequestTracker:
             and self._reported
             and not self.context.failed
             and not llama._requires_eval
-            and llama.n_tokens == self._prompt
-            and llama.input_ids[: self._prompt].tolist() == list(tokens)
+            and self._rows == self._prompt
+            and llama.input_ids[: llama.n_tokens].tolist() == list(tokens)
         )
 
     def _rest(self, tokens: Sequence[int], reset: bool) -> list[int]:
@@ -147,8 +157,8 @@ class RequestTracker:
         keep = self._reach.cacheable(len(whole), self.context.native.kept_rows(0))
         if (steered := self.context.native.first_steered(0)) is not None:
             keep = min(keep, steered)
-        if self._image_row is not None:
-            keep = min(keep, self._image_row)
+        if self._images:
+            keep = min(keep, self._images[0].start)
         if llama.n_tokens > keep:
             if llama._is_recurrent or llama._is_hybrid:
                 keep = 0  # their state cannot be truncated
@@ -161,7 +171,7 @@ class RequestTracker:
         """Open the request that the next rows start, or refuse rows of no request."""
         if self.context.failed:
             raise SteeringFailed("the last request failed; reset() before the next")
-        cached: int = self.llama.n_tokens
+        cached = self._rows
         if rows == 0 and self._in_chunks and not self._expected:
             return  # generate() with a prompt that the cache holds
         if self._expected or cached == 0:
@@ -181,8 +191,7 @@ class RequestTracker:
     def _open(self, cached: int, rows: int) -> None:
         self._expected = False
         self._prompt, self._reported, self.outcomes = 0, False, ()
-        if self._image_row is not None and cached <= self._image_row:
-            self._image_row = None
+        self._images = [image for image in self._images if image.start < self.llama.n_tokens]
         self._in_chunks, total = self._announced > 0, self._announced or rows
         self._announced = 0
         self.context.begin(0, cached, total)
@@ -201,11 +210,11 @@ class RequestTracker:
             yield
         finally:
             self._announced = 0
-            if self._in_chunks and self.llama.n_tokens < self._prompt:
+            if self._in_chunks and self._rows < self._prompt:
                 self.recover()
 
-    def decode_media(self, rows: int, image: bool, decode: Callable[[], int]) -> int:
-        """Have `decode` add rows without token ids to the cache; returns its error code.
+    def decode_media(self, rows: int, positions: int, decode: Callable[[], int]) -> int:
+        """Have `decode` add the rows of an image to the cache; returns its error code.
 
         Raises:
             UnsupportedFeature: more rows than a batch holds, and `n_batch` is not a multiple of
@@ -217,12 +226,25 @@ class RequestTracker:
                 RUNTIME, f"an image of {rows} rows with n_batch {size}, n_ubatch {part}", "n_batch"
             )
         self.before_eval(rows)
-        if self._image_row is None:
-            self._image_row = self.llama.n_tokens
-        return self.context.decode_elsewhere(rows, image, decode)
+        self._images.append(Image(self.llama.n_tokens, positions, rows))
+        return self.context.decode_image(rows, decode)
 
     def _holds_images(self) -> bool:
-        return self._image_row is not None and self._image_row < self.llama.n_tokens
+        return bool(self._images) and self._images[0].start < self.llama.n_tokens
+
+    @property
+    def _rows(self) -> int:
+        """Rows in the cache; `Llama.n_tokens` counts positions."""
+        return self._row_at(self.llama.n_tokens)
+
+    def _row_at(self, position: int) -> int:
+        """The number of rows before a position. All rows of an image stand at its start."""
+        row, more = position, 0
+        for image in self._images:
+            if image.start < position:
+                more += image.rows - image.positions
+                row = max(position, image.start + image.positions) + more
+        return row
 
     # -------------------------------------------------------- recovery and refusals
 
@@ -230,6 +252,7 @@ class RequestTracker:
         """Forget a failed request: empty cache, no open request."""
         self.context.recover()
         self._prompt = 0
+        self._images = []
         self.llama.n_tokens = 0
         self.llama._requires_eval = True
 
@@ -243,7 +266,7 @@ class RequestTracker:
         if self._holds_images():
             raise SteeredCache("the KV cache holds images, which a saved state takes for text")
         row = self.context.native.first_steered(0)
-        if row is not None and row < self.llama.n_tokens:
+        if row is not None and row < self._rows:
             raise SteeredCache(
                 f"the KV cache holds rows steered at a layer (from row {row} on); a saved state "
                 "would carry them to requests that are not steered"

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
@@ -89,6 +89,7 @@ class SteeredContext(internals.LlamaContext):
             llama_cpp.llama_model_n_layer(model.model),
             _n_ubatch(params),
             params.n_seq_max,
+            _n_deepstack(model.metadata()),
         )
         # Kept alive here: the callback uses it as long as the context lives.
         self.native = NativeSession(self.package, shape, llama_cpp.llama_cpp._lib)
@@ -100,6 +101,8 @@ class SteeredContext(internals.LlamaContext):
         params.cb_eval_user_data = data
         self._decoding = False
         self._after_batch = after_batch
+        self.row_at: Callable[[int], int] = lambda position: position
+        """The number of rows before a position, where images take fewer of these than rows."""
         super().__init__(model=model, params=params, verbose=verbose)
         self._check_ubatch(shape)
 
@@ -178,17 +181,16 @@ class SteeredContext(internals.LlamaContext):
         if code := self._watched(lambda: int(llama_cpp.llama_decode(self.ctx, inner))):
             raise RuntimeError(f"llama_decode returned {code}")
 
-    def decode_elsewhere(self, rows: int, image: bool, decode: Callable[[], int]) -> int:
-        """Have other code decode rows of sequence 0 on this context, none of them an output.
+    def decode_image(self, rows: int, decode: Callable[[], int]) -> int:
+        """Have other code decode the rows of an image on sequence 0, none of them an output.
 
         Args:
-            image: the rows are tokens of an image, which `image_mean` reads.
             decode: returns 0 or an error code, which is returned.
 
         Raises:
             SteeringFailed: as `decode`.
         """
-        self.native.rows_begin(rows, image)
+        self.native.rows_begin(rows, True)
         return self._watched(decode)
 
     def _watched(self, decode: Callable[[], int]) -> int:
@@ -236,8 +238,10 @@ class SteeredContext(internals.LlamaContext):
                 self._cut(other, 0, -1)
 
     def _cut(self, seq: int, start: int, stop: int) -> None:
+        """`start` and `stop` are positions."""
         if not self.failed and not self.native.is_paused:
-            self.native.cut(seq, start, stop)
+            stop = stop if stop < 0 else self.row_at(stop)
+            self.native.cut(seq, self.row_at(start), stop)
 
 
 def _has_states(model: Any) -> bool:
@@ -249,6 +253,14 @@ def _n_ubatch(params: Any) -> int:
     """Rows of a micro-batch as llama.cpp will set them; checked once the context exists."""
     n_batch = min(params.n_batch, params.n_ctx or params.n_batch)
     return int(min(params.n_ubatch or n_batch, n_batch))
+
+
+def _n_deepstack(metadata: Mapping[str, str]) -> int:
+    """To how many blocks' outputs features of an image are added; -1: they are added elsewhere."""
+    architecture = metadata.get("general.architecture", "")
+    if f"{architecture}.deepstack_mapping" in metadata:
+        return -1
+    return int(metadata.get(f"{architecture}.n_deepstack_layers", 0))
 
 
 def check_version() -> None:

@@ -45,21 +45,17 @@ class WatchedMtmd:
     ) -> int:
         """See libmtmd; the rows are counted, and pass through the hook."""
         module = self._module
-        kind = module.mtmd_input_chunk_get_type(chunk)
         return self._tracker.decode_media(
             self._rows(chunk),
-            kind == module.MTMD_INPUT_CHUNK_TYPE_IMAGE,
+            int(module.mtmd_input_chunk_get_n_pos(chunk)),
             lambda: int(module.mtmd_helper_eval_chunk_single(context, llama_context, chunk, *rest)),
         )
 
     def _rows(self, chunk: Any) -> int:
-        """Rows of a chunk, which must be as many as its positions."""
-        rows = int(self._module.mtmd_input_chunk_get_n_tokens(chunk))
-        if rows != self._module.mtmd_input_chunk_get_n_pos(chunk):
-            raise UnsupportedFeature(
-                RUNTIME, "models whose images take fewer positions than rows (M-RoPE)"
-            )
-        return rows
+        module = self._module
+        if module.mtmd_input_chunk_get_type(chunk) == module.MTMD_INPUT_CHUNK_TYPE_AUDIO:
+            raise UnsupportedFeature(RUNTIME, "sound: guards read text and images")
+        return int(module.mtmd_input_chunk_get_n_tokens(chunk))
 
 
 def each_chunk(mtmd: Any, chunks: Any) -> Iterator[Any]:
@@ -117,8 +113,9 @@ class MediaPrompts:
         """Clear the cache and evaluate a rendered prompt, whose markers stand for the images
         (files, or decoded ones).
 
-        Returns its token ids (0 for the rows of an image). Given these, `Llama.generate`
-        continues without evaluating anything again.
+        Returns its token ids (0 for each position that an image takes: as many as it has rows, or
+        fewer with M-RoPE). Given these, `Llama.generate` continues without evaluating anything
+        again.
 
         Raises:
             DataError: an image that cannot be read, a number of markers other than that of
@@ -183,10 +180,10 @@ class MediaPrompts:
         return chunks
 
     def _ids(self, chunk: Any) -> list[int]:
-        """The token ids of a chunk; 0 for each row of an image."""
+        """The token ids of a chunk; 0 for each position of an image."""
         mtmd = self.handler._mtmd_cpp
         if mtmd.mtmd_input_chunk_get_type(chunk) != mtmd.MTMD_INPUT_CHUNK_TYPE_TEXT:
-            return [0] * int(mtmd.mtmd_input_chunk_get_n_tokens(chunk))
+            return [0] * int(mtmd.mtmd_input_chunk_get_n_pos(chunk))
         count = ctypes.c_size_t()
         ids = mtmd.mtmd_input_chunk_get_tokens_text(chunk, ctypes.byref(count))
         return [int(ids[i]) for i in range(count.value)]

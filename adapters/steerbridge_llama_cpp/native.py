@@ -60,6 +60,7 @@ class _Model(ctypes.Structure):
         ("n_layer", c_int32),
         ("n_ubatch", c_int32),
         ("n_seq_max", c_int32),
+        ("n_deepstack", c_int32),
     )
 
 
@@ -108,6 +109,7 @@ class Shape:
     n_layer: int
     n_ubatch: int
     n_seq_max: int
+    n_deepstack: int = 0
 
 
 def library_path() -> Path:
@@ -218,6 +220,7 @@ class NativeSession:
             shape.n_layer,
             shape.n_ubatch,
             shape.n_seq_max,
+            shape.n_deepstack,
         )
         self._session = self._library.steerhook_session_new(
             handle, ctypes.byref(model), ctypes.byref(functions), error, len(error)

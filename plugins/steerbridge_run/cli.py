@@ -175,4 +175,12 @@ def _model(command: list[str], package: str, ignore: list[str]) -> dict[str, Any
     if models.main is None:
         return None
     facts = gguf_model.read_facts(models.main)
-    return {"path": str(models.main), "architecture": facts.model_type, "name": facts.name}
+    steered = gguf_model.is_tried(facts.model_type or "")
+    pictures = models.tower and gguf_model.describe_tower(models.tower)
+    return {
+        "path": str(models.main),
+        "architecture": facts.model_type,
+        "tried": "models of it were steered" if steered else "names fit, not run (docs/models.md)",
+        "name": facts.name,
+        **({"pictures": pictures} if pictures else {}),
+    }

@@ -27,17 +27,19 @@ _PRELOADS: Final = {
 _CALIBRATED_AS: Final = "llama.cpp"  # the runtime in these programs
 _MODEL: Final = ("-m", "--model")
 _DRAFT: Final = ("-md", "--model-draft", "--spec-draft-model")
+_TOWER: Final = ("-mm", "--mmproj")
 _TEMPLATE: Final = ("--chat-template", "--chat-template-file")
 
 
 @dataclass(frozen=True, slots=True)
 class Models:
-    """Model files that a command line of llama.cpp names, and the chat template (its text, or the
-    name of one that llama.cpp knows) that replaces the model's own."""
+    """Model files that a command line of llama.cpp names, the chat template (its text, or the name
+    of one that llama.cpp knows) that replaces the model's own, and the file of a vision tower."""
 
     main: Path | None
     drafts: tuple[Path, ...]
     template: str | None = None
+    tower: Path | None = None
 
 
 def library() -> Path:
@@ -89,12 +91,14 @@ def named_models(command: Sequence[str], environment: Mapping[str, str]) -> Mode
     """The models that llama.cpp's own programs would open; missing files are left out."""
     # The last option counts, and an option counts more than the variable.
     main = [environment.get("LLAMA_ARG_MODEL", ""), *_values(command, _MODEL)]
+    towers = [environment.get("LLAMA_ARG_MMPROJ", ""), *_values(command, _TOWER)]
     drafts = [*_values(command, _DRAFT), environment.get("LLAMA_ARG_SPEC_DRAFT_MODEL", "")]
     models = [Path(name) for name in main if name and Path(name).is_file()]
     return Models(
         models[-1] if models else None,
         tuple(Path(name) for name in drafts if name and Path(name).is_file()),
         _named_template(command, environment),
+        next((Path(name) for name in reversed(towers) if name and Path(name).is_file()), None),
     )
 
 

@@ -46,9 +46,14 @@ class Greedy:
 
 @dataclass
 class Plain:
-    """The unsteered model, and what steering must make of it."""
+    """The unsteered model, and what steering must make of it.
+
+    Args:
+        margin: see `MARGIN`; wider where another runtime computes less exactly.
+    """
 
     model: Any
+    margin: float = MARGIN
 
     def states(self, ids: list[int]) -> States:
         """Hidden states [T, D] before each block of a prompt, without a cache."""
@@ -94,7 +99,7 @@ class Plain:
             for _ in range(new):
                 with torch.no_grad():
                     output = self.model(input_ids=torch.tensor([tokens]), use_cache=False)
-                answer.append(best(output.logits[0, -1]))
+                answer.append(best(output.logits[0, -1], self.margin))
                 tokens.append(answer[-1].token)
         return answer
 
@@ -119,10 +124,10 @@ class Plain:
         )
 
 
-def best(logits: Tensor) -> Greedy:
+def best(logits: Tensor, margin: float = MARGIN) -> Greedy:
     """The greedy token of logits [V]."""
     first, second = logits.double().topk(2).values.tolist()
-    return Greedy(int(logits.argmax()), first - second < MARGIN * max(1.0, abs(first) / 100))
+    return Greedy(int(logits.argmax()), first - second < margin * max(1.0, abs(first) / 100))
 
 
 @contextmanager
@@ -173,10 +178,14 @@ def guard(model: Any, threshold: float = 0.0, eps: float = 1.0, seed: int = 0) -
     )
 
 
-def judged(package: SteeringPackage, states: States) -> Verdict:
-    """The verdict on hidden states [T, D] by block."""
+def judged(
+    package: SteeringPackage, states: States, image_rows: np.ndarray | None = None
+) -> Verdict:
+    """The verdict on hidden states [T, D] by block; `image_rows` [T] are a picture's."""
     probe = package.spec.probes[0]
-    inputs = reference.probe_input(probe, package.tensors, lambda s: states[package.spec.depth(s)])
+    inputs = reference.probe_input(
+        probe, package.tensors, lambda s: states[package.spec.depth(s)], image_rows
+    )
     return reference.verdicts(package, {probe.id: inputs})[0]
 
 
@@ -215,9 +224,9 @@ def batch(prompts: Sequence[list[int]]) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def same(a: Verdict, b: Verdict) -> bool:
+def same(a: Verdict, b: Verdict, tolerance: float = TOLERANCE) -> bool:
     apart = abs(a.score - b.score)
-    return a.fired == b.fired and apart <= TOLERANCE * max(1.0, abs(b.score))
+    return a.fired == b.fired and apart <= tolerance * max(1.0, abs(b.score))
 
 
 def agree(answer: list[int], expected: list[Greedy]) -> bool:

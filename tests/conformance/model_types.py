@@ -153,8 +153,11 @@ class Absent(Exception):
     """A type that has no tiny model here; the reason is its message."""
 
 
-def tiny(name: str, seed: int = 0) -> Any:
+def tiny(name: str, seed: int = 0, **settings: Any) -> Any:
     """A random model of a type, in float32, whose answers to `PROMPTS` differ.
+
+    Args:
+        settings: of its configuration, beside the usual ones.
 
     Raises:
         Absent: no decoder, or it cannot be built or evaluated.
@@ -162,7 +165,7 @@ def tiny(name: str, seed: int = 0) -> Any:
     if reason := _no_decoder(name):
         raise Absent(reason)
     try:
-        model = _built(name, seed)
+        model = _built(name, seed, settings)
     except Exception as error:  # of any kind: they are other people's classes
         raise Absent(f"cannot be built: {short(error)}") from error
     model.generation_config.eos_token_id = None  # answers of one length
@@ -189,10 +192,10 @@ def _no_decoder(name: str) -> str:
     return ""
 
 
-def _built(name: str, seed: int) -> Any:
+def _built(name: str, seed: int, settings: dict[str, Any]) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        config = _small(CONFIG_MAPPING[name], OVERRIDES.get(name, {}))
+        config = _small(CONFIG_MAPPING[name], {**OVERRIDES.get(name, {}), **settings})
         with torch.device("meta"):
             size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
         if size > LARGEST:

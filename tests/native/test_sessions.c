@@ -44,10 +44,10 @@ static void check_failed(toy *t, steerhook_status status) {
 /* Architectures whose nodes are not what their names say; head_guard reads blocks and steers the
  * head. */
 static void test_architectures(const golden *g) {
-    static const char *const refused[] = {"nanbeige", "hrm_text", "qwen3vl", "qwen3vlmoe",
-                                          "minicpm3", "plamo3",   "plamo2",  "deepseek4",
+    static const char *const refused[] = {"nanbeige", "hrm_text", "minicpm3",
+                                          "plamo3",   "plamo2",   "deepseek4",
                                           "qwen4exp", "eagle3",   "gemma4-assistant"};
-    static const char *const taken[] = {"llama", "gpt-oss", "gemma4", "cohere2moe", ""};
+    static const char *const taken[] = {"llama", "gpt-oss", "gemma4", "cohere2moe", "qwen3vl", ""};
     steerhook_model model = {NULL, g->d, g->n_layer, 8, 2};
     char error[256] = "";
     for (size_t i = 0; i < sizeof refused / sizeof *refused; i++) {
@@ -62,6 +62,9 @@ static void test_architectures(const golden *g) {
         CHECK(s != NULL);
         steerhook_session_free(s);
     }
+    model.n_deepstack = -1; /* features are added where no node shows it */
+    CHECK(steerhook_session_new(g->package, &model, &fake_ggml, error, sizeof error) == NULL);
+    CHECK(strstr(error, "features of an image") != NULL);
 }
 
 static void test_models(const golden *g) {

@@ -18,8 +18,20 @@ static bool is_head(steerhook_session *s, const char *name) {
     return !s->batch.has_norm && strcmp(name, "result_embd_pooled") == 0;
 }
 
-/* "l_out-<k>" is depth k + 1, "result_norm" is the head, "result_output" are its logits; anything else
- * is -1. Most of the names
+/* The number behind a name; -1 if the rest is none, or no block of the model. */
+static int32_t layer_of(const steerhook_session *s, const char *digits) {
+    int32_t layer = 0;
+    for (const char *digit = digits; *digit != '\0'; digit++) {
+        if (*digit < '0' || *digit > '9' || layer >= s->model.n_layer) {
+            return -1; /* "l_out-3 (view)", or deeper than the model */
+        }
+        layer = layer * 10 + (*digit - '0');
+    }
+    return *digits != '\0' && layer < s->model.n_layer ? layer : -1;
+}
+
+/* "l_out-<k>" is depth k + 1, or "deepstack_out-<k>" where features of an image are added to it;
+ * "result_norm" is the head, "result_output" are its logits; anything else is -1. Most of the names
  * of a graph end at the first comparison. */
 static int32_t depth_of(steerhook_session *s, const char *name) {
     if (name == NULL) {
@@ -31,17 +43,12 @@ static int32_t depth_of(steerhook_session *s, const char *name) {
         }
         return is_head(s, name) ? s->model.n_layer + 1 : -1;
     }
-    if (name[0] != 'l' || strncmp(name, "l_out-", 6) != 0 || name[6] == '\0') {
+    bool added = name[0] == 'd' && strncmp(name, "deepstack_out-", 14) == 0;
+    if (!added && (name[0] != 'l' || strncmp(name, "l_out-", 6) != 0)) {
         return -1;
     }
-    int32_t layer = 0;
-    for (const char *digit = name + 6; *digit != '\0'; digit++) {
-        if (*digit < '0' || *digit > '9' || layer >= s->model.n_layer) {
-            return -1; /* "l_out-3 (view)", or deeper than the model */
-        }
-        layer = layer * 10 + (*digit - '0');
-    }
-    return layer < s->model.n_layer ? layer + 1 : -1;
+    int32_t layer = layer_of(s, name + (added ? 14 : 6));
+    return layer >= 0 && added == (layer < s->model.n_deepstack) ? layer + 1 : -1;
 }
 
 static sh_site_plan *site_of(steerhook_session *s, const struct ggml_tensor *node) {

@@ -147,11 +147,9 @@ static const struct {
     {"gemma4-assistant", NO_BLOCKS},
     {"plamo2", NO_BLOCKS},
     {"qwen4exp", NO_BLOCKS},
-    /* l_out is not what the next block reads: a norm or features of an image come between */
+    /* l_out is not what the next block reads: a norm comes between */
     {"hrm_text", NO_BLOCKS},
     {"nanbeige", NO_BLOCKS},
-    {"qwen3vl", NO_BLOCKS},
-    {"qwen3vlmoe", NO_BLOCKS},
     /* no result_norm, or the output embedding reads a multiple of it */
     {"minicpm3", NO_HEAD},
     {"plamo3", NO_HEAD},
@@ -188,6 +186,10 @@ static bool is_shown(const steerhook_session *s, int32_t depth, const sh_error *
     snprintf(site, sizeof site, head ? "site head_input" : "site layer_input[%ld]", (long)depth);
     if (depth == 0) {
         return sh_fail(error, site, "a site that llama.cpp shows by name", "the input of block 0");
+    }
+    if (!head && s->model.n_deepstack < 0) {
+        return sh_fail(error, site, "a site that llama.cpp shows by name",
+                       "features of an image that are added before the block");
     }
     return (differences(s) & (head ? NO_HEAD : NO_BLOCKS)) == 0 ||
            sh_fail(error, site, "a site that llama.cpp shows by name", "architecture %s",

@@ -104,6 +104,8 @@ typedef struct {
     int32_t n_embd, n_layer;  /* of the model: must be the package's */
     int32_t n_ubatch;        /* llama_n_ubatch(ctx) */
     int32_t n_seq_max;       /* llama_n_seq_max(ctx) */
+    int32_t n_deepstack;     /* first blocks to whose outputs features of an image are added; -1: they
+                              * are added elsewhere */
 } steerhook_model;
 
 /* ggml_get_name, ggml_nbytes, ggml_backend_tensor_get and ggml_backend_tensor_set. */

@@ -60,9 +60,9 @@ static void *grown(void *items, int32_t capacity, size_t size) {
     return larger;
 }
 
-/* A row with a history of its own. */
+/* A row with a history of its own. Rows of an image may share a position (M-RoPE). */
 static bool add(sb_cells *cells, int32_t position, uint64_t history) {
-    if (cells->count > 0 && position <= cells->positions[cells->count - 1]) {
+    if (cells->count > 0 && position < cells->positions[cells->count - 1]) {
         return false;
     }
     if (cells->count == cells->capacity) {
@@ -75,8 +75,9 @@ static bool add(sb_cells *cells, int32_t position, uint64_t history) {
     return true;
 }
 
-bool sb_cells_add(sb_cells *cells, int32_t position) {
-    return add(cells, position, behind(sb_cells_history(cells, cells->count), fresh()));
+bool sb_cells_add(sb_cells *cells, int32_t position, bool image) {
+    bool taken = cells->count > 0 && position == cells->positions[cells->count - 1];
+    return (image || !taken) && add(cells, position, behind(sb_cells_history(cells, cells->count), fresh()));
 }
 
 void sb_cells_renew(sb_cells *cells, int32_t first) {
@@ -94,9 +95,9 @@ bool sb_cells_shift(sb_cells *cells, int32_t from, int32_t to, int32_t delta) {
     if (delta != 0) {
         sb_cells_renew(cells, first);
     }
-    bool ordered = first >= last || first == 0 || cells->positions[first - 1] < cells->positions[first];
+    bool ordered = first >= last || first == 0 || cells->positions[first - 1] <= cells->positions[first];
     return ordered && (first >= last || last == cells->count ||
-                       cells->positions[last - 1] < cells->positions[last]);
+                       cells->positions[last - 1] <= cells->positions[last]);
 }
 
 void sb_cells_cut(sb_cells *cells, int32_t first, int32_t last) {
@@ -113,7 +114,7 @@ void sb_cells_cut(sb_cells *cells, int32_t first, int32_t last) {
 void sb_cells_fill(sb_cells *cells, int32_t count) {
     cells->count = 0;
     for (int32_t i = 0; i < count; i++) {
-        sb_cells_add(cells, i);
+        sb_cells_add(cells, i, false);
     }
 }
 

@@ -10,14 +10,14 @@
 
 typedef struct {
     int32_t count, capacity;
-    int32_t *positions; /* ascending */
+    int32_t *positions; /* ascending; rows of an image may share one */
     uint64_t *histories;
 } sb_cells;
 
 /* The number of rows before a position; behind the last one if it is negative. */
 int32_t sb_cells_before(const sb_cells *cells, int32_t position);
 /* Each returns false if positions would no longer be in order. */
-bool sb_cells_add(sb_cells *cells, int32_t position);
+bool sb_cells_add(sb_cells *cells, int32_t position, bool image);
 bool sb_cells_shift(sb_cells *cells, int32_t from, int32_t to, int32_t delta);
 void sb_cells_cut(sb_cells *cells, int32_t first, int32_t last); /* numbers of rows */
 void sb_cells_fill(sb_cells *cells, int32_t count);              /* positions 0 to count - 1 */

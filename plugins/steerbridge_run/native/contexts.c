@@ -25,19 +25,12 @@ static bool is(const char *function, const llama_model *model) {
     return ask != NULL && ask(model);
 }
 
-static int32_t rope_type(const llama_model *model) {
-    return SB_CALL(of_model, "llama_model_rope_type", "llama_rope_type")(model);
-}
-
 /* ---- a context ---- */
 
 static void check_kind(const llama_model *model, const sb_facts *f) {
     sb_check_model(model, f);
-    if (is("llama_model_has_encoder", model) || is("llama_model_is_recurrent", model) ||
-        is("llama_model_is_hybrid", model)) {
-        sb_fatal("model %s: expected a decoder with only a KV cache, found an encoder or "
-                 "recurrent state",
-                 f->name);
+    if (is("llama_model_has_encoder", model)) {
+        sb_fatal("model %s: expected a decoder, found an encoder", f->name);
     }
 }
 
@@ -48,6 +41,7 @@ static steerhook_session *session_for(const llama_context *context, const sb_fac
         .n_layer = f->n_layer,
         .n_ubatch = (int32_t)SB_CALL(of_context, "llama_n_ubatch", NULL)(context),
         .n_seq_max = (int32_t)SB_CALL(of_context, "llama_n_seq_max", NULL)(context),
+        .n_deepstack = f->n_deepstack,
     };
     typedef const char *(*get_name)(const struct ggml_tensor *);
     typedef size_t (*nbytes)(const struct ggml_tensor *);
@@ -102,7 +96,6 @@ static void open_watch(sb_watch *watch) {
         memory_of memory = (memory_of)sb_either("llama_get_memory", NULL);
         watch->memory = memory == NULL ? watch->context : memory(watch->context);
         watch->vocab = sb_vocabulary(model);
-        watch->mrope = rope_type(model) == LLAMA_ROPE_MROPE || rope_type(model) == LLAMA_ROPE_IMROPE;
         watch->session = session_for(watch->context, &f);
         watch->n_seq_max = (int32_t)SB_CALL(of_context, "llama_n_seq_max", NULL)(watch->context);
         of_context room = (of_context)sb_either("llama_n_ctx_seq", NULL);
@@ -213,12 +206,16 @@ int32_t sb_batch_size(const sb_watch *watch) {
 bool sb_may_repeat(const sb_watch *watch, int32_t seq, int32_t from) {
     typedef int32_t (*window_of)(const llama_model *);
     typedef int32_t (*first_position)(const void *, int32_t);
+    const llama_model *model = SB_CALL(model_of, "llama_get_model", NULL)(watch->context);
+    if (is("llama_model_is_recurrent", model) || is("llama_model_is_hybrid", model)) {
+        return from == 0; /* their states cannot go back */
+    }
     window_of window = (window_of)sb_either("llama_model_n_swa", NULL);
     first_position first = (first_position)sb_either("llama_memory_seq_pos_min", NULL);
     if (window == NULL || first == NULL) {
         return true; /* these releases keep all rows */
     }
-    int32_t size = window(SB_CALL(model_of, "llama_get_model", NULL)(watch->context));
+    int32_t size = window(model);
     return size == 0 || first(watch->memory, seq) <= (from > size ? from - size : 0);
 }
 

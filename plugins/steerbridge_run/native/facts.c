@@ -40,6 +40,16 @@ static int32_t n_vocab(const llama_model *model) {
     return SB_CALL(count, "llama_vocab_n_tokens", "llama_n_vocab")(sb_vocabulary(model));
 }
 
+static int32_t n_deepstack(const llama_model *model, const char *architecture) {
+    char key[128], text[32];
+    snprintf(key, sizeof key, "%s.deepstack_mapping", architecture);
+    if (metadata(model, key, text, sizeof text)[0] != '\0') {
+        return -1;
+    }
+    snprintf(key, sizeof key, "%s.n_deepstack_layers", architecture);
+    return (int32_t)strtol(metadata(model, key, text, sizeof text), NULL, 10);
+}
+
 sb_facts sb_facts_of(const llama_model *model) {
     sb_facts f = {0};
     metadata(model, "general.architecture", f.architecture, sizeof f.architecture);
@@ -48,6 +58,7 @@ sb_facts sb_facts_of(const llama_model *model) {
     f.n_embd = SB_CALL(of_model, "llama_model_n_embd", "llama_n_embd")(model);
     f.n_layer = SB_CALL(of_model, "llama_model_n_layer", "llama_n_layer")(model);
     f.n_vocab = n_vocab(model);
+    f.n_deepstack = n_deepstack(model, f.architecture);
     return f;
 }
 

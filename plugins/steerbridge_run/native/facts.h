@@ -8,7 +8,7 @@
 
 typedef struct {
     char architecture[64], name[256], file_type[16];
-    int32_t n_embd, n_layer, n_vocab;
+    int32_t n_embd, n_layer, n_vocab, n_deepstack; /* the last as in steerhook_model */
 } sb_facts;
 
 sb_facts sb_facts_of(const llama_model *model);

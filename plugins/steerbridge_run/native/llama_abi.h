@@ -55,7 +55,6 @@ typedef struct {
 
 typedef bool (*eval_callback)(struct ggml_tensor *, bool ask, void *data);
 
-enum { LLAMA_ROPE_MROPE = 8, LLAMA_ROPE_IMROPE = 40 };
 enum { LLAMA_PROCESS_DECODE = 1 };
 enum { LLAMA_STATE_SEQ_PARTIAL = 1 }; /* LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY, or SWA_ONLY */
 

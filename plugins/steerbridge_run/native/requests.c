@@ -419,10 +419,6 @@ bool sb_before(sb_watch *watch, const sb_rows *rows) {
     if (watch->failed) {
         return false;
     }
-    if (rows->image && watch->mrope) {
-        fail(watch, "images of a model with M-RoPE: positions do not identify rows");
-        return false;
-    }
     return rows->n_tokens < 1 || before(watch, rows, true);
 }
 
@@ -442,7 +438,7 @@ static void note_rows(sb_watch *watch, int32_t seq) {
         if (!sb_last_has(last, row, seq)) {
             continue;
         }
-        if (!sb_cells_add(&q->cells, last->pos[row])) {
+        if (!sb_cells_add(&q->cells, last->pos[row], last->image)) {
             fail(watch, "rows behind later ones: their order in the cache is not known");
         }
         if (q->used ? last->output[row] != 0 : number == n_prompt - 1) {

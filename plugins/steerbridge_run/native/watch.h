@@ -49,7 +49,7 @@ typedef struct sb_watch {
     const void *vocab;
     steerhook_session *session; /* NULL: not steered, see `other` */
     bool other;      /* named with --also: it goes unsteered */
-    bool mrope, failed;
+    bool failed;
     bool observed;   /* the program uses logits by index or by a sampler */
     bool read_whole; /* llama_get_logits was called since the last batch */
     int32_t n_seq_max, number;
@@ -75,8 +75,8 @@ bool sb_ends(const sb_watch *watch, int32_t token);
 /* llama_decode itself, and its llama_memory_seq_rm, past ours. */
 int32_t sb_decode(const sb_watch *watch, llama_batch batch);
 int32_t sb_batch_size(const sb_watch *watch); /* how many rows llama_decode takes */
-/* Whether the rows that those from a position on attend to are in the cache; with sliding windows
- * they may be gone. */
+/* Whether the rows that those from a position on attend to are in the cache: with sliding windows
+ * they may be gone, and recurrent states hold all rows at once. */
 bool sb_may_repeat(const sb_watch *watch, int32_t seq, int32_t from);
 bool sb_remove(const sb_watch *watch, int32_t seq, int32_t from);
 /* The position behind the last row of a sequence in the cache. */

@@ -1,0 +1,151 @@
+"""llama-server with models whose memory or positions are unlike those of Llama, four slots."""
+
+from __future__ import annotations
+
+import base64
+import io
+import itertools
+import random
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+from PIL import Image
+
+import programs
+from helpers import CLI
+from test_apps_server import SERVER, Server
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+pytest.importorskip("llama_cpp")
+sys.path.append(str(Path(__file__).with_name("conformance")))
+import converting
+import llama_models
+import picture_models
+from model_oracle import MARGIN, TOLERANCE, Plain, acting, agree, half_fired, judged
+from model_types import tiny
+from steerbridge.package import SteeringPackage
+
+pytestmark = [
+    pytest.mark.apps,
+    pytest.mark.hf,
+    pytest.mark.llama_cpp,
+    pytest.mark.skipif(programs.converter() is None, reason="python tests/programs.py"),
+]
+HYBRID = {
+    "jamba": "attention and Mamba",
+    "lfm2_moe": "attention and short convolutions",
+    "mamba2": "recurrent alone",
+    "qwen3_next": "attention and gated delta nets",
+}
+OPTIONS = ("-fa", "off", "-ctk", "f32", "-ctv", "f32", "-t", 2, "-c", 2048, "-np", 4, "--no-webui")
+TIMES = 4
+
+
+@dataclass
+class Wanted:
+    """What a request must come to. `prompt`: tokens, or a text with pictures."""
+
+    prompt: Any
+    score: float
+    fired: bool
+    tokens: list[Any]  # of the oracle
+
+
+def png(picture: Any) -> str:
+    """A picture as base64."""
+    image = Image.frombytes("RGB", (picture.width, picture.height), picture.rgb)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def answered(
+    folder: Path, model: Path, package: SteeringPackage, wanted: list[Wanted], *options: object
+) -> tuple[list[str], list[Any]]:
+    """What is wrong with llama-server's answers to all requests, asked several times by four
+    clients, and the verdicts."""
+    log = folder / "log.jsonl"
+    package.save(folder / "guard.gguf")
+    run = [*CLI, "run", "--package", str(folder / "guard.gguf"), "--log", str(log), "--"]
+    jobs = wanted * TIMES
+    random.Random(0).shuffle(jobs)
+    with programs.llama_server(
+        ["-m", model, *OPTIONS, *options], folder / "server.txt", run
+    ) as url:
+        server = Server(url, log)
+        server.warm = len(server.events())
+
+        marker = requests.get(url + "/props", timeout=60).json().get("media_marker")
+
+        def ask(one: Wanted) -> list[int]:
+            options = {"temperature": 0, "n_predict": picture_models.NEW, "return_tokens": True}
+            prompt = one.prompt
+            if isinstance(prompt, picture_models.Prompt):
+                prompt = {
+                    "prompt_string": prompt.text.replace(picture_models.MARKER, marker),
+                    "multimodal_data": [png(picture) for picture in prompt.pictures],
+                }
+            tokens: list[int] = server.post("/completion", prompt=prompt, **options)["tokens"]
+            return tokens
+
+        with ThreadPoolExecutor(4) as pool:
+            answers = list(pool.map(ask, jobs))
+        verdicts = server.events(count=len(jobs))
+    wrong = [
+        f"{answer}, expected {[g.token for g in one.tokens]}"
+        for one, answer in zip(jobs, answers, strict=True)
+        if not agree(answer, one.tokens[: len(answer)])
+    ]
+    scores = sorted(v["probes"][0]["score"] for v in verdicts)
+    expected = sorted(one.score for one in jobs)
+    apart = [abs(a - b) / max(1, abs(b)) for a, b in zip(scores, expected, strict=True)]
+    assert sum(bool(v["fired"]) for v in verdicts) == sum(one.fired for one in jobs)
+    return wrong, apart
+
+
+@pytest.mark.parametrize("name", HYBRID)
+def test_recurrent_states_in_slots(name, tmp_path, tried):
+    """Prompts with the same beginnings: the server goes back to checkpoints and saved prompts."""
+    model = tiny(name, **llama_models.SETTINGS.get(name, {}))
+    with converting.running(programs.converter()) as converter:
+        path = tmp_path / "model.gguf"
+        converter.convert(llama_models.saved(model, name, tmp_path), path)
+    plain = Plain(model, MARGIN * 10)
+    package = half_fired(plain)
+    rng = random.Random(1)
+    starts = [[rng.randrange(3, 90) for _ in range(12)] for _ in range(3)]
+    ends: list[list[int]] = [[], *([rng.randrange(3, 90) for _ in range(n)] for n in (3, 9))]
+    wanted = []
+    for start, end in itertools.product(starts, ends):
+        want = judged(package, plain.states([*start, *end]))
+        tokens = plain.greedy([*start, *end], acting(package, want), package, picture_models.NEW)
+        wanted.append(Wanted([*start, *end], want.score, want.fired, tokens))
+    wrong, apart = answered(tmp_path, path, package, wanted, "-b", 64, "-ub", 16)
+    assert wrong == []
+    assert max(apart) < 10 * TOLERANCE
+    tried(SERVER, f"four slots, {HYBRID[name]}")
+
+
+@pytest.mark.parametrize("family", picture_models.FAMILIES)
+def test_pictures_with_m_rope_in_slots(family, tmp_path, tried):
+    """One, two or three pictures in a prompt; their rows take fewer positions."""
+    with converting.running(programs.converter()) as converter:
+        pair = picture_models.Pair(family, tmp_path, converter)
+    prompts = [pair.prompt(text, pictures) for text, pictures in picture_models.drawn(8)]
+    package = pair.fitted(prompts)
+    wanted = []
+    for prompt in prompts:
+        want = pair.judged(package, prompt)
+        tokens = pair.greedy(prompt, package, acting(package, want))
+        wanted.append(Wanted(prompt, want.score, want.fired, tokens))
+    tower = ("--mmproj", pair.tower, "--no-mmproj-offload")
+    wrong, apart = answered(tmp_path, pair.path, package, wanted, *tower)
+    assert wrong == []
+    assert max(apart) < 10 * TOLERANCE
+    tried(SERVER, f"four slots, pictures of {pair.architecture} ({family})")
