@@ -30,6 +30,9 @@ DECAY: Final = 1e-2
 ROW_DEPTHS: Final = (0.34, 0.47, 0.67)
 SPREAD: Final = (0.36, 0.7, 1.0)
 WINDOWS: Final = (8, 32)  # beside that of `TokenDesign`
+# Of the allowed share of false positives. At one rate a few ordinary prompts decide between
+# candidates.
+RATES: Final = (1, 2, 4, 8)
 SAMPLE: Final = 3000  # prompts that a candidate of the search is fitted on
 SAMPLE_EPOCHS: Final = 6
 # Of a blend: the share of the harmful prompts that a kind has at least to be left out once, the
@@ -49,6 +52,7 @@ class Candidate:
     design: Design
     fitted: Fitted
     detection: float  # share of harmful prompts that are caught, mean over their kinds
+    reach: float  # mean of that share over `RATES`: what candidates are compared by
     auroc: float  # of harmful prompts against ordinary ones
     auroc_by_kind: Mapping[str, float]
 
@@ -144,11 +148,15 @@ class Task:
         for kind in sorted({self.parts.examples[i].kind for i in index[meant]}):
             mine = np.array([self.parts.examples[i].kind == kind for i in index])
             by_kind[kind] = found[meant & mine]
-        limit = quantile(calm, self.settings.target_fpr)
+        caught = []
+        for rate in RATES:
+            limit = quantile(calm, min(1.0, rate * self.settings.target_fpr))
+            caught.append(float(np.mean([(s > limit).mean() for s in by_kind.values()])))
         return Candidate(
             design,
             fitted,
-            float(np.mean([(s > limit).mean() for s in by_kind.values()])),
+            caught[0],
+            float(np.mean(caught)),
             stats.auroc(found[meant], calm),
             {kind: round(stats.auroc(s, calm), 5) for kind, s in by_kind.items()},
         )
@@ -170,7 +178,7 @@ def calm_of(parts: Parts, index: NDArray[np.int64]) -> NDArray[np.bool_]:
 
 def quantile(calm: Scores, share: float) -> float:
     """The score that at most this share of them exceeds."""
-    return float(np.sort(calm)[len(calm) - 1 - int(share * len(calm))])
+    return float(np.sort(calm)[max(0, len(calm) - 1 - int(share * len(calm)))])
 
 
 def row_sites(num_layers: int) -> tuple[LayerInput, ...]:
@@ -188,7 +196,7 @@ def search(task: Task, sas: Awareness, tried: Callable[[], None]) -> SearchResul
 
 def _rows(task: Task, tried: Callable[[], None]) -> SearchResult:
     """Sites first, each alone and in pairs of the best with others, then windows; each step keeps
-    what detects more, then has the higher AUROC. Ends when the time is over."""
+    what has the longest reach, then the highest AUROC. Ends when the time is over."""
     until, complete = time.monotonic() + 60 * task.settings.search_minutes, True
     hidden = tokens.HIDDEN if task.settings.probe == "mlp" else 0
     scope: Literal["prompt", "both"] = "both" if task.settings.answers else "prompt"
@@ -202,7 +210,7 @@ def _rows(task: Task, tried: Callable[[], None]) -> SearchResult:
                 break
             found.append(task.judge(design, SAMPLE))
             tried()
-        top = max(found, key=lambda c: (c.detection, c.auroc)).design
+        top = max(found, key=lambda c: (c.reach, c.auroc)).design
         assert isinstance(top, TokenDesign)
         return top
 
@@ -246,24 +254,24 @@ def _blended(task: Task, whole: Candidate, tried: Callable[[], None]) -> Candida
         low, high = np.quantile(found[calm], TAIL)
         spreads.append(max(float(high - low), 1e-6))
         scaled.append((found - low) / spreads[-1])
-    chosen, best = [0], whole.detection
+    chosen, best = [0], whole.reach
     while len(chosen) < BLENDED:
         trials = {
             k: task.judged(design, probes_of[k], np.sum([scaled[j] for j in (*chosen, k)], axis=0))
             for k in range(len(probes_of))
         }
-        next_one = max(trials, key=lambda k: (trials[k].detection, trials[k].auroc))
-        if trials[next_one].detection <= best:
+        next_one = max(trials, key=lambda k: (trials[k].reach, trials[k].auroc))
+        if trials[next_one].reach <= best:
             break
         chosen.append(next_one)
-        best = trials[next_one].detection
+        best = trials[next_one].reach
     # On the scale of the first, whose log-odds mean something.
     factors = [spreads[0] * chosen.count(k) / len(chosen) / spreads[k] for k in range(len(spreads))]
     used = [(probe, factor) for probe, factor in zip(probes_of, factors, strict=True) if factor]
     blend = tokens.blended(used)
     judged = task.judged(design, blend, task.scores(blend, design, index))
     tried()
-    return judged if judged.detection > whole.detection else whole
+    return judged if judged.reach > whole.reach else whole
 
 
 def _whole(task: Task, sas: Awareness, tried: Callable[[], None]) -> SearchResult:
