@@ -87,19 +87,19 @@ def converter():
 @pytest.mark.apps
 @pytest.mark.llama_cpp
 @pytest.mark.parametrize("name", LLAMA)
-def test_an_architecture_does_what_is_pinned(name, converter):
+def test_an_architecture_does_what_is_pinned(name, converter, tmp_path):
     import llama_models
 
     pinned = models_page.read_llama().types[name]
     assert pinned.status == "right"
-    found = llama_models.isolated(name, converter)
+    found = llama_models.tried(name, tmp_path, converter)
     assert (found.architecture, found.status) == (pinned.architecture, pinned.status)
 
 
 @llama
 @pytest.mark.apps
 @pytest.mark.llama_cpp
-def test_an_adapter_of_llama_cpp_that_steers_otherwise_is_found_wrong(converter, monkeypatch):
+def test_an_adapter_of_llama_cpp_that_steers_wrongly_is_found(converter, monkeypatch, tmp_path):
     import llama_models
 
     steer = llama_models.steer
@@ -110,7 +110,7 @@ def test_an_adapter_of_llama_cpp_that_steers_otherwise_is_found_wrong(converter,
         return steer(llama, package.replace(spec=spec))
 
     monkeypatch.setattr(llama_models, "steer", weaker)
-    assert llama_models.isolated("qwen3", converter).status == "wrong"
+    assert llama_models.tried("qwen3", tmp_path, converter).status == "wrong"
 
 
 def test_architectures_are_pinned_and_none_is_wrong():
