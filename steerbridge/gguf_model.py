@@ -23,16 +23,15 @@ _ARCHITECTURES: Final = {
     **dict.fromkeys(("exaone", "internlm3", "iquestcoder", "mistral", "mixtral"), "llama"),
     "ministral3": "mistral3",
     **dict.fromkeys(("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "youtu"), "deepseek2"),
-    **dict.fromkeys(("bamba", "granitemoehybrid"), "granitehybrid"),
     **dict.fromkeys(("qwen2_5_vl", "qwen2_5_vl_text"), "qwen2vl"),
     "cohere": "command-r",
     "falcon_mamba": "mamba",
     "glm": "chatglm",
     "gpt_bigcode": "starcoder",
     "granitemoe_swa": "granite_swa",
+    "granitemoehybrid": "granitehybrid",
     "granitemoeshared": "granitemoe",
     "hunyuan_v1_dense": "hunyuan-dense",
-    "hunyuan_v1_moe": "hunyuan-moe",
     "llama4_text": "llama4",
     "olmo3": "olmo2",
     "phi": "phi2",
@@ -40,7 +39,6 @@ _ARCHITECTURES: Final = {
     "qwen3_5_text": "qwen35",
     "qwen3_5_moe": "qwen35moe",
     "qwen3_5_moe_text": "qwen35moe",
-    "solar_open": "glm4moe",
 }
 
 

@@ -113,7 +113,8 @@ def set_up() -> dict[str, list[str]]:
             source = _source(Path(scratch))
             if built() is None:
                 _build(source)
-            _keep_converter(source)
+            if converter() is None:
+                _keep_converter(source)
     for release in NODE_LLAMA_CPP:
         if node(release) is None and shutil.which("npm") and platform.machine() in _NODE_MACHINES:
             _install_node(release)

@@ -17,6 +17,7 @@ import converting
 import models
 import models_page
 import steerbridge_hf
+from steerbridge import gguf_model
 
 pytestmark = [pytest.mark.hf]
 
@@ -111,6 +112,17 @@ def test_an_adapter_of_llama_cpp_that_steers_wrongly_is_found(converter, monkeyp
 
     monkeypatch.setattr(llama_models, "steer", weaker)
     assert llama_models.tried("qwen3", tmp_path, converter).status == "wrong"
+
+
+def test_a_name_of_transformers_stands_for_an_architecture_that_was_steered():
+    """Two models of one name take each other's packages, so none is guessed."""
+    types = models_page.read_llama().types
+    families = {f: name for name, some in models_page.PICTURES.items() for f in some}
+    for model_type, architecture in gguf_model._ARCHITECTURES.items():
+        family = model_type.removesuffix("_text")
+        found = types.get(model_type)
+        steered = families.get(family) or (found.status == "right" and found.architecture)
+        assert steered == architecture, model_type
 
 
 def test_architectures_are_pinned_and_none_is_wrong():

@@ -9,9 +9,7 @@ docs/models.md.
 
 from __future__ import annotations
 
-import argparse
 import json
-import logging
 import math
 import multiprocessing
 import os
@@ -45,7 +43,7 @@ from model_oracle import (
     judged,
     same,
 )
-from model_types import PROMPTS, TYPES, Absent, short, tiny
+from model_types import PROMPTS, TYPES, Absent, chosen, short, tiny
 from models_page import Found
 from steerbridge.atomic import replacing
 from steerbridge.errors import SteerbridgeError, UnsupportedFeature
@@ -78,6 +76,9 @@ SETTINGS: Final[dict[str, dict[str, Any]]] = {
     "ernie4_5_moe": {"moe_num_shared_experts": 1},
     "exaone4": {"sliding_window": None, "layer_types": ["full_attention"] * 4},
     "falcon_mamba": {"intermediate_size": 64},
+    "glm4_moe_lite": _ONE_GROUP,
+    "qwen3_5": {"text_config": {"rope_parameters": _SECTIONS}},
+    "qwen3_5_moe": {"text_config": {"rope_parameters": _SECTIONS}},
     "gemma2": {"query_pre_attn_scalar": 8},
     "gemma3": {"text_config": {"query_pre_attn_scalar": 8}},
     "gemma3_text": {"query_pre_attn_scalar": 8},
@@ -97,10 +98,11 @@ SETTINGS: Final[dict[str, dict[str, Any]]] = {
 # know.
 _OLDER: Final[dict[str, dict[str, Any]]] = {
     "cohere2": {"rotary_pct": 1.0},
+    "deepseek_v3": {"scoring_func": "sigmoid"},
     "deepseek_v32": {"scoring_func": "sigmoid"},
     "exaone_moe": {"scoring_func": "sigmoid"},
     "falcon_h1": {"head_dim": 8},
-    "glm4_moe_lite": {"first_k_dense_replace": 1},
+    "glm4_moe_lite": {"first_k_dense_replace": 1, "scoring_func": "sigmoid"},
     "gpt2": {"n_ctx": 128},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
     "dots1": {"scoring_func": "sigmoid"},
@@ -302,13 +304,8 @@ def refusal(architecture: str) -> str:
 
 def main() -> int:
     """Try the chosen types; 1 if one is wrong, or not as pinned."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--types", nargs="*", default=list(TYPES))
-    parser.add_argument("--update", action="store_true", help="Write pins and docs/models.md.")
-    options = parser.parse_args()
+    options = chosen(__doc__)
     start = time.monotonic()
-    logging.disable(logging.WARNING)
-    torch.set_num_threads(1)
     os.environ["GGML_NO_BACKTRACE"] = "1"
     known = models_page.read_llama().types if models_page.LLAMA_CPP.is_file() else {}
     run: dict[str, Found] = {}

@@ -153,8 +153,15 @@ def steered(
 # ---------------------------------------------------------------- the guard
 
 
-def guard(model: Any, threshold: float = 0.0, eps: float = 1.0, seed: int = 0) -> SteeringPackage:
-    """A guard of one linear probe that reads two sites, and a head of low rank."""
+def guard(
+    model: Any,
+    threshold: float = 0.0,
+    eps: float = 1.0,
+    seed: int = 0,
+    more: Sequence[dict[str, Any]] = (),
+) -> SteeringPackage:
+    """A guard of one linear probe that reads two sites, and more if asked, and a head of low
+    rank."""
     config = model.config.get_text_config()
     known = ModelFacts(
         model_type=config.model_type,
@@ -167,6 +174,7 @@ def guard(model: Any, threshold: float = 0.0, eps: float = 1.0, seed: int = 0) -
     readings = [
         helpers.reading(f"layer_input[{known.num_layers // 2}]"),
         helpers.reading("layer_input[1]", helpers.MEAN),
+        *more,
     ]
     return helpers.package(
         known,

@@ -7,7 +7,9 @@ besides. A type that is no decoder, or that cannot be built so, is `Absent`.
 
 from __future__ import annotations
 
+import argparse
 import itertools
+import logging
 import warnings
 from typing import Any, Final
 
@@ -147,6 +149,16 @@ _NO_DECODERS: Final = {
     "trocr": _DECODES,
     "xlnet": "its attention goes both ways (permutation language model)",
 }
+
+
+def chosen(what: str | None) -> argparse.Namespace:
+    """What a tool is asked for: `types`, and `update`. Its models are tiny: one thread is best."""
+    parser = argparse.ArgumentParser(description=what)
+    parser.add_argument("--types", nargs="*", default=list(TYPES))
+    parser.add_argument("--update", action="store_true", help="Write pins and docs/models.md.")
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    return parser.parse_args()
 
 
 class Absent(Exception):

@@ -8,9 +8,7 @@ object. `--update` writes the pins and docs/models.md.
 
 from __future__ import annotations
 
-import argparse
 import json
-import logging
 import sys
 import time
 import warnings
@@ -40,7 +38,7 @@ from model_oracle import (
     same,
     steered,
 )
-from model_types import PROMPTS, TYPES, Absent, short, tiny
+from model_types import PROMPTS, TYPES, Absent, chosen, short, tiny
 from steerbridge.errors import SteerbridgeError
 from steerbridge.package import SteeringPackage
 from steerbridge.reference import Action, Verdict
@@ -293,13 +291,8 @@ def _said(name: str) -> Result:
 
 def main() -> int:
     """Try the chosen types; 1 if one is wrong, or not as pinned."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--types", nargs="*", default=list(TYPES))
-    parser.add_argument("--update", action="store_true", help="Write pins and docs/models.md.")
-    options = parser.parse_args()
+    options = chosen(__doc__)
     start = time.monotonic()
-    logging.disable(logging.WARNING)
-    torch.set_num_threads(1)
     known = models_page.read()[1].shapes
     run = Pins("real", {name: _said(name) for name in options.types})
     differences = list(_differences(known, run.shapes))

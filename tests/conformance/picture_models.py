@@ -35,8 +35,7 @@ import gemma
 import helpers
 import programs
 from llama_models import greedy, opened
-from model_oracle import Greedy, acting, agree, best, judged, same, steered
-from steerbridge.fingerprint import ModelFacts
+from model_oracle import Greedy, acting, agree, best, guard, judged, same, steered
 from steerbridge.package import SteeringPackage
 from steerbridge.reference import Verdict
 from steerbridge.serving import Picture
@@ -46,6 +45,7 @@ from steerbridge_llama_cpp.media import MediaPrompts, each_chunk
 PROMPTS: Final = 50
 NEW: Final = 6  # tokens of an answer
 LAYERS: Final = 4
+EPS: Final = 8.0  # of the guard's head: it changes answers
 VOCABULARY: Final = 104
 PATCH: Final = 4  # pixels; an image token is two by two of them
 CONTEXT: Final = 512
@@ -243,37 +243,16 @@ class Pair:
 
     def fitted(self, prompts: Sequence[Prompt]) -> SteeringPackage:
         """A guard that fires on half of the prompts."""
-        scores = sorted(self.judged(self.guard(), prompt).score for prompt in prompts)
+        pictures = [helpers.reading("layer_input[3]", helpers.IMAGE)]
+        always = guard(self.model, eps=EPS, more=pictures)
+        scores = sorted(self.judged(always, prompt).score for prompt in prompts)
         half = len(scores) // 2
-        return self.guard((scores[half - 1] + scores[half]) / 2)
+        return guard(self.model, (scores[half - 1] + scores[half]) / 2, EPS, more=pictures)
 
     def judged(self, package: SteeringPackage, prompt: Prompt) -> Verdict:
         """The verdict on a prompt, by the numpy reference."""
         of_pictures = np.asarray(prompt.ids) == converting.IMAGE
         return judged(package, self.states(prompt), of_pictures)
-
-    def guard(self, threshold: float = 0.0) -> SteeringPackage:
-        """One linear probe that reads the end, the mean and the pictures; a head of low rank."""
-        text = self.model.config.text_config
-        known = ModelFacts(
-            model_type=self.architecture,
-            hidden_size=text.hidden_size,
-            num_layers=text.num_hidden_layers,
-            vocab_size=text.vocab_size,
-            name="",
-        )
-        readings = [
-            helpers.reading("layer_input[2]"),
-            helpers.reading("layer_input[1]", helpers.MEAN),
-            helpers.reading("layer_input[3]", helpers.IMAGE),
-        ]
-        return helpers.package(
-            known,
-            scale=1.2 / text.hidden_size**0.5,
-            probes=[helpers.linear_probe(readings=readings, threshold=threshold)],
-            interventions=[helpers.head(weight=helpers.LOW_RANK, eps=8.0)],
-            rules=[helpers.rule(["p"], ["h"])],
-        )
 
 
 def drawn(count: int, seed: int = 0) -> Iterator[tuple[str, list[Picture]]]:

@@ -95,9 +95,9 @@ bool sb_cells_shift(sb_cells *cells, int32_t from, int32_t to, int32_t delta) {
     if (delta != 0) {
         sb_cells_renew(cells, first);
     }
-    bool ordered = first >= last || first == 0 || cells->positions[first - 1] <= cells->positions[first];
+    bool ordered = first >= last || first == 0 || cells->positions[first - 1] < cells->positions[first];
     return ordered && (first >= last || last == cells->count ||
-                       cells->positions[last - 1] <= cells->positions[last]);
+                       cells->positions[last - 1] < cells->positions[last]);
 }
 
 void sb_cells_cut(sb_cells *cells, int32_t first, int32_t last) {
@@ -126,7 +126,10 @@ bool sb_cells_copy(const sb_cells *from, sb_cells *to, int32_t first, int32_t la
     for (int32_t i = start; i < end; i++) {
         uint64_t history = from->histories[i];
         history = same ? history : behind(sb_cells_history(to, to->count), history);
-        ordered &= add(to, from->positions[i], history);
+        /* Behind rows of its own, one at their position is none of their image's. */
+        ordered &= (i > start || to->count == 0 ||
+                    to->positions[to->count - 1] != from->positions[i]) &&
+                   add(to, from->positions[i], history);
     }
     return ordered;
 }
