@@ -59,6 +59,7 @@ _TEXT: Final = {
     "num_key_value_heads": 2,
     "head_dim": 8,
     "max_position_embeddings": CONTEXT,
+    "rms_norm_eps": 1e-6,  # as released; llama.cpp does not read that of Qwen2-VL, and takes 0
     "tie_word_embeddings": False,
     "bos_token_id": converting.EOS,
     "eos_token_id": converting.EOS,
