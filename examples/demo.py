@@ -52,7 +52,7 @@ def text() -> dict[str, Any]:
     hf = steerbridge.open_model("hf", "smollm2")
     known = steerbridge.corpus_examples("train")
     # A part of the prompts (both sides of a pair, or none): enough to see how it works.
-    examples = [e for e, fold in zip(known, folds(known, 5, 0), strict=True) if fold == 0]
+    examples = [e for e, fold in zip(known, folds(known, 7, 0), strict=True) if fold == 0]
     path = trained(hf, examples, "smollm2-demo", answers=80, search_minutes=1.5)
     llama = steerbridge.open_model("llama.cpp", "smollm2", n_ctx=1024)
     models = {"transformers": hf, "llama.cpp": llama}

@@ -55,14 +55,19 @@ class ModelFacts:
         )
 
 
+_BLANK: Final = "\u2581"
+
+
 def tokenizer_sha256(tokens: Iterable[str]) -> str:
     """Hash of the vocabulary in id order, each token preceded by its length in UTF-8 bytes.
 
-    The same for a Hugging Face tokenizer and for `tokenizer.ggml.tokens` of a GGUF file.
+    The same for a Hugging Face tokenizer and for `tokenizer.ggml.tokens` of a GGUF file. The blank
+    of SentencePiece counts as a space: converters write it so in tokens that a user defined
+    (Gemma's runs of blanks), and not in others.
     """
     digest = hashlib.sha256()
     for token in tokens:
-        raw = token.encode("utf-8", "surrogatepass")
+        raw = token.replace(_BLANK, " ").encode("utf-8", "surrogatepass")
         digest.update(len(raw).to_bytes(4, "little") + raw)
     return digest.hexdigest()
 

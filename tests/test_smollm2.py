@@ -67,7 +67,7 @@ def test_a_trained_guard_refuses_what_it_should(smollm2_hf, tmp_path):
     """A short training run works on a real model; its quality is measured by a benchmark."""
     corpus = [e for e in corpus_examples("train") if len(e.text) < 120]
     examples = [e for e in corpus if e.kind == "pair"][:240]
-    examples += [e for e in corpus if e.kind == "general"][:120]
+    examples += [e for e in corpus if e.kind == "general"][:300]
     settings = TrainSettings(
         refuse="head_matrix",
         forms={"chat": 1.0, "long_end": 0.1},

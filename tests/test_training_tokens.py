@@ -125,58 +125,39 @@ def test_a_blend_scores_as_the_sum_of_its_probes(hidden):
     assert len(blend.layers) == len(parts[0][0].layers)
 
 
-def task_of(kinds, count=400):
-    """A task on made-up rows whose harmful prompts are of these kinds in turn. Those of the last
-    kind carry a mark that some ordinary prompts carry as well."""
+def task_of(count=400):
+    """A task on made-up rows."""
     from steerbridge import Example, TrainSettings
     from steerbridge.training.parts import Parts
     from steerbridge.training.search import Task
     from steerbridge.training.states import States
 
     rows, harmful = made_up(count, 3)
-    array = np.array(rows.array)
-    examples = []
-    for i in range(count):
-        kind = kinds[i // 2 % len(kinds)] if harmful[i] else "general"
-        examples.append(Example(f"text {i}", bool(harmful[i]), kind))
-        if len(kinds) > 1 and (kind == kinds[-1] or (kind == "general" and i % 20 == 1)):
-            array[rows.starts[i] + 5 : rows.starts[i] + 9, 0, 1] += 4
+    kinds = ["a" if harm else "general" for harm in harmful]
+    examples = tuple(Example(f"text {i}", bool(harmful[i]), kinds[i]) for i in range(count))
     part = np.array(["train", "train", "search", "search"])[np.arange(count) // 2 % 4]
-    whole = States(np.zeros((count, 0, 8), np.float16), (), Rows(array, rows.starts, SITES))
-    parts = Parts(tuple(examples), part, np.arange(count), ("chat",))
+    whole = States(np.zeros((count, 0, 8), np.float16), (), rows)
+    parts = Parts(examples, part, np.arange(count), ("chat",))
     settings = TrainSettings(name="made up")
     goal = next(goal for goal in settings.goals if goal.reads == "rows")
     return Task(whole, parts, goal, settings)
 
 
-def test_a_blend_is_taken_where_it_detects_more(monkeypatch):
+def test_a_probe_is_the_mean_of_several_fits_of_the_best_design(monkeypatch):
     from steerbridge.training import search
 
     monkeypatch.setattr(tokens, "HIDDEN", 8)
-    task, steps = task_of(("a", "b")), []
-    whole = task.judge(TokenDesign(SITES, 4, 8))
-    found = search._blended(task, whole, lambda: steps.append(1))
-    assert len(steps) == 3  # without a, without b, the blend
-    assert found is whole or found.detection > whole.detection
-    assert len(found.fitted.layers[0][0]) % 8 == 0
-    alone = task_of(("a",))
-    only = alone.judge(TokenDesign(SITES, 4, 8))
-    assert search._blended(alone, only, steps.append) is only
-
-
-def test_a_kind_that_is_left_out_is_not_trained_on():
-    task = task_of(("a", "b"))
-    design = TokenDesign(SITES, 4, 8)
-    read = []
-
-    def spy(rows, train, held, *rest, **options):
-        read.append({task.parts.examples[i].kind for i in train.index})
-        assert {task.parts.examples[i].kind for i in held.index} == {"a", "b", "general"}
-        return fit(rows, train, held, *rest, **options)
-
-    fit = tokens.fit
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokens, "fit", spy)
-        task.fit(design, without="b")
-        task.fit(design)
-    assert read == [{"a", "general"}, {"a", "b", "general"}]
+    task, steps = task_of(), []
+    result = search.search(task, search.Awareness({}, {}), lambda: steps.append(1))
+    design = result.best.design
+    assert len(steps) == len(result.tried) + search.FITS
+    assert design in [c.design for c in result.tried]
+    assert {c.design.window for c in result.tried} == {4, 8, 16}
+    first, *others = (task.fit(design, run=run) for run in range(search.FITS))
+    assert not np.array_equal(first.layers[0][0], others[0].layers[0][0])
+    index = task.parts.of("search")
+    rows = task.states.rows.array[task.states.rows.starts[index[0]] :][:20]
+    x = rows[:, [SITES.index(s) for s in design.sites]].reshape(20, -1).astype("f4")
+    want = np.mean([probe.scores(x) for probe in (first, *others)], axis=0)
+    np.testing.assert_allclose(result.best.fitted.scores(x), want, atol=1e-3)
+    assert result.best.detection > 0.8

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -27,19 +28,15 @@ from steerbridge.training.tokens import TokenDesign
 DECAY: Final = 1e-2
 # Depths at which rows are kept (shares of the model's), and where whole prompts are read together
 # (shares of what is read). A runtime pays for each.
-ROW_DEPTHS: Final = (0.34, 0.47, 0.67)
+ROW_DEPTHS: Final = (0.47, 0.57, 0.67)
 SPREAD: Final = (0.36, 0.7, 1.0)
-WINDOWS: Final = (8, 32)  # beside that of `TokenDesign`
+WINDOWS: Final = (4, 16)  # beside that of `TokenDesign`
 # Of the allowed share of false positives. At one rate a few ordinary prompts decide between
 # candidates.
 RATES: Final = (1, 2, 4, 8)
 SAMPLE: Final = 3000  # prompts that a candidate of the search is fitted on
 SAMPLE_EPOCHS: Final = 6
-# Of a blend: the share of the harmful prompts that a kind has at least to be left out once, the
-# quantiles of ordinary prompts that are laid over one another, and how many probes it is a mean of.
-LEAST: Final = 0.2
-TAIL: Final = (0.5, 0.98)
-BLENDED: Final = 4
+FITS: Final = 3  # of the chosen design; the probe is their mean
 
 Design = ProbeDesign | TokenDesign
 Scores = NDArray[np.float64]
@@ -102,28 +99,25 @@ class Task:
     def weights(self) -> NDArray[np.float64]:
         return np.array([self.goal.weight(e) for e in self.parts.examples])
 
-    def fit(self, design: Design, sample: int | None = None, without: str = "") -> Fitted:
+    def fit(self, design: Design, sample: int | None = None, run: int = 0) -> Fitted:
         """A probe fitted on the prompts to train on, or on so many of them.
 
         Args:
-            without: a kind of harmful prompts that is not trained on. When to stop is still judged
-                on all kinds, so that the fit ends before it forgets what it does not see.
+            run: another number starts from other weights.
         """
         train = self._sampled(self.parts.of("train"), sample)
-        if without:
-            left_out = np.array([self.parts.examples[i].kind == without for i in train])
-            train = train[~(left_out & self.parts.harmful[train])]
+        seed = self.settings.seed + run
         harmful, weights = self.parts.harmful, self.weights
         if isinstance(design, ProbeDesign):
             x = self.states.of(design.readings)[train]
-            return probes.fit(x, harmful[train], weights[train], design, self.settings.seed)
+            return probes.fit(x, harmful[train], weights[train], design, seed)
         held = self._sampled(self.parts.of("search"), sample)
         fitted = tokens.fit(
             self.states.rows,
             tokens.Prompts(train, harmful[train], weights[train]),
             tokens.Prompts(held, harmful[held], weights[held]),
             design,
-            self.settings.seed,
+            seed,
             epochs=tokens.EPOCHS if sample is None else SAMPLE_EPOCHS,
         )
         return fitted.probe
@@ -195,8 +189,8 @@ def search(task: Task, sas: Awareness, tried: Callable[[], None]) -> SearchResul
 
 
 def _rows(task: Task, tried: Callable[[], None]) -> SearchResult:
-    """Sites first, each alone and in pairs of the best with others, then windows; each step keeps
-    what has the longest reach, then the highest AUROC. Ends when the time is over."""
+    """Sites first, two at a time, then windows; each step keeps what has the longest reach, then
+    the highest AUROC. Ends when the time is over."""
     until, complete = time.monotonic() + 60 * task.settings.search_minutes, True
     hidden = tokens.HIDDEN if task.settings.probe == "mlp" else 0
     scope: Literal["prompt", "both"] = "both" if task.settings.answers else "prompt"
@@ -215,63 +209,21 @@ def _rows(task: Task, tried: Callable[[], None]) -> SearchResult:
         return top
 
     sites = task.states.rows.sites
-    one = best_of(TokenDesign((site,), hidden=hidden, scope=scope) for site in sites)
-    both = best_of(
-        replace(one, sites=tuple(s for s in sites if s in (*one.sites, other)))
-        for other in sites
-        if other not in one.sites
-    )
-    design = best_of(replace(both, window=window) for window in WINDOWS)
-    whole = task.judge(design)
-    tried()
-    return SearchResult(_blended(task, whole, tried), (), tuple(found), complete)
+    pairs = combinations(sites, min(2, len(sites)))
+    design = best_of(TokenDesign(pair, hidden=hidden, scope=scope) for pair in pairs)
+    design = best_of(replace(design, window=window) for window in WINDOWS)
+    return SearchResult(_mean(task, design, tried), (), tuple(found), complete)
 
 
-def _blended(task: Task, whole: Candidate, tried: Callable[[], None]) -> Candidate:
-    """The mean of a probe and of others that never saw one kind of harm, if it detects more.
-
-    Every kind of harm brings false alarms of its own (political harm those on politics). A probe
-    that was fitted without it does not have them, and mostly finds it all the same; in the mean of
-    both a false alarm of one is no longer one. Which are taken, and how often, is chosen step by
-    step (Caruana et al. 2004).
-    """
-    design, index = whole.design, task.parts.of("search")
-    assert isinstance(design, TokenDesign)
-    train = task.parts.of("train")
-    meant = train[task.parts.harmful[train] & (task.weights[train] > 0)]
-    kinds = [task.parts.examples[i].kind for i in meant]
-    large = [kind for kind in sorted(set(kinds)) if kinds.count(kind) >= LEAST * len(kinds)]
-    if len(large) < 2:  # nothing would be left of one
-        return whole
-    probes_of = [whole.fitted]
-    for kind in large:
-        probes_of.append(task.fit(design, without=kind))
+def _mean(task: Task, design: TokenDesign, tried: Callable[[], None]) -> Candidate:
+    """The mean of several fits on all prompts: each has false alarms of its own, and those few
+    decide where the threshold stands."""
+    fits = []
+    for run in range(FITS):
+        fits.append((task.fit(design, run=run), 1 / FITS))
         tried()
-    calm = calm_of(task.parts, index)
-    spreads, scaled = [], []
-    for probe in probes_of:
-        found = task.scores(probe, design, index)
-        low, high = np.quantile(found[calm], TAIL)
-        spreads.append(max(float(high - low), 1e-6))
-        scaled.append((found - low) / spreads[-1])
-    chosen, best = [0], whole.reach
-    while len(chosen) < BLENDED:
-        trials = {
-            k: task.judged(design, probes_of[k], np.sum([scaled[j] for j in (*chosen, k)], axis=0))
-            for k in range(len(probes_of))
-        }
-        next_one = max(trials, key=lambda k: (trials[k].reach, trials[k].auroc))
-        if trials[next_one].reach <= best:
-            break
-        chosen.append(next_one)
-        best = trials[next_one].reach
-    # On the scale of the first, whose log-odds mean something.
-    factors = [spreads[0] * chosen.count(k) / len(chosen) / spreads[k] for k in range(len(spreads))]
-    used = [(probe, factor) for probe, factor in zip(probes_of, factors, strict=True) if factor]
-    blend = tokens.blended(used)
-    judged = task.judged(design, blend, task.scores(blend, design, index))
-    tried()
-    return judged if judged.reach > whole.reach else whole
+    mean = tokens.blended(fits)
+    return task.judged(design, mean, task.scores(mean, design, task.parts.of("search")))
 
 
 def _whole(task: Task, sas: Awareness, tried: Callable[[], None]) -> SearchResult:

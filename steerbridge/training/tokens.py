@@ -26,16 +26,16 @@ from steerbridge.training.probes import Fitted, written
 from steerbridge.training.states import Rows
 
 SKIP: Final = 4  # attention sinks
-HIDDEN: Final = 256
+HIDDEN: Final = 128
 ROWS_PER_BATCH: Final = 6144
 PROMPTS_PER_BATCH: Final = (8, 48)  # at least, at most; between them a 64th of all
-EPOCHS: Final = 24  # at most
-PATIENCE: Final = 4  # epochs without a better validation loss
+EPOCHS: Final = 16  # at most
+PATIENCE: Final = 3  # epochs without a better validation loss
 REMEMBERED: Final = 0.996  # of the averaged weights, a step
 RATE: Final = 7e-4  # of an MLP
 LINEAR_RATE: Final = 5e-3
 DECAY: Final = 0.1
-DROPOUT: Final = (0.2, 0.4)  # of inputs, of hidden units
+DROPOUT: Final = (0.3, 0.5)  # of inputs, of hidden units
 NO_SCORE: Final = -1e4
 
 
@@ -45,7 +45,7 @@ class TokenDesign:
     answer."""
 
     sites: tuple[LayerInput, ...]
-    window: int = 16
+    window: int = 8
     hidden: int = HIDDEN
     scope: Literal["prompt", "both"] = "prompt"
     skip: int = SKIP

@@ -79,6 +79,18 @@ static int32_t unpadded(const void *vocab, text_of text, int32_t count) {
     return count;
 }
 
+/* Writes a token with spaces for the blanks of SentencePiece; returns its length. */
+static size_t with_spaces(const char *token, char *out) {
+    static const char blank[] = "\xe2\x96\x81";
+    size_t length = 0;
+    while (*token != '\0') {
+        bool found = strncmp(token, blank, sizeof blank - 1) == 0;
+        out[length++] = found ? ' ' : *token;
+        token += found ? sizeof blank - 1 : 1;
+    }
+    return length;
+}
+
 /* As steerbridge/fingerprint.py: each token behind its length in bytes, 32 bits, little endian. */
 static void hash_tokens(const llama_model *model, int32_t count, char digest[SB_SHA256_TEXT]) {
     text_of text = SB_CALL(text_of, "llama_vocab_get_text", "llama_token_get_text");
@@ -86,14 +98,21 @@ static void hash_tokens(const llama_model *model, int32_t count, char digest[SB_
     sb_sha256 hash;
     sb_sha256_begin(&hash);
     count = unpadded(vocab, text, count);
+    char *token = NULL;
     for (int32_t i = 0; i < count; i++) {
-        const char *token = text(vocab, i);
-        size_t length = strlen(token);
+        const char *found = text(vocab, i);
+        char *larger = realloc(token, strlen(found) + 1);
+        if (larger == NULL) {
+            sb_fatal("no memory");
+        }
+        token = larger;
+        size_t length = with_spaces(found, token);
         const uint8_t size[4] = {(uint8_t)length, (uint8_t)(length >> 8), (uint8_t)(length >> 16),
                                  (uint8_t)(length >> 24)};
         sb_sha256_add(&hash, size, sizeof size);
         sb_sha256_add(&hash, token, length);
     }
+    free(token);
     sb_sha256_end(&hash, digest);
 }
 
