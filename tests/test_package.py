@@ -153,6 +153,15 @@ def test_model_check_names_every_difference():
     assert left == ("vocab_size", "tokenizer_sha256", "chat_template_sha256")
 
 
+def test_blanks_of_sentencepiece_count_as_spaces():
+    """Gemma's runs of blanks: spaces in its GGUF, the blank's character in transformers."""
+    from steerbridge.fingerprint import tokenizer_sha256
+
+    blank = "\u2581"
+    assert tokenizer_sha256([blank * 2, f"{blank}a"]) == tokenizer_sha256(["  ", " a"])
+    assert tokenizer_sha256(["a b"]) != tokenizer_sha256(["a", "b"])
+
+
 @pytest.mark.parametrize("name", ["dir", "one.gguf"])
 def test_every_truncation_ends_in_a_typed_error(tmp_path, name):
     target = helpers.package().save(tmp_path / name)

@@ -15,7 +15,7 @@ from steerbridge import TrainSettings
 from steerbridge.datasets.groups import folds
 from steerbridge_llama_cpp.dequantise import dequantise
 
-TRAINED: Final = 12  # one prompt of so many is trained on
+TRAINED: Final = 16  # one prompt of so many is trained on
 ASKED: Final = 40
 NEW: Final = 8
 # llama.cpp's GELU is a table of F16: log-odds of a probe differ by so much, at most.
@@ -30,7 +30,8 @@ def compared(folder: Path) -> dict[str, Any]:
     train = [e for e, fold in zip(known, folds(known, TRAINED, 0), strict=True) if fold == 0]
     settings = TrainSettings(name="gemma-guard", search_minutes=1)
     package = steerbridge.train(hf, train, settings, workdir=folder / "states")
-    prompts = steerbridge.corpus_examples("test")[:: len(known) // ASKED]
+    others = steerbridge.corpus_examples("test")
+    prompts = others[:: len(others) // ASKED][:ASKED]
     single = dequantise(path, folder / "gemma.F32.gguf")
     llama = steerbridge.open_model("llama.cpp", str(single), n_ctx=1024, type_k=0, type_v=0)
     answers = [model.generate(prompts, package, max_new_tokens=NEW) for model in (hf, llama)]

@@ -310,7 +310,8 @@ def main() -> int:
     if not options.no_gemma:
         with tempfile.TemporaryDirectory() as folder:
             told["gemma3"] = gemma.compared(Path(folder))
-        failed |= bool(told["gemma3"]["other_verdicts"])
+        # A guard that never fires would show nothing.
+        failed |= bool(told["gemma3"]["other_verdicts"]) or not told["gemma3"]["fired"]
     print(json.dumps({**told, "seconds": round(time.monotonic() - start)}))
     return int(failed)
 
