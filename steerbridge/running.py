@@ -1,8 +1,8 @@
 """Running scores over the rows of a sequence: what a token reading makes of its rows' logits.
 
 Two forms that are equal bit for bit given the same logits: `running_scores` over whole arrays, and
-`Rows`, to which rows come in any chunks and from which they may be taken back. Only the logits are
-kept; all else follows from them. The meaning of each term is that of the format's page.
+`Rows`, to which the rows of an answer come and from which they may be taken back. The meaning of
+each term is that of the format's page.
 
 Shapes: T rows of one sequence.
 """
@@ -10,8 +10,7 @@ Shapes: T rows of one sequence.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final, Literal
 
 import numpy as np
@@ -97,98 +96,75 @@ def _means(
     return total / counts, counts
 
 
-@dataclass(slots=True)
 class Rows:
-    """The kept logits of one sequence, and the running scores that follow from them.
+    """The running scores of one sequence whose prompt is known, and whose answer comes bit by bit.
 
-    `add` takes what a pass evaluated; `cut` takes rejected drafts back; `remove` closes a gap, as
-    a shift of the context does: rows behind it keep the logits that they were computed with.
+    Rows may be taken back: guesses that were rejected, and what is evaluated again.
+
+    Args:
+        logits_T, counted_T: of the prompt's rows.
     """
 
-    window: Window
-    end: int | None = None
-    _logits: list[float] = field(default_factory=list)
-    _counted: list[bool] = field(default_factory=list)
-    _scores: list[float] = field(default_factory=list)
+    def __init__(self, window: Window, logits_T: ArrayLike, counted_T: ArrayLike) -> None:
+        self.window = window
+        logits, counted = np.asarray(logits_T, np.float32), np.asarray(counted_T, np.bool_)
+        self.end = end = len(logits) - 1
+        inside = window.in_scope(counted, end)
+        scores = running_scores(window, logits, counted, end)
+        self._inside: list[float] = logits[inside].tolist()  # logits in scope
+        self._ranks: list[int] = np.cumsum(inside).tolist()  # of them so far, by row
+        self._scores: list[float] = scores.tolist()
+        self._best: list[float] = np.fmax.accumulate(scores).tolist()
 
     def __len__(self) -> int:
-        return len(self._logits)
+        return len(self._scores)
 
-    def add(self, logits: Sequence[float], counted: Sequence[bool]) -> None:
-        """Rows of the next pass, in order."""
-        for logit, counts in zip(logits, counted, strict=True):
-            self._logits.append(float(np.float32(logit)))
-            self._counted.append(bool(counts))
-            self._scores.append(self._score(len(self._logits) - 1))
-
-    def end_prompt(self) -> None:
-        """The last row is the prompt's end."""
-        self.end = len(self) - 1
-        self._derive()
+    def add(self, logits: ArrayLike, counted: ArrayLike) -> None:
+        """Rows of the next pass, in order: a few."""
+        values = np.asarray(logits, np.float32).tolist()
+        for logit, counts in zip(values, np.asarray(counted).tolist(), strict=True):
+            inside = self.is_inside(len(self), counts)
+            if inside:
+                self._inside.append(logit)
+            self._ranks.append(len(self._inside))
+            score = self._score(inside)
+            best = self._best[-1] if self._best else math.nan
+            self._scores.append(score)
+            self._best.append(best if math.isnan(score) or best >= score else score)
 
     def cut(self, length: int) -> None:
-        """Keep the first rows only; a prompt whose end is among the others is open again."""
-        self._keep(slice(None, length))
-        if self.end is not None and self.end >= length:
-            self.end = None
-            self._derive()
+        """Keep the first rows only."""
+        for kept in (self._ranks, self._scores, self._best):
+            del kept[length:]
+        del self._inside[self._ranks[-1] if self._ranks else 0 :]
 
-    def remove(self, start: int, stop: int) -> None:
-        """Take rows out of the middle."""
-        gone = range(*slice(start, stop).indices(len(self)))
-        if self.end is not None:
-            self.end = None if self.end in gone else self.end - sum(i < self.end for i in gone)
-        for rows in (self._logits, self._counted, self._scores):
-            del rows[start:stop]
-        self._derive()
-
-    def copy(self) -> Rows:
-        """The same rows, for another sequence that begins with them."""
-        kept = (list(self._logits), list(self._counted), list(self._scores))
-        return Rows(self.window, self.end, *kept)
+    def scores(self, start: int = 0) -> NDArray[np.float64]:
+        """As `running_scores`, from a row on."""
+        return np.array(self._scores[start:], np.float64)
 
     @property
-    def scores(self) -> NDArray[np.float64]:
-        """As `running_scores`."""
-        return np.array(self._scores, np.float64)
+    def highest(self) -> float | None:
+        """The largest running score; None if no row has any."""
+        best = self._best[-1] if self._best else math.nan
+        return None if math.isnan(best) else best
 
-    @property
-    def highest(self) -> tuple[float, int] | None:
-        """The largest running score, and the first row that has it; None if no row has any."""
-        known = [(score, -row) for row, score in enumerate(self._scores) if not math.isnan(score)]
-        if not known:
-            return None
-        score, row = max(known)
-        return score, -row
+    def is_inside(self, row: int, counts: bool) -> bool:
+        """Whether a row is in scope; `counts`: it is of the reading's kind."""
+        in_prompt = row <= self.end
+        return (
+            counts
+            and row >= self.window.skip
+            and (self.window.scope == "both" or in_prompt == (self.window.scope == "prompt"))
+        )
 
-    def _keep(self, rows: slice) -> None:
-        self._logits, self._counted = self._logits[rows], self._counted[rows]
-        self._scores = self._scores[rows]
-
-    def _derive(self) -> None:
-        self._scores = [self._score(row) for row in range(len(self))]
-
-    def _score(self, row: int) -> float:
-        """The running score at a row, afresh from the logits."""
-        at_end = row == self.end and self.window.scope != "answer"
-        if not self._is_inside(row) and not at_end:
-            return math.nan
-        inside: list[float] = []
-        for before in range(row, -1, -1):
-            if self._is_inside(before):
-                inside.append(self._logits[before])
-            if len(inside) == self.window.size:
-                break
-        short = len(inside) < self.window.least
-        if not inside or (short and not at_end) or not (short or self._is_inside(row)):
+    def _score(self, inside: bool) -> float:
+        """The running score at the row that comes next, whose logit is kept if it is in scope."""
+        at_end = len(self) == self.end and self.window.scope != "answer"
+        values = self._inside[-self.window.size :]
+        short = len(values) < self.window.least
+        if not values or (not at_end if short else not inside):
             return math.nan
         total = 0.0
-        for logit in reversed(inside):
-            total += logit
-        return total / len(inside)
-
-    def _is_inside(self, row: int) -> bool:
-        if row < self.window.skip or not self._counted[row]:
-            return False
-        in_prompt = self.end is None or row <= self.end
-        return self.window.scope == "both" or in_prompt == (self.window.scope == "prompt")
+        for value in values:
+            total += value
+        return total / len(values)

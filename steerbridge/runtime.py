@@ -36,6 +36,10 @@ def silent(_step: str, _done: int, _total: int) -> None:
     """A `Progress` that shows nothing."""
 
 
+# Of a verdict, for whoever may not see scores.
+_PUBLIC: Final = ("probe", "fired", "unjudged", "fired_in")
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """What the guard decided for one request: a verdict per probe and the rules that fired."""
@@ -61,11 +65,17 @@ class Outcome:
             return ""
         return "prompt" if True in began else "answer"
 
-    def to_json(self) -> dict[str, Any]:
-        """For responses and logs; a score that is not finite is null, as JSON has none."""
+    def to_json(self, *, scores: bool = True) -> dict[str, Any]:
+        """For responses and logs; a score that is not finite is null, as JSON has none.
+
+        Args:
+            scores: False leaves out scores, thresholds and rows.
+        """
         verdicts = [asdict(v) for v in self.verdicts]
         for verdict in verdicts:
             verdict["score"] = verdict["score"] if math.isfinite(verdict["score"]) else None
+        if not scores:
+            verdicts = [{name: v[name] for name in _PUBLIC} for v in verdicts]
         return {"fired": self.fired, "rules": list(self.rules), "verdicts": verdicts}
 
     @classmethod
@@ -265,8 +275,15 @@ class TrainableModel(LoadedModel, Protocol):
         prompts: Sequence[Example],
         readings: Sequence[Reading],
         sites: Sequence[LayerInput],
+        *,
+        exact: bool = True,
     ) -> Iterator[Captured]:
-        """Readings and rows of every prompt in one pass over each, in any order."""
+        """Readings and rows of every prompt in one pass over each, in any order.
+
+        Args:
+            exact: False lets products be rounded to bfloat16 where that is quicker: good enough to
+                learn from, not to choose a threshold by.
+        """
         ...
 
     def answer_states(

@@ -80,6 +80,7 @@ ARROWS = {
     "steerbridge_convert": {"steerbridge", "steerbridge.datasets", "steerbridge.evaluation"},
     "steerbridge_run": {"steerbridge"},
     "steerbridge_tgi": {"steerbridge", "steerbridge_torch"},
+    "steerbridge_vllm": {"steerbridge", "steerbridge_torch"},
     "steerbridge_serve": {"steerbridge"},
     "steerbridge_demo": {"steerbridge", "steerbridge.corpus", "steerbridge_hf"},
 }
@@ -90,11 +91,13 @@ HEAVY = {
         "steerbridge_torch",
         "steerbridge_hf",
         "steerbridge_tgi",
+        "steerbridge_vllm",
         "steerbridge_convert",
     },
     "transformers": {"steerbridge_hf"},
     "llama_cpp": {"steerbridge_llama_cpp"},
     "text_generation_server": {"steerbridge_tgi"},
+    "vllm": {"steerbridge_vllm"},
 }
 
 

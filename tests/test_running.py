@@ -1,4 +1,4 @@
-"""Running scores: rows that come in any chunks, and go, score as a whole array does."""
+"""Running scores: rows that come one by one, and go, score as a whole array does."""
 
 from __future__ import annotations
 
@@ -15,71 +15,31 @@ windows = st.builds(
     Window, st.integers(1, 6), st.integers(0, 4), st.sampled_from(["prompt", "answer", "both"])
 )
 one = st.floats(-50, 50, width=32)
-logits = st.lists(one, max_size=24)
 
 
 def same(rows, window, values, counted, end):
-    whole = running_scores(window, values, counted, end)
-    assert rows.scores.tobytes() == whole.tobytes()
+    whole = running_scores(window, values, counted, end if end < len(values) else None)
+    assert rows.scores().tobytes() == whole.tobytes()
     known = whole[~np.isnan(whole)]
-    assert (rows.highest is None) == (not known.size)
-    if rows.highest is not None:
-        assert rows.highest == (known.max(), int(np.flatnonzero(whole == known.max())[0]))
+    assert rows.highest == (known.max() if known.size else None)
 
 
-@given(windows, logits, st.data())
-def test_rows_may_come_in_any_chunks(window, values, data):
-    counted = data.draw(st.lists(st.booleans(), min_size=len(values), max_size=len(values)))
-    end = (
-        data.draw(st.integers(0, len(values) - 1)) if values and data.draw(st.booleans()) else None
-    )
-    rows, at = Rows(window), 0
-    while at < len(values):
-        until = data.draw(st.integers(at + 1, len(values)))
-        if end is not None and at <= end < until:
-            until = end + 1  # a prompt's end is the end of a chunk
-        rows.add(values[at:until], counted[at:until])
-        if end == until - 1:
-            rows.end_prompt()
-        at = until
-    same(rows, window, values, counted, end)
-
-
-@given(windows, st.data())
-def test_drafts_cuts_copies_and_shifts(window, data):
-    """A model of the kept rows: a list, beside which each step is done to both."""
-    rows, kept, end = Rows(window), [], None
-    for _ in range(data.draw(st.integers(0, 12))):
-        step = data.draw(st.sampled_from(["add", "draft", "cut", "copy", "remove", "end"]))
-        if step in ("add", "draft"):
-            new = data.draw(
-                st.lists(st.tuples(st.floats(-9, 9, width=32), st.booleans()), max_size=5)
-            )
+@given(windows, st.integers(1, 9), st.data())
+def test_answers_come_and_are_taken_back(window, size, data):
+    """A model of the rows: a list, beside which each step is done to both."""
+    drawn = st.tuples(one, st.booleans())
+    kept = data.draw(st.lists(drawn, min_size=size, max_size=size))
+    rows = Rows(window, [v for v, _ in kept], [c for _, c in kept])
+    for _ in range(data.draw(st.integers(0, 9))):
+        if data.draw(st.booleans()):
+            new = data.draw(st.lists(drawn, max_size=5))
             rows.add([v for v, _ in new], [c for _, c in new])
             kept += new
-            if step == "draft":  # rejected
-                kept = kept[: len(kept) - len(new)]
-                rows.cut(len(kept))
-        elif step == "cut":
-            length = data.draw(st.integers(0, len(kept)))
-            kept = kept[:length]
-            end = None if end is not None and end >= length else end
-            rows.cut(length)
-        elif step == "copy":
-            other = rows.copy()
-            rows.add([1.0], [True])  # the copy has its own rows
-            rows = other
-        elif step == "remove" and kept:
-            start = data.draw(st.integers(0, len(kept) - 1))
-            stop = data.draw(st.integers(start, len(kept)))
-            if end is not None:
-                end = None if start <= end < stop else end - (stop - start) * (start < end)
-            kept = kept[:start] + kept[stop:]
-            rows.remove(start, stop)
-        elif step == "end" and kept:
-            end = len(kept) - 1
-            rows.end_prompt()
-        same(rows, window, [v for v, _ in kept], [c for _, c in kept], end)
+        else:
+            kept = kept[: data.draw(st.integers(0, len(kept)))]
+            rows.cut(len(kept))
+        assert len(rows) == len(kept)
+        same(rows, window, [v for v, _ in kept], [c for _, c in kept], size - 1)
 
 
 @pytest.mark.parametrize(

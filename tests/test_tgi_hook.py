@@ -60,7 +60,7 @@ class Ahead:
     def find_spec(self, name, path=None, target=None):
         if name == 'text_generation_server.server':
             sys.meta_path.remove(self)
-            ours = [f for f in sys.meta_path if type(f).__module__ == 'steerbridge_tgi.hook']
+            ours = [f for f in sys.meta_path if type(f).__module__ == 'steerbridge.imports']
             sys.meta_path[:] = [f for f in sys.meta_path if f not in ours]
             return importlib.util.find_spec(name)
 sys.meta_path.insert(0, Ahead())

@@ -247,7 +247,7 @@ def test_parts_never_part_what_is_alike(model):
         if where == "calibrate" and is_traffic(examples[i]):
             assert count == 1
         if where == "search" and is_traffic(examples[i]):
-            assert count == (len(made.forms) + 1) // 2
+            assert count == (len(made.forms) + 2) // 3
     searched = {made.examples[i].form for i in made.of("search") if made.traffic[i]}
     assert searched == set(made.forms)
     chats = {

@@ -367,18 +367,27 @@ class HfModel:
         prompts: Sequence[Example],
         readings: Sequence[Reading],
         sites: Sequence[LayerInput],
+        *,
+        exact: bool = True,
     ) -> Iterator[Captured]:
         """See `TrainableModel`."""
         places = [*readings, *map(_at_end, sites)]
         for index, batch in self._batches(prompts):
             mask, images = batch["attention_mask"], image_rows(self.model, batch["input_ids"])
-            with self._states(batch, places, keep=1) as states:
+            with self._states(batch, places, keep=1, exact=exact) as states:
                 taken = [_take(r, states, mask, images).cpu().numpy() for r in readings]
                 rows = [states[site.layer].float().cpu() for site in sites]
             for b, i in enumerate(index):
                 real = mask[b].bool().cpu()
                 mine = [h[b][real].numpy() for h in rows]
                 yield Captured(i, self._stacked([x[b] for x in taken], 0), self._stacked(mine, 1))
+
+    def _products(self, exact: bool) -> Any:
+        """A context in which matrices are multiplied as the model does it, or in bfloat16 where the
+        device is quicker at that: twice as quick on a CPU with AVX-512 BF16."""
+        device = self.model.device
+        quick = not exact and _quick_in_bfloat16(device)
+        return torch.autocast(device.type, torch.bfloat16) if quick else nullcontext()
 
     def _stacked(self, parts: Sequence[Float32], axis: int) -> Float32:
         """Arrays along a new axis, which is of size 0 if there are none."""
@@ -404,7 +413,7 @@ class HfModel:
 
     @contextmanager
     def _states(
-        self, batch: dict[str, Tensor], readings: Sequence[Reading], keep: int
+        self, batch: dict[str, Tensor], readings: Sequence[Reading], keep: int, exact: bool = True
     ) -> Iterator[dict[int, Tensor]]:
         """Hidden states by depth of one forward pass ([B, Q, D]; the head's [B, keep, D]), which
         ends at the deepest of them."""
@@ -415,7 +424,7 @@ class HfModel:
             for depth in depths:
                 handle = sites.watch(depth, partial(_keep, states, depth, max(depths)))
                 hooks.callback(handle.remove)
-            with torch.inference_mode(), suppress(_Enough):
+            with torch.inference_mode(), suppress(_Enough), self._products(exact):
                 self.model(**self._positioned(batch), use_cache=False, logits_to_keep=keep)
         yield states
 
@@ -519,6 +528,14 @@ def _keep(states: dict[int, Tensor], depth: int, deepest: int, module: Any, h: T
     states[depth] = h
     if depth == deepest:
         raise _Enough
+
+
+def _quick_in_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 by itself. An older torch does not tell of a CPU."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    able: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return device.type == "cpu" and any(able.get(kind) for kind in ("avx512_bf16", "amx_bf16"))
 
 
 def _take(reading: Reading, states: dict[int, Tensor], mask: Tensor, images: Tensor) -> Tensor:

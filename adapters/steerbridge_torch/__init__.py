@@ -4,10 +4,11 @@ Kernels score probes and rewrite rows; decisions say which rules hold; the ledge
 site of a pass was reached once. Nothing here knows a library of models.
 """
 
+from steerbridge_torch.blocks import decoder
 from steerbridge_torch.decisions import Judged, begins, strengths
 from steerbridge_torch.kernels import Weights, quantisation, weights_sha256
 from steerbridge_torch.ledger import Ledger
-from steerbridge_torch.tokens import NEVER, RowLogits, RowScores
+from steerbridge_torch.tokens import NEVER, RowLogits, RowScores, wide
 
 __all__ = [
     "NEVER",
@@ -17,7 +18,9 @@ __all__ = [
     "RowScores",
     "Weights",
     "begins",
+    "decoder",
     "quantisation",
     "strengths",
     "weights_sha256",
+    "wide",
 ]

@@ -133,7 +133,7 @@ class Supervisor:
         with self._lock:
             if event["event"] == "active":
                 self.active += 1
-                if "nonce" in event:  # of TGI's plugin; it belongs in no log
+                if "nonce" in event:  # of the plugins for TGI and vLLM; it belongs in no log
                     if event.pop("nonce") == self._nonce:
                         self._attached.add(event["pid"])
                     line = json.dumps(event) + "\n"
@@ -145,9 +145,9 @@ class Supervisor:
         """Whether the preload of a process has said that it is there."""
         return pid in self._answered
 
-    def attached(self, pid: int) -> bool:
-        """Whether a shard of TGI has said that the package is attached."""
-        return pid in self._attached
+    def attached(self, pid: int | None) -> bool:
+        """Whether a process of TGI or vLLM has said that the package is attached; None: any has."""
+        return bool(self._attached) if pid is None else pid in self._attached
 
     def stop(self, reason: str) -> None:
         """Tell that the processes are ended from outside."""

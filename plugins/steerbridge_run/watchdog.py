@@ -3,7 +3,8 @@
 On Linux `run` adopts every process that its program starts. One that opens a model file without
 having answered (it lost the preload, has elevated privileges or is linked statically), or with a
 llama.cpp inside another library, ends with all the others: no answer is better than an unguarded
-one. So does a shard of TGI that takes connections before it has said that the package is attached.
+one. So does a shard of TGI that takes connections before it has said that the package is attached,
+and a server of vLLM that does so before one of its workers has.
 On macOS nothing is seen; there the answer of the program itself is all there is.
 """
 
@@ -30,7 +31,9 @@ _PROC: Final = Path("/proc")
 _GGUF: Final = b"GGUF"
 _PR_SET_CHILD_SUBREAPER: Final = 36
 _SHARD: Final = re.compile(rb"text[-_]generation[-_]server|steerbridge_tgi")
+_VLLM: Final = re.compile(rb"(^|/)vllm\0|vllm\.entrypoints|VLLM::")
 _ACCEPTS: Final = "00010000"  # a flag in /proc/net/unix: listen() was called
+_LISTENS: Final = "0A"  # a state in /proc/net/tcp
 SECONDS: Final = 0.02  # between two looks
 _LOOKS: Final = 10  # at a shard that listens, until what it said before must have been read
 
@@ -66,12 +69,12 @@ class Watchdog:
 
     Args:
         answered: whether the preload of a process has said that it is there.
-        attached: whether a shard of TGI has said that the package is attached.
+        attached: whether a process has said that the package is attached; without one: any has.
         stop: called with a reason, once; then the processes are killed.
     """
 
     answered: Callable[[int], bool]
-    attached: Callable[[int], bool]
+    attached: Callable[[int | None], bool]
     stop: Callable[[str], None]
     _kinds: dict[tuple[int, int, int], str] = field(default_factory=dict)
     _seen: dict[int, frozenset[str]] = field(default_factory=dict)
@@ -119,11 +122,14 @@ class Watchdog:
         return ""
 
     def _shard_fault(self, pid: int) -> str:
-        """Why a shard of TGI must end; empty if it need not, or is none."""
-        if self.attached(pid):
+        """Why a server of TGI or vLLM must end; empty if it need not, or is none."""
+        command = _command(pid)
+        kind = "TGI" if _SHARD.search(command) else "vLLM" if _VLLM.search(command) else ""
+        # Workers of vLLM attach the package; another process takes the connections.
+        if self.attached(pid if kind != "vLLM" else None):
             self._go_on(pid)
             return ""
-        if not _SHARD.search(_command(pid)) or not _listens(pid):
+        if not kind or not (_listens if kind == "TGI" else _listens_at_port)(pid):
             return ""
         looks = self._listening.get(pid, 0) + 1
         if looks == 1:  # it answers nobody while what it said before may still have to be read
@@ -132,7 +138,7 @@ class Watchdog:
         if looks < _LOOKS:
             return ""
         return (
-            f"process {pid} ({_name(pid)}) serves a model of TGI without the package: install "
+            f"process {pid} ({_name(pid)}) serves a model of {kind} without the package: install "
             "steerbridge into the server's environment, and start it without `-S`"
         )
 
@@ -197,10 +203,27 @@ def _listens(pid: int) -> bool:
             _, _, _, flags, _, _, inode, *path = line.split(maxsplit=7)
             if flags == _ACCEPTS and path and path[0].startswith("/"):
                 listening.add(f"socket:[{inode}]")
+    return _holds(pid, listening)
+
+
+def _listens_at_port(pid: int) -> bool:
+    """Whether a process takes connections at a TCP port."""
+    listening = set()
+    for table in ("tcp", "tcp6"):
+        with contextlib.suppress(OSError):
+            for line in (_PROC / str(pid) / "net" / table).read_text().splitlines()[1:]:
+                _, _, _, state, _, _, _, _, _, inode, *_ = line.split()
+                if state == _LISTENS:
+                    listening.add(f"socket:[{inode}]")
+    return _holds(pid, listening)
+
+
+def _holds(pid: int, sockets: set[str]) -> bool:
+    """Whether a process has one of these sockets open."""
     with contextlib.suppress(OSError):
         for entry in os.scandir(_PROC / str(pid) / "fd"):
             with contextlib.suppress(OSError):
-                if os.readlink(entry.path) in listening:
+                if os.readlink(entry.path) in sockets:
                     return True
     return False
 

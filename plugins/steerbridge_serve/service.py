@@ -161,10 +161,7 @@ class Service:
         them a prompt can be changed until it passes."""
         if outcome is None:
             return None
-        told = outcome.to_json()
-        if not self.settings.show_scores:
-            names = ("probe", "fired", "unjudged", "fired_in")
-            told["verdicts"] = [{name: v[name] for name in names} for v in told["verdicts"]]
+        told = outcome.to_json(scores=self.settings.show_scores)
         if asked.form not in self._forms:
             told["untrained_form"] = asked.form
         if asked.dropped:

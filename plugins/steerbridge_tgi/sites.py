@@ -8,7 +8,6 @@ that come from transformers keep it in one.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -17,9 +16,9 @@ from torch import Tensor, nn
 
 from steerbridge.errors import UnsupportedFeature
 from steerbridge.fingerprint import ModelFacts, tokenizer_facts
+from steerbridge_torch import decoder
 
 RUNTIME: Final = "tgi"
-_NORMS: Final = ("norm", "ln_f", "final_layer_norm", "norm_f")
 _HEAD: Final = "SpeculativeHead"  # TGI's name for an output embedding
 # GPT-2's block gets a residual argument but does not add it.
 _WHOLE_STREAM: Final = ("FlashGPT2Layer",)
@@ -53,34 +52,8 @@ def locate(model: Any) -> Sites:
     Raises:
         UnsupportedFeature: they cannot be located unambiguously.
     """
-    config = text_config(model)
-    candidates = [
-        (parent, child)
-        for parent, child in _lists(model.model)
-        if len(child) == config.num_hidden_layers
-    ]
-    if len(candidates) != 1:
-        raise UnsupportedFeature(
-            RUNTIME,
-            f"{type(model.model).__name__} has {len(candidates)} lists of "
-            f"{config.num_hidden_layers} blocks",
-        )
-    [(decoder, blocks)] = candidates
-    norms = [getattr(decoder, name) for name in _NORMS if hasattr(decoder, name)]
-    if len(norms) != 1:
-        raise UnsupportedFeature(
-            RUNTIME, f"the final norm of {type(decoder).__name__} is not known"
-        )
-    return Sites(tuple(blocks), norms[0], _head(model.model))
-
-
-def _lists(model: nn.Module) -> Iterator[tuple[nn.Module, nn.ModuleList]]:
-    """Lists of modules with their parents, those of a vision tower excluded."""
-    for name, module in model.named_modules():
-        if "vision" not in name:
-            for child in module.children():
-                if isinstance(child, nn.ModuleList):
-                    yield module, child
+    blocks, norm = decoder(model.model, text_config(model).num_hidden_layers, RUNTIME)
+    return Sites(blocks, norm, _head(model.model))
 
 
 def _head(model: nn.Module) -> nn.Module:

@@ -16,7 +16,7 @@ from steerbridge.package import SteeringPackage
 from steerbridge.runtime import Outcome
 from steerbridge.testing.cases import NEW, Case, pictured, standard
 from steerbridge.testing.driver import Ability, Driver, Files, How, Reply, Running
-from steerbridge.testing.model import EOS, TEMPLATE, TinyModel
+from steerbridge.testing.model import EOS, HEADS, TEMPLATE, WIDTH, TinyModel
 from steerbridge.testing.oracle import Expected, plain
 
 Status = Literal["right", "refused", "absent", "wrong"]
@@ -52,18 +52,19 @@ class Ground:
 
     Args:
         folder: where the files are written.
+        head: width of an attention head of the models.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, head: int = WIDTH // HEADS) -> None:
         self.folder = folder
-        self.model = TinyModel()
+        self.model = TinyModel(head=head)
         self.files = Files(self.model, folder / "plain")
         self._cases: dict[str, Case] = {}
 
     @cached_property
     def templated(self) -> Files:
         """The same model with a chat template."""
-        return Files(TinyModel(template=TEMPLATE), self.folder / "templated")
+        return Files(TinyModel(template=TEMPLATE, head=self.model.head), self.folder / "templated")
 
     @cached_property
     def standard(self) -> Mapping[str, Case]:
@@ -73,7 +74,7 @@ class Ground:
     @cached_property
     def with_tower(self) -> Files:
         """A model with a vision tower."""
-        return Files(TinyModel(pictures=True), self.folder / "pictures")
+        return Files(TinyModel(pictures=True, head=self.model.head), self.folder / "pictures")
 
     @cached_property
     def pictured(self) -> Mapping[str, Case]:

@@ -87,13 +87,20 @@ class TinyModel:
     Args:
         template: a chat template, or none: then a prompt is its bytes.
         pictures: whether it has a vision tower; its chat template is then `CONTENT_TEMPLATE`.
+        head: width of an attention head; some runtimes have none so narrow as the usual 8.
     """
 
     def __init__(
-        self, seed: int = 0, template: str | None = None, *, pictures: bool = False
+        self,
+        seed: int = 0,
+        template: str | None = None,
+        *,
+        pictures: bool = False,
+        head: int = WIDTH // HEADS,
     ) -> None:
         self.template = CONTENT_TEMPLATE if pictures else template
-        self.weights = _weights(seed)
+        self.head = head
+        self.weights = _weights(seed, head)
         self.tower = vision.Tower(WIDTH, _TRAP) if pictures else None
         self.answers: dict[Any, Any] = {}  # of the unsteered model, kept by the oracle
 
@@ -172,7 +179,7 @@ class TinyModel:
     def _attention(self, layer: int, x: Float32, cache: Cache, before: int) -> Float32:
         w = {name: self.weights[f"{layer}.{name}"] for name in ("q", "k", "v", "o")}
         h = _norm(x, self.weights[f"{layer}.attention_norm"])
-        size, at = WIDTH // HEADS, np.arange(before, before + len(x))
+        size, at = self.head, np.arange(before, before + len(x))
         q = _rotated((h @ w["q"].T).reshape(-1, HEADS, size), at)
         k = _rotated((h @ w["k"].T).reshape(-1, KV_HEADS, size), at)
         v = (h @ w["v"].T).reshape(-1, KV_HEADS, size)
@@ -191,7 +198,7 @@ class TinyModel:
         weights = np.exp(scores - scores.max(axis=2, keepdims=True))
         weights /= weights.sum(axis=2, keepdims=True)
         mixed = (weights @ values.swapaxes(0, 1)).swapaxes(0, 1)
-        return np.asarray(mixed.reshape(len(x), WIDTH) @ w["o"].T, np.float32)
+        return np.asarray(mixed.reshape(len(x), -1) @ w["o"].T, np.float32)
 
     def _mlp(self, layer: int, x: Float32) -> Float32:
         w = {name: self.weights[f"{layer}.{name}"] for name in ("gate", "up", "down")}
@@ -235,7 +242,7 @@ class TinyModel:
         return path
 
     def _config(self) -> dict[str, Any]:
-        text = _config()
+        text = _config(self.head)
         if not self.tower:
             return text
         return {
@@ -257,7 +264,9 @@ class TinyModel:
         writer.add_head_count(HEADS)
         writer.add_head_count_kv(KV_HEADS)
         writer.add_layer_norm_rms_eps(EPS)
-        writer.add_rope_dimension_count(WIDTH // HEADS)
+        writer.add_key_length(self.head)
+        writer.add_value_length(self.head)
+        writer.add_rope_dimension_count(self.head)
         writer.add_rope_freq_base(THETA)
         writer.add_vocab_size(VOCAB)
         self.fill_vocabulary(writer)
@@ -327,9 +336,8 @@ class TinyModel:
         return config if self.template is None else {**config, "chat_template": self.template}
 
 
-def _weights(seed: int) -> dict[str, Float32]:
+def _weights(seed: int, size: int) -> dict[str, Float32]:
     rng = np.random.default_rng(seed)
-    size = WIDTH // HEADS
 
     def random(*shape: int, scale: float = 0.4) -> Float32:
         return rng.normal(scale=scale, size=shape).astype(np.float32)
@@ -341,7 +349,7 @@ def _weights(seed: int) -> dict[str, Float32]:
             f"{layer}.q": random(HEADS * size, WIDTH),
             f"{layer}.k": random(KV_HEADS * size, WIDTH),
             f"{layer}.v": random(KV_HEADS * size, WIDTH),
-            f"{layer}.o": random(WIDTH, WIDTH),
+            f"{layer}.o": random(WIDTH, HEADS * size),
             f"{layer}.mlp_norm": 1 + random(WIDTH, scale=0.1),
             f"{layer}.gate": random(INNER, WIDTH),
             f"{layer}.up": random(INNER, WIDTH),
@@ -430,7 +438,7 @@ def _byte_names() -> list[str]:
     return [names[byte] for byte in range(256)]
 
 
-def _config() -> dict[str, Any]:
+def _config(head: int) -> dict[str, Any]:
     return {
         "architectures": [_LLAMA],
         "model_type": "llama",
@@ -439,6 +447,7 @@ def _config() -> dict[str, Any]:
         "num_hidden_layers": LAYERS,
         "num_attention_heads": HEADS,
         "num_key_value_heads": KV_HEADS,
+        "head_dim": head,
         "vocab_size": VOCAB,
         "max_position_embeddings": CONTEXT,
         "rms_norm_eps": EPS,

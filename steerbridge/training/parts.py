@@ -65,7 +65,7 @@ def divide(
 
     Every prompt stands in `chat`, and in other forms as often as `shares` says, an ordinary one
     three times as often. An ordinary one to calibrate on stands in one form alone, each as likely:
-    a promise counts prompts. One to search on stands in half of them: what is chosen has to keep
+    a promise counts prompts. One to search on stands in a third of them: what is chosen has to keep
     that promise in every form.
     """
     forms = renderable(model, examples[0], list(shares))
@@ -81,7 +81,7 @@ def divide(
         elif part == "calibrate" and is_traffic(e):
             chosen = [draw.choice(forms)]
         elif part == "search" and is_traffic(e):
-            chosen = draw.sample(forms, (len(forms) + 1) // 2)
+            chosen = draw.sample(forms, (len(forms) + 2) // 3)
         else:
             often = _OFTENER if is_traffic(e) else 1
             others = [f for f in forms if draw.random() < often * shares[f]]

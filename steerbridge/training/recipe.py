@@ -54,7 +54,15 @@ def run(
     )
     of_rows = any(goal.reads == "rows" for goal in goals)
     sites = search.row_sites(model.facts.num_layers) if of_rows else ()
-    states = capture(model, divided.examples, readings, sites, workdir / "capture", progress)
+    states = capture(
+        model,
+        divided.examples,
+        readings,
+        sites,
+        workdir / "capture",
+        progress,
+        rough=divided.part != "calibrate",
+    )
     awareness = search.awareness(states, divided.examples)
     numbers = count(1)
     found: dict[str, tuple[Task, SearchResult]] = {}

@@ -9,6 +9,7 @@ mixed in.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -28,7 +29,7 @@ from steerbridge.runtime import Progress, TrainableModel
 from steerbridge.spec import ImageMean, LayerInput, PromptEnd, PromptMean, Reading
 from steerbridge.tensors import Float32
 
-DEEPEST = 0.75  # of the layers
+DEEPEST = 0.67  # of the layers
 LAYERS = 12
 CHUNK = 512  # prompts between two notes of progress on disk
 MOST = float(np.finfo(np.float16).max)
@@ -77,12 +78,12 @@ class States:
 
 
 def all_readings(num_layers: int, boundary: int = 0, images: bool = False) -> tuple[Reading, ...]:
-    """Some of `layer_input[1..3n/4]` at the prompt end, at an earlier boundary, and as means.
+    """Some of `layer_input[1..2n/3]` at the prompt end, at an earlier boundary, and as means.
 
     `boundary` is an offset from the prompt end (see `turn_end`); 0 adds none. `images` adds
     the mean over image tokens. Layer 0 is the embedding of the template's last token, the same
-    for every prompt. At most `LAYERS` are read, evenly spaced. The last quarter of the model
-    decides about the next word; a pass that ends before it is a quarter shorter.
+    for every prompt. At most `LAYERS` are read, evenly spaced. The last third of the model
+    decides about the next word; a pass that ends before it is a third shorter.
     """
     deepest = max(1, round(DEEPEST * num_layers))
     spaced = np.linspace(1, deepest, min(LAYERS, deepest))
@@ -126,8 +127,13 @@ def capture(
     sites: Sequence[LayerInput],
     directory: Path,
     progress: Progress | None = None,
+    rough: NDArray[np.bool_] | None = None,
 ) -> States:
     """Capture readings and rows of every example in one pass, or finish an earlier capture.
+
+    Args:
+        rough: examples whose states need not be exact [N] (see `TrainableModel.states`); None:
+            there are none.
 
     Raises:
         DataError: the directory holds a capture of something else, or its disk is too small.
@@ -142,6 +148,9 @@ def capture(
         "readings": [str(r) for r in readings],
         "sites": [str(s) for s in sites],
     }
+    if rough is None:
+        rough = np.zeros(len(examples), np.bool_)
+    want["rough"] = hashlib.sha256(rough.tobytes()).hexdigest()
     done = _done(note, want)
     width = model.facts.hidden_size
     lengths = [len(model.render(e)) if sites else 0 for e in examples]
@@ -155,11 +164,14 @@ def capture(
     at = done or 0
     while at < len(examples):
         end = min(at + CHUNK, len(examples))
-        for captured in model.states(examples[at:end], readings, sites):
-            i = at + captured.index
-            array[i] = captured.readings
-            if sites:
-                rows[starts[i] : starts[i + 1]] = np.clip(captured.rows, -MOST, MOST)
+        for side in (True, False):
+            index: list[int] = (at + np.flatnonzero(rough[at:end] == side)).tolist()
+            some = [examples[i] for i in index]
+            for captured in model.states(some, readings, sites, exact=not side):
+                i = index[captured.index]
+                array[i] = captured.readings
+                if sites:
+                    rows[starts[i] : starts[i + 1]] = np.clip(captured.rows, -MOST, MOST)
         for part in (array, rows):
             if isinstance(part, np.memmap):
                 part.flush()

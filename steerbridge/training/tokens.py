@@ -74,6 +74,22 @@ class FittedTokens:
     losses: tuple[tuple[float, float], ...]  # by epoch: training, validation
 
 
+class _Dropout(nn.Module):
+    """Dropout whose rate is a multiple of 1/256: one random byte decides about an entry. On a CPU
+    it is four times as quick as torch's, which takes most of the time of a fit."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.dropped = round(rate * 256)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        words = torch.empty(-(-x.numel() // 8), dtype=torch.int64).random_(-(2**63), None)
+        kept = words.view(torch.uint8)[: x.numel()].view(x.shape) >= self.dropped
+        return (x * kept).mul_(256 / (256 - self.dropped))
+
+
 class _Net(nn.Module):
     """Scores of rows [R] from their standardised inputs [R, I]."""
 
@@ -84,9 +100,9 @@ class _Net(nn.Module):
         self.register_buffer("mean", mean)
         self.register_buffer("scale", scale)
         last = nn.Linear(hidden or inputs, 1)
-        parts: list[nn.Module] = [nn.Dropout(DROPOUT[0])]
+        parts: list[nn.Module] = [_Dropout(DROPOUT[0])]
         if hidden:
-            parts += [nn.Linear(inputs, hidden), nn.ReLU(), nn.Dropout(DROPOUT[1])]
+            parts += [nn.Linear(inputs, hidden), nn.ReLU(), _Dropout(DROPOUT[1])]
         self.layers = nn.Sequential(*parts, last)
 
     def forward(self, x: Tensor) -> Tensor:

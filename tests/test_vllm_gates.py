@@ -1,0 +1,112 @@
+"""The gates of the vLLM plugin under drawn schedules of a stand-in engine, against the oracle."""
+
+from __future__ import annotations
+
+import random
+from functools import cache, partial
+
+import pytest
+
+pytest.importorskip("torch")
+
+from paged import Engine, Request, run
+from steerbridge.spec import PromptEnd
+from steerbridge.testing.cases import (
+    NEW,
+    at_layers,
+    case,
+    head,
+    linear,
+    means,
+    mlp,
+    of_rows,
+    reading,
+    rule,
+    says,
+    standard,
+)
+from steerbridge.testing.kit import compare_outcomes
+from steerbridge.testing.model import TinyModel
+
+pytestmark = pytest.mark.hf
+MODEL = TinyModel()
+WATCHED = of_rows(linear(id="w"), scope="answer", skip=0)
+VECTOR = at_layers("add_vector", 2, alpha=6.0)
+BY_SCORE = {"type": "score", "probe": "p", "scale": 1.5}
+LAYERED = ("layers", "both", "rows, layers")
+
+
+@cache
+def standard_cases():
+    return standard(MODEL)
+
+
+def standard_case(name):
+    return standard_cases()[name]
+
+
+CASES = {
+    **{
+        name: partial(standard_case, name) for name in ("head", "layers", "mean", "both", "earlier")
+    },
+    "rows": partial(case, MODEL, [of_rows(linear(), scope="prompt")], seed=30),
+    "a long window": partial(case, MODEL, [of_rows(mlp(), scope="prompt", window=40)], seed=31),
+    "answers": partial(case, MODEL, [of_rows(linear(), scope="answer", skip=0)], seed=32, count=64),
+    "prompts and answers": partial(case, MODEL, [of_rows(linear())], seed=33),
+    "rows, layers": partial(
+        case, MODEL, [of_rows(linear())], interventions=[VECTOR], seed=34, count=64
+    ),
+    "mean and answers": partial(
+        case, MODEL, [linear(readings=means()), WATCHED], seed=35, count=96
+    ),
+    "all of two": partial(
+        case, MODEL, [linear(), WATCHED], rules=[rule(["p", "w"], ["h"], "all")], seed=36, count=96
+    ),
+    "says": partial(case, MODEL, [linear()], interventions=[says()], seed=37),
+    "says later": partial(case, MODEL, [of_rows(linear())], interventions=[says()], seed=38),
+    "says behind a head": partial(
+        case,
+        MODEL,
+        [linear(), WATCHED],
+        interventions=[head(), says()],
+        rules=[rule(["p"], ["h"]), rule(["w"], ["s"], id="s")],
+        seed=39,
+        count=96,
+    ),
+    "strength by its score": partial(
+        case,
+        MODEL,
+        [of_rows(linear(), window=1)],
+        rules=[rule(["p"], ["h"], strength=BY_SCORE)],
+        seed=40,
+    ),
+    "head input": partial(case, MODEL, [linear(readings=(reading("head_input"),))], seed=41),
+}
+
+
+def back(package):
+    positions = [r.position for probe in package.spec.probes for r in probe.readings]
+    return max((-p.offset for p in positions if isinstance(p, PromptEnd)), default=0)
+
+
+# What is written before the head would be shared: refused with a prefix cache.
+ALONE = (*LAYERED, "mean", "answers", "says later")
+QUICK = ("head", "rows", "says")
+BOTH = [(name, True) for name in CASES if name not in LAYERED] + [(name, False) for name in ALONE]
+MARKED = [pytest.param(*one, marks=[] if one[0] in QUICK else pytest.mark.slow) for one in BOTH]
+
+
+@pytest.mark.parametrize(("name", "cached"), MARKED)
+def test_every_schedule_gives_the_oracles_answers(name, cached):
+    guard = CASES[name]()
+    draw = random.Random(f"{name} {cached}")
+    engine = Engine(MODEL, guard.package, cached=cached, back=back(guard.package))
+    prompts = [*guard.prompts[:24], *guard.prompts[:8]]
+    requests = [Request(f"r{i}", MODEL.encode(prompt), NEW) for i, prompt in enumerate(prompts)]
+    run(engine, requests, draw, together=1 if name in LAYERED else 5)
+    for prompt, request in zip(prompts, requests, strict=True):
+        want = guard.expected(prompt, NEW)
+        tokens = want.certain(0.005)
+        assert tuple(request.answer)[: len(tokens)] == tokens, prompt
+        compare_outcomes(prompt, request.outcome, want.outcome, 1e-4)
+    assert engine.gates.live == 0
