@@ -321,14 +321,19 @@ def _finite(verdict: Verdict) -> float:
     return math.inf if verdict.comparator.startswith(">") else -math.inf
 
 
+_IMPOSSIBLE: Final = 100.0  # nats a token
+
+
 def perplexity(model: LoadedModel, package: SteeringPackage, ignore: Sequence[str] = ()) -> Any:
     """Perplexity of a benign answer: as the model is, with the package, and with its
-    interventions acting on everything (what conditional steering spares harmless prompts)."""
+    interventions acting on everything (what conditional steering spares harmless prompts). None
+    where no other answer than a forced one is possible."""
     question = [Example(BENIGN_QUESTION, False)]
 
-    def of(steering: SteeringPackage | None) -> float:
+    def of(steering: SteeringPackage | None) -> float | None:
         log_p_NT = model.log_likelihoods(question, BENIGN_ANSWER, steering, ignore)
-        return round(float(np.exp(-log_p_NT.mean())), 4)
+        surprise = float(-log_p_NT.mean())
+        return round(math.exp(surprise), 4) if surprise < _IMPOSSIBLE else None
 
     always = package.unconditional()
     return {"unsteered": of(None), "steered": of(package), "unconditional": of(always)}

@@ -172,9 +172,11 @@ def _section(record: Record, index: int, drawn: bool) -> dict[str, Any]:
             (probe, value, intervals["auroc"].get(probe))
             for probe, value in summary["auroc"].items()
         ],
-        "perplexity": [(name, record["perplexity"][key]) for key, name in _PERPLEXITIES.items()]
-        if record["perplexity"]
-        else [],
+        "perplexity": [
+            (name, value)
+            for key, name in _PERPLEXITIES.items()
+            if (value := (record["perplexity"] or {}).get(key)) is not None
+        ],
         "comparison": comparison,
         "plots": _plots(rows, comparison, f"r{index}") if drawn else [],
         "examples": _examples(rows, drawn),
