@@ -54,7 +54,7 @@ def test_eval_writes_a_record_and_report_reads_it(tmp_path, held_out_prompts):
     assert figures["prompts"] == 6
     assert figures["comparison"]["better_than_the_guard"] == []
     assert figures["perplexity"]["steered"] == figures["perplexity"]["unsteered"]
-    assert figures["perplexity"]["unconditional"] is None  # it would say its sentence
+    assert figures["perplexity"]["unconditional"] > figures["perplexity"]["unsteered"]
     assert figures["judges"]["evaluation_judge:everything"]["over_refusal_steered"] == 1.0
     assert 0 <= figures["intervals"]["asr_guard_steered"][0] <= figures["asr_guard_steered"]
     before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "answers").iterdir()}

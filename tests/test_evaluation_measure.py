@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -76,3 +78,15 @@ def test_the_auroc_s_interval_keeps_pairs_together():
     low, high = measure.intervals(rows)["auroc"]["p"]
     assert low < value < high
     assert 0.05 < high - low < 0.4
+
+
+def test_a_forced_sentence_leaves_no_perplexity():
+    """Every other answer is impossible, and JSON has no infinity."""
+
+    class Model:
+        def log_likelihoods(self, prompts, answer, package, ignore):
+            return np.full((1, 4), -30_000.0 if package == "always" else -0.5)
+
+    package = SimpleNamespace(unconditional=lambda: "always")
+    found = measure.perplexity(Model(), package)
+    assert found == {"unsteered": 1.6487, "steered": 1.6487, "unconditional": None}
