@@ -152,6 +152,24 @@ def check_said(
         raise ModelMismatch(problems)
 
 
+def check_template(expected: str | None, text: str | None) -> None:
+    """Compare a chat template that was given on a command line with that of a package.
+
+    Args:
+        expected: the package's hash; None: any template will do.
+        text: None: none was given.
+
+    Raises:
+        ModelMismatch: it is another.
+    """
+    if expected is None or text is None:
+        return
+    # A file may end in a line feed that the model's own text does not have.
+    if expected not in map(text_sha256, (text, text.removesuffix("\n"))):
+        found = f"another, given on the command line: {text[:60]!r}"
+        raise ModelMismatch([Problem("chat_template_sha256", repr(expected), found)])
+
+
 def check(want: BaseModelInfo, got: ModelFacts, ignore: Collection[str] = ()) -> tuple[str, ...]:
     """Compare a package's base model with the model in hand.
 

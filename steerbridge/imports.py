@@ -37,6 +37,11 @@ def watch(modules: Mapping[str, Wrap]) -> None:
     _wraps.update(modules)
 
 
+def ignored() -> list[str]:
+    """Fields of the base model that may differ: STEERBRIDGE_IGNORE, with commas between."""
+    return [name for name in os.environ.get("STEERBRIDGE_IGNORE", "").split(",") if name]
+
+
 def end(reason: str) -> NoReturn:
     """End the process. No exception: somebody might catch it."""
     sys.stderr.write(f"steerbridge: {reason}\n")

@@ -166,21 +166,25 @@ if sys.argv[1] == "attached":
     with socket.socket(socket.AF_UNIX) as sink:
         sink.connect(os.environ["STEERBRIDGE_EVENTS"])
         sink.sendall(json.dumps(event).encode() + b"\\n")
-server = socket.socket(socket.AF_UNIX)
-server.bind(sys.argv[2])
-server.listen()
+if "vllm" in sys.argv[0]:
+    server = socket.create_server(("127.0.0.1", 0))
+else:
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(sys.argv[2])
+    server.listen()
 time.sleep(0.12)  # longer than until the first look, and shorter than until it is killed
 print("served", flush=True)
 time.sleep(2)
 """
 
 
+@pytest.mark.parametrize("name", ["text-generation-server", "vllm"])
 @pytest.mark.parametrize(("kind", "code", "printed"), [("attached", 0, "served\n"), ("-", 78, "")])
-def test_a_shard_that_listens_without_its_package_ends_the_run(tmp_path, kind, code, printed):
+def test_a_shard_that_listens_without_its_package_ends_the_run(tmp_path, name, kind, code, printed):
     """A server in an environment without Steerbridge, or started with `-S`."""
     pytest.importorskip("elftools", reason="needs the extra `run`")
     guard = standard(TinyModel())["head"].package.save(tmp_path / "guard.gguf")
-    shard, log = tmp_path / "text-generation-server", tmp_path / "log.jsonl"
+    shard, log = tmp_path / name, tmp_path / "log.jsonl"
     shard.write_text(SHARD)
     launcher = f"import subprocess, sys; sys.exit(subprocess.call({[sys.executable, str(shard)]}"
     launcher += f" + [{kind!r}, {str(tmp_path / 'socket-0')!r}]))"

@@ -10,7 +10,6 @@ import pytest
 pytest.importorskip("torch")
 
 from paged import Engine, Request, run
-from steerbridge.spec import PromptEnd
 from steerbridge.testing.cases import (
     NEW,
     at_layers,
@@ -27,6 +26,7 @@ from steerbridge.testing.cases import (
 )
 from steerbridge.testing.kit import compare_outcomes
 from steerbridge.testing.model import TinyModel
+from steerbridge_vllm.given import reaches_back
 
 pytestmark = pytest.mark.hf
 MODEL = TinyModel()
@@ -84,11 +84,6 @@ CASES = {
 }
 
 
-def back(package):
-    positions = [r.position for probe in package.spec.probes for r in probe.readings]
-    return max((-p.offset for p in positions if isinstance(p, PromptEnd)), default=0)
-
-
 # What is written before the head would be shared: refused with a prefix cache.
 ALONE = (*LAYERED, "mean", "answers", "says later")
 QUICK = ("head", "rows", "says")
@@ -100,7 +95,7 @@ MARKED = [pytest.param(*one, marks=[] if one[0] in QUICK else pytest.mark.slow) 
 def test_every_schedule_gives_the_oracles_answers(name, cached):
     guard = CASES[name]()
     draw = random.Random(f"{name} {cached}")
-    engine = Engine(MODEL, guard.package, cached=cached, back=back(guard.package))
+    engine = Engine(MODEL, guard.package, cached=cached, back=reaches_back(guard.package.spec))
     prompts = [*guard.prompts[:24], *guard.prompts[:8]]
     requests = [Request(f"r{i}", MODEL.encode(prompt), NEW) for i, prompt in enumerate(prompts)]
     run(engine, requests, draw, together=1 if name in LAYERED else 5)

@@ -13,8 +13,8 @@ from typing import Annotated, Any
 import typer
 
 from steerbridge import command_line, gguf_model
-from steerbridge.errors import ModelMismatch, Problem, SteerbridgeError
-from steerbridge.fingerprint import text_sha256
+from steerbridge.errors import SteerbridgeError
+from steerbridge.fingerprint import check_template
 from steerbridge.package import SteeringPackage, load
 from steerbridge_run import preload, programs, supervisor, watchdog
 
@@ -93,16 +93,7 @@ def _check(package: SteeringPackage, models: preload.Models, ignore: list[str]) 
         facts = gguf_model.read_facts(models.main)
         package.check(gguf_model.in_words_of(base, facts), ignore)
     if "chat_template_sha256" not in ignore:
-        _check_template(base.chat_template_sha256, models.template)
-
-
-def _check_template(expected: str | None, template: str | None) -> None:
-    if expected is None or template is None:
-        return
-    # A file may end in a line feed that the model's own text does not have.
-    if expected not in map(text_sha256, (template, template.removesuffix("\n"))):
-        found = f"another, given on the command line: {template[:60]!r}"
-        raise ModelMismatch([Problem("chat_template_sha256", repr(expected), found)])
+        check_template(base.chat_template_sha256, models.template)
 
 
 def doctor(

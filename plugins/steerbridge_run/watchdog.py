@@ -31,7 +31,8 @@ _PROC: Final = Path("/proc")
 _GGUF: Final = b"GGUF"
 _PR_SET_CHILD_SUBREAPER: Final = 36
 _SHARD: Final = re.compile(rb"text[-_]generation[-_]server|steerbridge_tgi")
-_VLLM: Final = re.compile(rb"(^|/)vllm\0|vllm\.entrypoints|VLLM::")
+# Engines and workers of vLLM listen before they load a model, for one another.
+_VLLM: Final = re.compile(rb"(^|/)vllm\0|vllm\.entrypoints|VLLM::APIServer")
 _ACCEPTS: Final = "00010000"  # a flag in /proc/net/unix: listen() was called
 _LISTENS: Final = "0A"  # a state in /proc/net/tcp
 SECONDS: Final = 0.02  # between two looks

@@ -13,6 +13,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from steerbridge import imports
 from steerbridge.errors import UnsupportedFeature
 from steerbridge.package import SteeringPackage, load
 from steerbridge.plan import Stop
@@ -42,9 +43,7 @@ def attach(service: Any, package: str) -> Gates:
     model = service.model
     loaded = load(package)
     known = facts(model)
-    loaded.check(
-        known, [name for name in os.environ.get("STEERBRIDGE_IGNORE", "").split(",") if name]
-    )
+    loaded.check(known, imports.ignored())
     kind = quantisation(model.dtype, text_config(model))
     steered = loaded.calibrated(RUNTIME, kind)
     layout = _layout(model)

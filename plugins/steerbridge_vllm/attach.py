@@ -6,20 +6,19 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 from collections.abc import Sequence
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
-from steerbridge import reference
+from steerbridge import imports, reference
 from steerbridge.errors import UnsupportedFeature
 from steerbridge.events import Events
-from steerbridge.package import SteeringPackage, load
-from steerbridge.spec import ImageMean, Say
+from steerbridge.package import SteeringPackage
+from steerbridge.spec import HeadMatrix, ImageMean, Say
 from steerbridge_torch import quantisation
-from steerbridge_vllm import ops, rows, sites, transport, versions
+from steerbridge_vllm import given, ops, rows, sites, transport, versions
 from steerbridge_vllm.gates import Gates, Share
 from steerbridge_vllm.sites import RUNTIME, Stream
 
@@ -42,7 +41,7 @@ def before_loading(worker: Any) -> SteeringPackage:
         UnsupportedFeature: with the setting to change, if there is one; or the version of vLLM.
     """
     versions.check()
-    package = load(os.environ["STEERBRIDGE_PACKAGE"])
+    package = given.package()
     config = worker.vllm_config
     _check_settings(config)
     _check_package(package, config)
@@ -59,7 +58,7 @@ def after_loading(worker: Any, package: SteeringPackage) -> Gates:
     """
     runner, config = worker.model_runner, worker.vllm_config
     known = sites.facts(config.model_config)
-    package.check(known, [n for n in os.environ.get("STEERBRIDGE_IGNORE", "").split(",") if n])
+    package.check(known, imports.ignored())
     kind = quantisation(config.model_config.dtype, config.model_config.hf_config)
     gates = Gates(
         package.calibrated(RUNTIME, kind),
@@ -138,7 +137,7 @@ def _check_package(package: SteeringPackage, config: Any) -> None:
         if x.position == "all_positions" and x.id in conditional:
             what = f"{x.id}: acts on all positions under a condition; a prompt comes in parts"
             raise UnsupportedFeature(RUNTIME, what)
-    layers = [x.id for x in spec.interventions if not hasattr(x, "eps") and not isinstance(x, Say)]
+    layers = [x.id for x in spec.interventions if not isinstance(x, HeadMatrix | Say)]
     if layers and config.cache_config.enable_prefix_caching:
         raise UnsupportedFeature(
             RUNTIME,

@@ -28,7 +28,7 @@ from steerbridge.package import SteeringPackage
 from steerbridge.plan import Act, Stop, plan
 from steerbridge.reference import Verdict
 from steerbridge.runtime import Outcome
-from steerbridge.spec import HeadMatrix, ImageMean, PromptEnd, Reading, Say
+from steerbridge.spec import ImageMean, PromptEnd, Reading
 from steerbridge_torch import Ledger, RowLogits, Weights, kernels
 from steerbridge_vllm.followed import Followed
 from steerbridge_vllm.rows import Part
@@ -546,11 +546,6 @@ class Gates:
                     found[index] = script[min(row - int(begin), len(script) - 1)]
                     break
         return found
-
-    @property
-    def acts_on_layers(self) -> bool:
-        """Whether keys and values may be steered ones."""
-        return any(not isinstance(x, HeadMatrix | Say) for x in self._package.spec.interventions)
 
 
 def _offset(reading: Reading) -> int:

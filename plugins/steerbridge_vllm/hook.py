@@ -8,7 +8,6 @@ the process: this version of vLLM is not known.
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -57,8 +56,11 @@ def _caches(module: Any) -> None:
 
     @functools.wraps(original)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        # Imported late because it imports numpy.
+        from steerbridge_vllm import given
+
         original(self, *args, **kwargs)
-        back = _reaches_back()
+        back = given.reaches_back(given.package().spec)
         find = self.coordinator.find_longest_cache_hit
 
         def find_longest_cache_hit(hashes: Any, longest: int) -> Any:
@@ -68,16 +70,6 @@ def _caches(module: Any) -> None:
             self.coordinator.find_longest_cache_hit = find_longest_cache_hit
 
     manager.__init__ = init
-
-
-@functools.cache
-def _reaches_back() -> int:
-    from steerbridge.package import load
-    from steerbridge.spec import PromptEnd
-
-    spec = load(os.environ["STEERBRIDGE_PACKAGE"]).spec
-    positions = [r.position for probe in spec.probes for r in probe.readings]
-    return max((-p.offset for p in positions if isinstance(p, PromptEnd)), default=0)
 
 
 def _engine(module: Any) -> None:

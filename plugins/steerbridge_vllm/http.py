@@ -16,10 +16,9 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from contextvars import ContextVar
 from typing import Any, Final
 
-from steerbridge.errors import ModelMismatch, Problem
-from steerbridge.fingerprint import text_sha256
-from steerbridge.package import SteeringPackage, load
+from steerbridge import fingerprint, imports
 from steerbridge.runtime import Outcome
+from steerbridge_vllm import given
 
 Message = MutableMapping[str, Any]
 Send = Callable[[Message], Awaitable[None]]
@@ -32,12 +31,6 @@ _known: ContextVar[Known | None] = ContextVar("steerbridge", default=None)
 _LAST: Final = re.compile(
     rb'"finish_reason": ?"|"type": ?"(response\.(completed|incomplete)|message_delta)"'
 )
-
-
-@functools.cache
-def package() -> SteeringPackage:
-    """The package of this process."""
-    return load(os.environ["STEERBRIDGE_PACKAGE"])
 
 
 def wrap_app(module: Any) -> None:
@@ -54,22 +47,18 @@ def wrap_app(module: Any) -> None:
     module.build_app = build_app
 
 
-def check_template(given: str | None) -> None:
+def check_template(given_template: str | None) -> None:
     """Refuse a chat template on the command line that is not the package's.
 
     Raises:
         ModelMismatch: it is another.
     """
-    expected = package().spec.base_model.chat_template_sha256
-    ignored = os.environ.get("STEERBRIDGE_IGNORE", "").split(",")
-    if given is None or expected is None or "chat_template_sha256" in ignored:
+    if given_template is None or "chat_template_sha256" in imports.ignored():
         return
     from vllm.entrypoints.chat_utils import load_chat_template
 
-    text = load_chat_template(given) or ""
-    if expected not in map(text_sha256, (text, text.removesuffix("\n"))):
-        found = f"another, given on the command line: {text[:60]!r}"
-        raise ModelMismatch([Problem("chat_template_sha256", repr(expected), found)])
+    expected = given.package().spec.base_model.chat_template_sha256
+    fingerprint.check_template(expected, load_chat_template(given_template))
 
 
 def wrap_engine(module: Any) -> None:
@@ -94,7 +83,7 @@ def wrap_engine(module: Any) -> None:
 
 def _check_asked(params: Any) -> None:
     extra = getattr(params, "extra_args", None) or {}
-    asked, name = extra.get(ASKED), package().spec.name
+    asked, name = extra.get(ASKED), given.package().spec.name
     if asked is not None and asked != name:
         raise ValueError(f"vllm_xargs.{ASKED}: expected {name!r}, found {asked!r}")
 

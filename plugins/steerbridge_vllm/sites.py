@@ -12,6 +12,7 @@ from steerbridge.fingerprint import ModelFacts, tokenizer_facts
 from steerbridge_torch import decoder
 
 RUNTIME: Final = "vllm"
+_HIDDEN: Final = ("hidden_states", "x", "input")  # of blocks, of vLLM's norms, of torch's
 
 
 def at_depths(model: nn.Module, layers: int) -> tuple[nn.Module, ...]:
@@ -32,8 +33,8 @@ class Stream:
         names = list(inspect.signature(module.forward).parameters)
         if names[:2] == ["args", "kwargs"]:  # vLLM's norms choose their code when they run
             names = ["x", "residual"]
-        hidden = "hidden_states" if "hidden_states" in names else names[0]
-        if hidden == "positions":
+        hidden = next((name for name in _HIDDEN if name in names), None)
+        if hidden is None:
             raise UnsupportedFeature(RUNTIME, f"{type(module).__name__} takes no hidden states")
         self._hidden = names.index(hidden), hidden
         known = "residual" in names
