@@ -54,7 +54,7 @@ demo: setup
 	@$(PYTHON) examples/demo.py
 
 test: setup setup-peers setup-clients setup-apps setup-browser
-	@$(PYTHON) -m pytest -m "not lens"
+	@$(PYTHON) -m pytest -m "not lens" --durations 25
 	@echo '{"test": "passed"}'
 
 # UPDATE=1: write the records of what was tried, and the table in docs/run.md.
