@@ -6,6 +6,7 @@ import base64
 import io
 import itertools
 import random
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import requests
 from PIL import Image
 
 import programs
-from helpers import CLI
+from helpers import CLI, json_lines
 from test_apps_server import SERVER, Server
 
 pytest.importorskip("torch")
@@ -38,6 +39,8 @@ pytestmark = [
     pytest.mark.skipif(programs.converter() is None, reason="python tests/programs.py"),
 ]
 HYBRID = {
+    "falcon_h1": "attention beside Mamba 2",
+    "granitemoehybrid": "attention and Mamba 2",
     "jamba": "attention and Mamba",
     "lfm2_moe": "attention and short convolutions",
     "mamba2": "recurrent alone",
@@ -45,16 +48,22 @@ HYBRID = {
 }
 OPTIONS = ("-fa", "off", "-ctk", "f32", "-ctv", "f32", "-t", 2, "-c", 2048, "-np", 4, "--no-webui")
 TIMES = 4
+# Contents may be texts or lists of parts, as in the templates of Qwen-VL.
+TEMPLATE = """{% for message in messages %}{{ message.role[0] | upper }}
+{%- if message.content is string %}{{ message.content }}{% else %}
+{%- for part in message.content %}{{ part.text }}{% endfor %}{% endif %}{% endfor %}"""
 
 
 @dataclass
 class Wanted:
-    """What a request must come to. `prompt`: tokens, or a text with pictures."""
+    """What a request must come to. `prompt`: tokens, or a text with pictures; of a chat, `turns`
+    are its messages."""
 
     prompt: Any
     score: float
     fired: bool
     tokens: list[Any]  # of the oracle
+    turns: list[Any] | None = None
 
 
 def png(picture: Any) -> str:
@@ -63,6 +72,21 @@ def png(picture: Any) -> str:
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return base64.b64encode(buffer.getvalue()).decode()
+
+
+def turns(text: str, pictures: list[Any]) -> tuple[str, list[Any]]:
+    """A chat with each of the pictures in a turn of its own: as a text, and as messages."""
+    *parts, last = text.split(picture_models.MARKER)
+    rendered, messages = "", []
+    for part, picture in zip(parts, pictures, strict=True):
+        url = f"data:image/png;base64,{png(picture)}"
+        content: list[Any] = [{"type": "text", "text": part}] if part else []
+        content.append({"type": "image_url", "image_url": {"url": url}})
+        messages.append({"role": "user", "content": content})
+        messages.append({"role": "assistant", "content": "OK"})
+        rendered += f"U{part}{picture_models.MARKER}AOK"
+    messages.append({"role": "user", "content": last})
+    return f"{rendered}U{last}", messages
 
 
 def answered(
@@ -85,6 +109,9 @@ def answered(
 
         def ask(one: Wanted) -> list[int]:
             options = {"temperature": 0, "n_predict": picture_models.NEW, "return_tokens": True}
+            if one.turns:
+                told = server.post("/v1/chat/completions", messages=one.turns, **options)
+                return [*map(int, told["__verbose"]["tokens"])]
             prompt = one.prompt
             if isinstance(prompt, picture_models.Prompt):
                 prompt = {
@@ -137,15 +164,54 @@ def test_pictures_with_m_rope_in_slots(family, tmp_path, tried):
     """One, two or three pictures in a prompt; their rows take fewer positions."""
     with converting.running(programs.converter()) as converter:
         pair = picture_models.Pair(family, tmp_path, converter)
-    prompts = [pair.prompt(text, pictures) for text, pictures in picture_models.drawn(8)]
-    package = pair.fitted(prompts)
+    asked: list[tuple[Any, Any]] = []  # a prompt, and the messages of a chat
+    for text, pictures in picture_models.drawn(8):
+        asked.append((pair.prompt(text, pictures), None))
+        rendered, messages = turns(text, pictures)
+        asked.append((pair.prompt(rendered, pictures), messages))
+    package = pair.fitted([prompt for prompt, _ in asked])
     wanted = []
-    for prompt in prompts:
+    for prompt, messages in asked:
         want = pair.judged(package, prompt)
         tokens = pair.greedy(prompt, package, acting(package, want))
-        wanted.append(Wanted(prompt, want.score, want.fired, tokens))
+        wanted.append(Wanted(prompt, want.score, want.fired, tokens, messages))
     tower = ("--mmproj", pair.tower, "--no-mmproj-offload")
-    wrong, apart = answered(tmp_path, pair.path, package, wanted, *tower)
+    chats = ("--jinja", "--chat-template", TEMPLATE, "-v")
+    wrong, apart = answered(tmp_path, pair.path, package, wanted, *tower, *chats)
     assert wrong == []
     assert max(apart) < 10 * TOLERANCE
     tried(SERVER, f"four slots, pictures of {pair.architecture} ({family})")
+
+
+def test_pictures_with_m_rope_in_mtmd_cli(tmp_path, tried):
+    """Two pictures at once: the program puts them before the text."""
+    with converting.running(programs.converter()) as converter:
+        pair = picture_models.Pair("qwen2_5_vl", tmp_path, converter)
+    drawn = [(text, pictures) for text, pictures in picture_models.drawn(8) if len(pictures) == 2]
+    marker = picture_models.MARKER
+    texts = [(text.replace(marker, ""), pictures) for text, pictures in drawn]
+    prompts = [pair.prompt(f"U{2 * marker}{text}", pictures) for text, pictures in texts]
+    package = pair.fitted(prompts)
+    package.save(tmp_path / "guard.gguf")
+    for (text, pictures), prompt in zip(texts, prompts, strict=True):
+        log = tmp_path / "log.jsonl"
+        files = [tmp_path / f"{i}.png" for i in range(len(pictures))]
+        for file, picture in zip(files, pictures, strict=True):
+            file.write_bytes(base64.b64decode(png(picture)))
+        program = programs.built() / "llama-mtmd-cli"
+        model = ("-m", pair.path, "--mmproj", pair.tower, "--no-mmproj-offload")
+        options = ("--temp", 0, "-n", 4, "--jinja", "--chat-template", TEMPLATE)
+        given = ("--image", ",".join(map(str, files)), "-p", text)
+        run = [*CLI, "run", "--package", tmp_path / "guard.gguf", "--log", log, "--"]
+        command = [*run, program, *model, *OPTIONS[:8], *options, *given]
+        done = subprocess.run([*map(str, command)], check=True, capture_output=True, text=True)
+        last = [e for e in json_lines(log.read_text()) if e["event"] == "verdict"][-1]
+        want = pair.judged(package, prompt)
+        assert bool(last["fired"]) == want.fired
+        assert abs(last["probes"][0]["score"] - want.score) < 10 * TOLERANCE * max(1, want.score)
+        tokens = pair.greedy(prompt, package, acting(package, want))[:4]
+        sure = itertools.takewhile(lambda one: not one.close, tokens)
+        text = "".join(pair.llama.detokenize([g.token], special=True).decode() for g in sure)
+        assert done.stdout.strip().startswith(text.strip())
+        log.unlink()
+    tried(f"llama-mtmd-cli, {programs.llama_cpp()}", "two pictures with M-RoPE")

@@ -1,18 +1,23 @@
-"""Gemma 3 270M in transformers and in llama.cpp, a part of `make parity-models`.
+"""Gemma 3 270M in transformers, llama.cpp and llama-server, a part of `make parity-models`.
 
 A base model with sliding windows and without a chat template: prompts are raw. One guard is trained
-on a part of the shipped prompts, then asked in both runtimes, with the weights as F32.
+on a part of the shipped prompts, then asked in all runtimes, with the weights as F32.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
+import requests
+
 import programs
 import steerbridge
+from helpers import CLI, json_lines
 from steerbridge import TrainSettings
 from steerbridge.datasets.groups import folds
+from steerbridge.package import SteeringPackage
 from steerbridge_llama_cpp.dequantise import dequantise
 
 TRAINED: Final = 16  # one prompt of so many is trained on
@@ -41,6 +46,10 @@ def compared(folder: Path) -> dict[str, Any]:
             apart = max(apart, abs(a.score - b.score))
         verdicts += one.outcome.fired != other.outcome.fired
         tokens += one.tokens != other.tokens
+    served = _served(folder, single, package, [prompt.text for prompt in prompts])
+    for one, (fired, new) in zip(answers[0], served, strict=True):
+        verdicts += one.outcome.fired != fired
+        tokens += list(one.tokens) != new
     return {
         "forms": list(package.spec.evidence.forms),
         "prompts": len(prompts),
@@ -49,3 +58,24 @@ def compared(folder: Path) -> dict[str, Any]:
         "other_verdicts": verdicts,
         "other_tokens": tokens,
     }
+
+
+def _served(
+    folder: Path, model: Path, package: SteeringPackage, texts: Sequence[str]
+) -> list[tuple[bool, list[int]]]:
+    """Whether each prompt fires in llama-server, and the tokens of its answer."""
+    guard, log = folder / "guard.gguf", folder / "log.jsonl"
+    package.save(guard)
+    run = [*CLI, "run", "--package", str(guard), "--log", str(log), "--"]
+    exact = ("-fa", "off", "-ctk", "f32", "-ctv", "f32", "-t", 2, "-c", 1024, "-np", 1)
+    with programs.llama_server(
+        ["-m", model, *exact, "--no-webui"], folder / "server.txt", run
+    ) as url:
+        options = {"temperature": 0, "n_predict": NEW, "return_tokens": True}
+        answers = [
+            requests.post(f"{url}/completion", json={"prompt": text, **options}, timeout=300).json()
+            for text in texts
+        ]
+    events = [event for event in json_lines(log.read_text()) if event["event"] == "verdict"]
+    fired = [bool(event["fired"]) for event in events[-len(texts) :]]  # the first: its warm-up
+    return list(zip(fired, (answer["tokens"] for answer in answers), strict=True))
