@@ -1,35 +1,24 @@
-"""Attach a package to a worker's model: checks, hooks, and wrappers that record which rows a pass
-holds. Only these objects are changed, no class of vLLM.
-"""
+"""Attach a package to a worker's model: checks, hooks, and the wrappers of its runner."""
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Sequence
 from typing import Any, Final
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from steerbridge import imports, reference
+from steerbridge import imports
 from steerbridge.errors import UnsupportedFeature
 from steerbridge.events import Events
 from steerbridge.package import SteeringPackage
 from steerbridge.spec import HeadMatrix, ImageMean, Say
 from steerbridge_torch import quantisation
-from steerbridge_vllm import given, ops, rows, sites, transport, versions
+from steerbridge_vllm import given, ops, rows, runners, sites, versions
 from steerbridge_vllm.gates import Gates, Share
 from steerbridge_vllm.sites import RUNTIME, Stream
 
-_WRAPPED: Final = (
-    "initialize_kv_cache",
-    "execute_model",
-    "_prepare_inputs",
-    "_model_forward",
-    "_sample",
-    "sample_tokens",
-)
 LOG: Final = logging.getLogger("vllm.steerbridge")
 
 
@@ -40,9 +29,9 @@ def before_loading(worker: Any) -> SteeringPackage:
     Raises:
         UnsupportedFeature: with the setting to change, if there is one; or the version of vLLM.
     """
-    versions.check()
     package = given.package()
     config = worker.vllm_config
+    versions.check(bool(config.use_v2_model_runner))
     _check_settings(config)
     _check_package(package, config)
     _divide(config, package)
@@ -64,12 +53,13 @@ def after_loading(worker: Any, package: SteeringPackage) -> Gates:
         package.calibrated(RUNTIME, kind),
         torch.device(runner.device),
         _share(config),
-        functools.partial(_images, runner),
+        functools.partial(rows.images_of, runner),
         cached=bool(config.cache_config.enable_prefix_caching),
     )
     _hook(gates, runner.get_model(), known.num_layers)
     events = Events(LOG.error)
-    Wrapped(gates, runner, events if worker.rank == 0 else None).install()
+    kind_of_runner = runners.Second if config.use_v2_model_runner else runners.First
+    kind_of_runner(gates, runner, events if worker.rank == 0 else None).install()
     events.active(known, package.spec.is_calibrated(RUNTIME, kind))
     LOG.info("Steerbridge steers %s (%s, rank %d)", known.name, kind, worker.rank)
     return gates
@@ -115,11 +105,6 @@ def _check_settings(config: Any) -> None:
             bool(getattr(config.cache_config, "kv_sharing_fast_prefill", False)),
             "a prefill that skips rows of later layers",
             "no --kv-sharing-fast-prefill",
-        ),
-        (
-            bool(config.use_v2_model_runner),
-            "the second model runner",
-            "VLLM_USE_V2_MODEL_RUNNER=0",
         ),
     ]
     for holds, what, setting in refused:
@@ -178,11 +163,7 @@ def _share(config: Any) -> Share:
     return lambda values: get_tp_group().broadcast(values.contiguous(), 0)
 
 
-def _images(runner: Any, request: str, prompt: int) -> Any:
-    return rows.image_rows(runner.requests[request].mm_features, prompt)
-
-
-# ---------------------------------------------------------------- hooks and wrappers
+# ---------------------------------------------------------------- hooks
 
 
 def _hook(gates: Gates, model: nn.Module, layers: int) -> None:
@@ -203,122 +184,3 @@ def _at_site(
 ) -> None:
     hidden, residual = stream.of(args, kwargs)
     ops.visit(hidden, residual, depth)
-
-
-class Wrapped:
-    """A model runner of the first generation whose passes are announced to the gates.
-
-    Args:
-        events: where verdicts are written; None: another rank writes them.
-    """
-
-    def __init__(self, gates: Gates, runner: Any, events: Events | None) -> None:
-        self._gates, self._runner, self._events = gates, runner, events
-        self._group = 0
-        self._real: dict[str, Any] = {name: getattr(runner, name) for name in _WRAPPED}
-        self._real_compute_logits = runner.get_model().compute_logits
-
-    def install(self) -> None:
-        """Put the wrappers in place."""
-        for name in _WRAPPED:
-            setattr(self._runner, name, getattr(self, "_" + name.lstrip("_")))
-        self._runner.get_model().compute_logits = self._compute_logits
-
-    def _initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any) -> Any:
-        result = self._real["initialize_kv_cache"](kv_cache_config, *args, **kwargs)
-        if self._gates.keeps_rows:
-            self._group = _full_attention(kv_cache_config.kv_cache_groups)
-            table = self._runner.input_batch.block_table.block_tables[self._group]
-            size = kv_cache_config.kv_cache_groups[self._group].kv_cache_spec.block_size
-            blocks = kv_cache_config.num_blocks * size // table.block_size
-            self._gates.allocate(blocks, table.block_size)
-        return result
-
-    def _prepare_inputs(self, scheduled: Any, counts: Any, *args: Any, **kwargs: Any) -> Any:
-        result = self._real["_prepare_inputs"](scheduled, counts, *args, **kwargs)
-        self._gates.begin(rows.of_batch(self._runner, scheduled, counts, self._group))
-        return result
-
-    def _model_forward(self, *args: Any, **kwargs: Any) -> Any:
-        with ops.visiting(self._gates):
-            result = self._real["_model_forward"](*args, **kwargs)
-        self._gates.finish(result[0] if isinstance(result, tuple) else result)
-        return result
-
-    def _compute_logits(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return self._real_compute_logits(self._gates.at_head(hidden), *args, **kwargs)
-
-    def _sample(self, logits: Tensor, guesses: Any, *args: Any, **kwargs: Any) -> Any:
-        said = self._gates.said()
-        if said:
-            at = torch.tensor(list(said), device=logits.device)
-            words = torch.tensor(list(said.values()), device=logits.device)
-            logits[at] = reference.UNSAID
-            logits[at, words] = 0
-        output = self._real["_sample"](logits, guesses, *args, **kwargs)
-        if said:  # whatever a request wanted of its sampler
-            _say(output.sampled_token_ids, said, guesses)
-        return output
-
-    def _execute_model(self, scheduled: Any, *args: Any, **kwargs: Any) -> Any:
-        self._gates.forget(scheduled.finished_req_ids)
-        try:
-            return self._real["execute_model"](scheduled, *args, **kwargs)
-        except BaseException:
-            self._gates.drop()
-            raise
-
-    def _sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
-        sampled = self._runner.execute_model_state is not None
-        output = self._real["sample_tokens"](*args, **kwargs)
-        if not sampled:
-            return output
-        told = self._gates.end(_accepted(output) if self._runner.speculative_config else {})
-        if self._events is not None:
-            for request, outcome in told.items():
-                self._events.verdict(request, outcome)
-        return transport.attached(output, told)
-
-
-def _full_attention(groups: Sequence[Any]) -> int:
-    """The group of KV caches that holds every row of a sequence.
-
-    Raises:
-        UnsupportedFeature: there is none.
-    """
-    from vllm.v1.kv_cache_interface import FullAttentionSpec
-
-    for index, group in enumerate(groups):
-        if isinstance(group.kv_cache_spec, FullAttentionSpec):
-            return index
-    raise UnsupportedFeature(RUNTIME, "a model without full attention: no cache has every row")
-
-
-def _accepted(output: Any) -> dict[str, int]:
-    """Guesses that were taken, by request."""
-    tokens = output.sampled_token_ids
-    return {r: max(0, len(tokens[i]) - 1) for r, i in output.req_id_to_index.items()}
-
-
-def _say(sampled: Tensor, said: dict[int, int], guesses: Any) -> None:
-    """Write the tokens that must be said over those that were sampled [B, 1 + guesses]."""
-    if guesses is None:
-        at = torch.tensor(list(said), device=sampled.device)
-        words = torch.tensor(list(said.values()), dtype=sampled.dtype, device=sampled.device)
-        sampled[at, 0] = words
-        return
-    drafts, first, row = guesses.draft_token_ids.tolist(), 0, 0
-    for request, count in enumerate(guesses.num_draft_tokens):
-        guessed = drafts[first : first + count]
-        if any(row + k in said for k in range(count + 1)):
-            old, line = sampled[request].tolist(), []
-            for k in range(count + 1):
-                word = said.get(row + k, old[k])
-                if word == transport.NOTHING:
-                    break
-                line.append(word)
-                if k < count and word != guessed[k]:
-                    break
-            line += [transport.NOTHING] * (len(old) - len(line))
-            sampled[request] = torch.tensor(line, dtype=sampled.dtype, device=sampled.device)
-        first, row = first + count, row + count + 1

@@ -155,6 +155,11 @@ class Gates:
 
     # -------------------------------------------------------- a pass
 
+    @property
+    def samples(self) -> bool:
+        """Whether the next logits are those that the pass in progress is sampled from."""
+        return self._now is not None and not self._now.sampled
+
     def begin(self, parts: Sequence[Part]) -> None:
         """A pass over these rows starts.
 

@@ -7,7 +7,7 @@ device.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,7 +46,7 @@ class Part:
         return self.stop - self.drafts
 
 
-def of_batch(runner: Any, scheduled: Any, counts: NDArray[np.int32], group: int) -> list[Part]:
+def of_first(runner: Any, scheduled: Any, counts: NDArray[np.int32], group: int) -> list[Part]:
     """The parts of a pass, in the order of the batch.
 
     Args:
@@ -71,6 +71,60 @@ def of_batch(runner: Any, scheduled: Any, counts: NDArray[np.int32], group: int)
         parts.append(Part(request, first, count, position, prompt, drafts, table[i]))
         first += count
     return parts
+
+
+class Blocks:
+    """The blocks of the KV caches that hold each request's rows, as the scheduler numbers them."""
+
+    def __init__(self) -> None:
+        self._of: dict[str, list[NDArray[np.int32]]] = {}  # by group of caches
+
+    def take(self, scheduled: Any) -> None:
+        """What the scheduler says before a pass."""
+        self._drop(scheduled.finished_req_ids)
+        self._drop(scheduled.preempted_req_ids or ())  # they come again as new ones
+        for new in scheduled.scheduled_new_reqs:
+            self._of[new.req_id] = [np.asarray(ids, np.int32) for ids in new.block_ids]
+        known = scheduled.scheduled_cached_reqs
+        for request, more in zip(known.req_ids, known.new_block_ids, strict=True):
+            if more is not None:
+                both = zip(self._of[request], more, strict=True)
+                self._of[request] = [np.append(old, np.asarray(n, np.int32)) for old, n in both]
+
+    def _drop(self, requests: Iterable[str]) -> None:
+        for request in requests:
+            self._of.pop(request, None)
+
+    def of(self, request: str, group: int) -> NDArray[np.int32]:
+        """The blocks of a request in a group."""
+        return self._of[request][group]
+
+
+def of_second(batch: Any, lengths: NDArray[np.int32], blocks: Blocks, group: int) -> list[Part]:
+    """The same of a runner of the second generation.
+
+    Args:
+        batch: its prepared inputs.
+        lengths: of prompts, by the runner's index of requests.
+    """
+    guesses = batch.num_draft_tokens_per_req
+    parts, first = [], 0
+    for i, request in enumerate(batch.req_ids):
+        count, prompt = int(batch.num_scheduled_tokens[i]), int(lengths[batch.idx_mapping_np[i]])
+        drafts = 0 if guesses is None else int(guesses[i])
+        position = int(batch.num_computed_tokens_np[i])
+        mine = blocks.of(request, group)
+        parts.append(Part(request, first, count, position, prompt, drafts, mine))
+        first += count
+    return parts
+
+
+def images_of(runner: Any, request: str, prompt: int) -> NDArray[np.bool_]:
+    """Which rows [P] of a request's prompt are an image's."""
+    if hasattr(runner, "requests"):
+        return image_rows(runner.requests[request].mm_features, prompt)
+    cache = runner.encoder_cache
+    return image_rows(() if cache is None else cache.mm_features[request], prompt)
 
 
 def image_rows(features: Sequence[Any], prompt: int) -> NDArray[np.bool_]:

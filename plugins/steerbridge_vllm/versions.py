@@ -13,33 +13,51 @@ from typing import Final
 from steerbridge.errors import UnsupportedFeature
 
 TRIED: Final = ("0.32.",)
-_RUNNER: Final = "vllm.v1.worker.gpu_model_runner:GPUModelRunner."
-_ONE: Final = ("self",)
-NEEDED: Final[dict[str, tuple[str, ...]]] = {
-    _RUNNER + "_prepare_inputs": ("self", "scheduler_output", "num_scheduled_tokens"),
-    _RUNNER + "_model_forward": (
-        "self",
-        "input_ids",
-        "positions",
-        "intermediate_tensors",
-        "inputs_embeds",
-        "model_kwargs",
+_BOTH: Final[dict[str, tuple[str, ...]]] = {
+    "sample_tokens": ("grammar_output",),
+    "initialize_kv_cache": ("kv_cache_config", "is_profiling", "kv_cache_allocation_context"),
+    "get_model": (),
+}
+_PASS: Final = ("scheduler_output", "intermediate_tensors")
+_TRIALS: Final = (
+    *("dummy_run", "skip_attn_for_dummy_run", "is_profile", "context_len"),
+    *("valid_dummy_state_slots", "randomize_inputs"),
+)
+# By generation of the model runner: its class, and the arguments of its methods.
+RUNNERS: Final[dict[int, tuple[str, dict[str, tuple[str, ...]]]]] = {
+    1: (
+        "vllm.v1.worker.gpu_model_runner",
+        {
+            **_BOTH,
+            "execute_model": _PASS,
+            "_prepare_inputs": ("scheduler_output", "num_scheduled_tokens"),
+            "_model_forward": (
+                *("input_ids", "positions", "intermediate_tensors", "inputs_embeds"),
+                "model_kwargs",
+            ),
+            "_sample": ("logits", "spec_decode_metadata"),
+        },
     ),
-    _RUNNER + "_sample": ("self", "logits", "spec_decode_metadata"),
-    _RUNNER + "execute_model": ("self", "scheduler_output", "intermediate_tensors"),
-    _RUNNER + "sample_tokens": ("self", "grammar_output"),
-    _RUNNER + "initialize_kv_cache": (
-        "self",
-        "kv_cache_config",
-        "is_profiling",
-        "kv_cache_allocation_context",
+    2: (
+        "vllm.v1.worker.gpu.model_runner",
+        {
+            **_BOTH,
+            "execute_model": (*_PASS, *_TRIALS),
+            "prepare_inputs": (
+                *("scheduler_output", "batch_req_state", "batch_desc"),
+                "num_active_loras",
+            ),
+            "sample": ("hidden_states", "input_batch", "grammar_output"),
+        },
     ),
-    _RUNNER + "get_model": _ONE,
 }
 
 
-def check() -> None:
+def check(second: bool) -> None:
     """Refuse a version that is not known.
+
+    Args:
+        second: whether its runner is of the second generation.
 
     Raises:
         UnsupportedFeature: naming what differs.
@@ -48,12 +66,11 @@ def check() -> None:
     if not version.startswith(TRIED):
         known = ", ".join(f"{start}*" for start in TRIED)
         raise UnsupportedFeature("vllm", f"version {version}", f"one of {known}")
-    for path, expected in NEEDED.items():
-        module, _, name = path.partition(":")
-        found = import_module(module)
-        for part in name.split("."):
-            found = getattr(found, part, None)  # type: ignore[assignment]
-        names = tuple(inspect.signature(found).parameters) if callable(found) else ()
-        if names != expected:
-            what = f"{name} with the arguments {list(names)}: expected {list(expected)}"
+    path, needed = RUNNERS[2 if second else 1]
+    runner = import_module(path).GPUModelRunner
+    for name, arguments in needed.items():
+        found = getattr(runner, name, None)
+        names = tuple(inspect.signature(found).parameters)[1:] if callable(found) else None
+        if names != arguments:
+            what = f"{path}.{name} with the arguments {names}: expected {arguments}"
             raise UnsupportedFeature("vllm", what)

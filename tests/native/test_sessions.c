@@ -821,8 +821,13 @@ static void test_open_unjudged(const golden *g) {
         CHECK(!before[i].fired || after[i].fired);
     }
     CHECK(any);
-    /* A cache of unknown history counts as steered. */
-    CHECK_STATUS(steerhook_rows_restored(t.session, 0), STEERHOOK_OK);
+    /* Rows of unknown history count as steered. */
+    CHECK_STATUS(steerhook_rows_restored(t.session, 0, n - 1), STEERHOOK_OK);
+    CHECK(steerhook_request_stage(t.session, 0) == STEERHOOK_NONE);
+    CHECK(steerhook_first_steered(t.session, 0) == n - 1);
+    CHECK_STATUS(steerhook_request_cut(t.session, 0, n - 1, -1), STEERHOOK_OK);
+    CHECK(steerhook_first_steered(t.session, 0) == -1);
+    CHECK_STATUS(steerhook_rows_restored(t.session, 0, 0), STEERHOOK_OK);
     CHECK(steerhook_first_steered(t.session, 0) == 0);
     steerhook_session_free(t.session);
 }

@@ -304,17 +304,22 @@ steerhook_stage steerhook_request_stage(const steerhook_session *s, int32_t seq)
     return request->count < request->n_prompt ? STEERHOOK_PROMPTING : STEERHOOK_ANSWERING;
 }
 
-void sh_forget_rows(const steerhook_session *s, sh_request *request) {
+void sh_forget_rows(const steerhook_session *s, sh_request *request, int32_t first) {
+    int32_t steered = request->cache.first_steered;
     request->open = request->acting = false;
-    request->cache.n_kept = request->cache.rows.n = 0;
-    bool steers_layers = steerhook_package_describe(s->package).steers_layers;
-    request->cache.first_steered = steers_layers ? 0 : SH_NO_ROW;
+    sh_kept_cut(s, request, first, -1);
+    sh_rows_cut(s, &request->cache.rows, first, -1);
+    if (!steerhook_package_describe(s->package).steers_layers) {
+        request->cache.first_steered = SH_NO_ROW;
+    } else if (steered == SH_NO_ROW || steered > first) {
+        request->cache.first_steered = first;
+    }
 }
 
-steerhook_status steerhook_rows_restored(steerhook_session *s, int32_t seq) {
+steerhook_status steerhook_rows_restored(steerhook_session *s, int32_t seq, int32_t first) {
     steerhook_status status = sh_may_change(s, seq);
     if (status == STEERHOOK_OK) {
-        sh_forget_rows(s, &s->requests[seq]);
+        sh_forget_rows(s, &s->requests[seq], first < 0 ? 0 : first);
     }
     return status;
 }

@@ -187,7 +187,7 @@ static bool sane(const steerhook_session *s, const sh_request *request) {
 }
 
 static steerhook_status refuse(steerhook_session *s, sh_request *request) {
-    sh_forget_rows(s, request);
+    sh_forget_rows(s, request, 0);
     return sh_session_refuse(s, STEERHOOK_ARGUMENT,
                              "load: expected rows that a session of this package saved");
 }

@@ -276,8 +276,8 @@ steerhook_status sh_decide_rules(steerhook_session *session, sh_request *request
 /* The plan of the package's sites; see plan.c. */
 bool sh_plan(steerhook_session *session, const sh_error *error);
 
-/* Ends a request: of the rows in its cache nothing is known. */
-void sh_forget_rows(const steerhook_session *session, sh_request *request);
+/* Ends a request: of the rows in its cache, from `first` on, nothing is known. */
+void sh_forget_rows(const steerhook_session *session, sh_request *request, int32_t first);
 
 /* Clears what belongs to one request, and makes room for it; false without memory. */
 bool sh_request_reset(const steerhook_session *session, sh_request *request);

@@ -202,9 +202,10 @@ STEERHOOK_API int32_t steerhook_request_rows(const steerhook_session *session, i
  * this it shows in the next batch, or in a cut. */
 STEERHOOK_API void steerhook_request_survived(steerhook_session *session, int32_t seq, int32_t rows);
 
-/* The cache of a sequence was replaced by rows of unknown history (a saved state): its request
- * has ended, and if the package steers layers the rows count as steered. */
-STEERHOOK_API steerhook_status steerhook_rows_restored(steerhook_session *session, int32_t seq);
+/* The cache of a sequence was replaced, from row `first` on, by rows of unknown history (a saved
+ * state): its request has ended, and if the package steers layers these rows count as steered. */
+STEERHOOK_API steerhook_status steerhook_rows_restored(steerhook_session *session, int32_t seq,
+                                                       int32_t first);
 
 /* What is known of the rows of a sequence, and its request, as bytes that travel with a saved state
  * of the cache: how many (0 without the sequence), and the bytes. Without `rows`, those that are kept

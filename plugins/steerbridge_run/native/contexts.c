@@ -105,6 +105,9 @@ static void open_watch(sb_watch *watch) {
         if (watch->sequences == NULL) {
             sb_fatal("no memory");
         }
+        for (int32_t i = 0; i < watch->n_seq_max; i++) {
+            watch->sequences[i].strange = -1;
+        }
         calibrated = sb_calibrate(watch->session, &f);
     }
     tell_active(watch, &f, calibrated);

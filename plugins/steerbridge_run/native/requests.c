@@ -64,7 +64,7 @@ static void recover(sb_watch *watch) {
     watch->failed = false;
     steerhook_session_clear(watch->session);
     for (int32_t i = 0; i < watch->n_seq_max; i++) {
-        steerhook_rows_restored(watch->session, i); /* rows of finished requests are still there */
+        steerhook_rows_restored(watch->session, i, 0); /* rows of finished requests are still there */
     }
 }
 
@@ -242,8 +242,8 @@ static bool begin(sb_watch *watch, int32_t seq) {
     /* It may answer from the logits of a prompt's earlier row, which were not steered. */
     bool distrust = sb_answer_chosen(&q->answer, n_cached - 1, token) && !sb_ends(watch, token);
     /* A single row behind rows of unknown history may belong to an answer. */
-    distrust |= q->unknown && q->rows == 1;
-    q->unknown = false;
+    distrust |= q->strange >= 0 && q->rows == 1;
+    q->strange = -1;
     q->blind = 0;
     if (!open_behind(watch, seq, n_cached, STEERHOOK_KEEP_NONE)) {
         return false;
@@ -659,6 +659,9 @@ static void cut(sb_watch *watch, int32_t seq, int32_t from, int32_t to) {
     int32_t last = sb_cells_before(&q->cells, to);
     bool tail = last == q->cells.count;
     sb_cells_cut(&q->cells, first, last);
+    if (first < last && first <= q->strange) {
+        q->strange = tail ? -1 : first;
+    }
     if (watch->failed) {
         q->lost &= from > 0 || to >= 0;
         return;
@@ -683,11 +686,29 @@ static void cut(sb_watch *watch, int32_t seq, int32_t from, int32_t to) {
 
 void sb_forget(sb_watch *watch, int32_t seq) {
     sb_sequence *q = &watch->sequences[seq];
-    steerhook_rows_restored(watch->session, seq);
+    steerhook_rows_restored(watch->session, seq, 0);
     q->used = false;
     sb_answer_forget(&q->answer);
     sb_cells_fill(&q->cells, sb_next_position(watch, seq));
-    q->unknown = q->cells.count > 0;
+    q->strange = q->cells.count > 0 ? 0 : -1;
+}
+
+void sb_overlaid(sb_watch *watch, int32_t seq, int32_t first, const int32_t *positions,
+                 int32_t count) {
+    sb_sequence *q = &watch->sequences[seq];
+    bool ordered = true;
+    conclude(watch, seq);
+    steerhook_rows_restored(watch->session, seq, first);
+    q->used = false;
+    sb_answer_cut(&q->answer, first, q->first);
+    sb_cells_cut(&q->cells, first, q->cells.count);
+    for (int32_t i = 0; i < count; i++) {
+        ordered &= sb_cells_add(&q->cells, positions[i], true);
+    }
+    q->strange = first;
+    if (!ordered) {
+        sb_forget(watch, seq);
+    }
 }
 
 void sb_moved(const void *memory, int32_t seq, int32_t from, int32_t to, int32_t delta) {

@@ -21,7 +21,6 @@ typedef struct {
 typedef struct {
     int32_t n_rows, partial, used, told, told_rules, held, at_end, n_prompt;
     int32_t first, ended, n_tokens, n_choices; /* of its answer */
-    uint64_t history;
     uint64_t n_hook; /* bytes of libsteerhook */
 } record;
 
@@ -56,7 +55,7 @@ static const sb_watch *saved_by(llama_context *context) {
 
 static size_t record_size(const sb_watch *watch, int32_t seq, bool partial) {
     const sb_sequence *q = &watch->sequences[seq];
-    size_t rows = partial ? 0 : (size_t)q->cells.count;
+    size_t rows = (size_t)q->cells.count;
     return sizeof(record) + rows * (sizeof *q->cells.positions + sizeof *q->cells.histories) +
            (size_t)q->answer.n_tokens * sizeof *q->answer.tokens +
            (size_t)q->answer.n_choices * sizeof *q->answer.choices +
@@ -113,15 +112,12 @@ static bool write_record(writer *w, const sb_watch *watch, int32_t seq, bool par
         .ended = q->answer.ended,
         .n_tokens = q->answer.n_tokens,
         .n_choices = q->answer.n_choices,
-        .history = sb_cells_history(cells, cells->count),
         .n_hook = steerhook_saved_size(watch->session, seq, !partial),
     };
     steerhook_request_rows(watch->session, seq, &r.n_prompt);
     put(w, &r, 1, sizeof r);
-    if (!partial) {
-        put(w, cells->positions, (size_t)cells->count, sizeof *cells->positions);
-        put(w, cells->histories, (size_t)cells->count, sizeof *cells->histories);
-    }
+    put(w, cells->positions, (size_t)cells->count, sizeof *cells->positions);
+    put(w, cells->histories, (size_t)cells->count, sizeof *cells->histories);
     put(w, q->answer.tokens, (size_t)r.n_tokens, sizeof *q->answer.tokens);
     put(w, q->answer.choices, (size_t)r.n_choices, sizeof *q->answer.choices);
     bool saved = steerhook_save(watch->session, seq, !partial, w->at, r.n_hook) == STEERHOOK_OK;
@@ -200,9 +196,8 @@ static bool next_record(reader *r, read_record *out) {
         return false;
     }
     memcpy(&out->is, at, sizeof out->is);
-    int64_t rows = out->is.partial ? 0 : out->is.n_rows;
-    out->positions = take(r, rows, sizeof(int32_t));
-    out->histories = take(r, rows, sizeof(uint64_t));
+    out->positions = take(r, out->is.n_rows, sizeof(int32_t));
+    out->histories = take(r, out->is.n_rows, sizeof(uint64_t));
     out->tokens = take(r, out->is.n_tokens, sizeof(int32_t));
     out->choices = take(r, out->is.n_choices, sizeof(sb_choice));
     out->hook = out->is.n_hook > INT64_MAX ? NULL : take(r, (int64_t)out->is.n_hook, 1);
@@ -249,13 +244,39 @@ static void take_answer(sb_answer *answer, const read_record *r) {
     free(tokens);
 }
 
+/* How many of the first rows of a record are those of the cache. */
+static int32_t shared_rows(const sb_cells *cells, const read_record *r) {
+    int32_t count = r->is.n_rows < cells->count ? r->is.n_rows : cells->count;
+    for (; count > 0; count--) { /* a history stands for all rows before it */
+        uint64_t history;
+        memcpy(&history, r->histories + (size_t)(count - 1) * sizeof history, sizeof history);
+        if (history == sb_cells_history(cells, count)) {
+            break;
+        }
+    }
+    return count;
+}
+
+/* A part of the state comes from rows of which only the first `shared` are the cache's own: the rows
+ * behind them are a mixture, until the program removes them (llama-server goes back to a checkpoint
+ * one row behind the prompts' common beginning). */
+static bool overlay(sb_watch *watch, int32_t seq, const read_record *r, int32_t shared) {
+    if (shared == 0) {
+        return false;
+    }
+    int32_t *positions = aligned(r->positions, r->is.n_rows, sizeof *positions);
+    sb_overlaid(watch, seq, shared, positions + shared, r->is.n_rows - shared);
+    free(positions);
+    return true;
+}
+
 /* The cache of a sequence is what a record says. False: what it holds is not known. */
 static bool restore(sb_watch *watch, int32_t seq, const read_record *r) {
     sb_sequence *q = &watch->sequences[seq];
     sb_cells *cells = &q->cells;
     /* Its own first rows: they may be where the state was saved, with others behind. */
-    bool own = r->is.n_rows <= cells->count &&
-               sb_cells_history(cells, r->is.n_rows) == r->is.history;
+    int32_t shared = shared_rows(cells, r);
+    bool own = shared == r->is.n_rows;
     int32_t n_prompt;
     steerhook_request_rows(watch->session, seq, &n_prompt);
     if (own && q->used && r->is.used && n_prompt > 0 && n_prompt == r->is.n_prompt) {
@@ -265,8 +286,10 @@ static bool restore(sb_watch *watch, int32_t seq, const read_record *r) {
         take_choices(&q->answer, r); /* it went on, and they were not needed any more */
         return true;
     }
-    if ((r->is.partial && !own) ||
-        steerhook_load(watch->session, seq, r->hook, r->is.n_hook) != STEERHOOK_OK) {
+    if (r->is.partial && !own) {
+        return overlay(watch, seq, r, shared);
+    }
+    if (steerhook_load(watch->session, seq, r->hook, r->is.n_hook) != STEERHOOK_OK) {
         return false;
     }
     if (r->is.partial) {
@@ -284,7 +307,7 @@ static bool restore(sb_watch *watch, int32_t seq, const read_record *r) {
     q->told_rules = r->is.told_rules;
     q->held = r->is.held != 0;
     q->at_end = r->is.at_end != 0;
-    q->unknown = false;
+    q->strange = -1;
     q->batch = 0;
     q->origin = seq;
     q->first = r->is.n_rows;

@@ -37,7 +37,8 @@ typedef struct {
                       * output row; -1: none */
     int32_t draft;   /* the row from which the next one must have been chosen, if rows that no logits
                       * were seen for are drafts; -1: all are known */
-    bool unknown;    /* its cache holds rows of unknown history, and no request since */
+    int32_t strange; /* from this row on its cache holds rows of unknown history, and no request since;
+                      * -1: there are none */
     int32_t blind;   /* single rows of which nobody was seen to use the logits */
     sb_cells cells;
     sb_answer answer;
@@ -112,6 +113,9 @@ void sb_copied(const void *memory, int32_t from, int32_t to, int32_t p0, int32_t
 void sb_moved(const void *memory, int32_t seq, int32_t from, int32_t to, int32_t delta);
 void sb_kept(const void *memory, int32_t seq);
 void sb_forget(sb_watch *watch, int32_t seq); /* it holds rows of unknown history */
+/* Behind its first rows it holds rows of unknown history, at these positions. */
+void sb_overlaid(sb_watch *watch, int32_t seq, int32_t first, const int32_t *positions,
+                 int32_t count);
 void sb_broken(const void *memory, const char *what);
 
 #endif
