@@ -5,8 +5,8 @@ STAMP := $(VENV)/.set-up
 BASE ?= python3
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: setup setup-peers setup-lens setup-clients setup-apps setup-browser demo check conformance \
-  conformance-models parity-models test test-apps test-tgi test-lens lint schema docs report \
+.PHONY: setup setup-peers setup-lens setup-vllm setup-clients setup-apps setup-browser demo check conformance \
+  conformance-models parity-models test test-apps test-tgi test-lens test-vllm lint schema docs report \
   parity fuzz soak bench-safety bench-safety-multimodal bench-calibration bench-train bench-overhead bench-kernels \
   bench-convert bench-serve test-install test-minimal test-nightly clean
 .DEFAULT_GOAL := setup
@@ -54,7 +54,7 @@ demo: setup
 	@$(PYTHON) examples/demo.py
 
 test: setup setup-peers setup-clients setup-apps setup-browser
-	@$(PYTHON) -m pytest -m "not lens" --durations 25
+	@$(PYTHON) -m pytest -m "not (lens or vllm)" --durations 25
 	@echo '{"test": "passed"}'
 
 # UPDATE=1: write the records of what was tried, and the table in docs/run.md.
@@ -91,6 +91,18 @@ test-lens: setup setup-lens
 	@$(PYTHON) -m pytest -m lens
 	@echo '{"test-lens": "passed"}'
 
+# vLLM on a CPU, of some 3 GB: its server, and the kit in its engine.
+setup-vllm: .venv-vllm/.set-up
+
+.venv-vllm/.set-up: requirements/vllm.txt tests/vllm/environment.py plugins/steerbridge_vllm.pth
+	@test -x .venv-vllm/bin/python || $(BASE) -m venv .venv-vllm
+	@.venv-vllm/bin/python tests/vllm/environment.py .venv-vllm >&2
+	@touch $@
+
+test-vllm: setup setup-vllm
+	@$(PYTHON) -m pytest -m vllm
+	@$(PYTHON) tests/conformance --runtimes vllm vllm-compiled vllm-v2 $(if $(UPDATE),--update)
+
 # What takes too long for every change; goes on where it was stopped. PART=demo: that part alone.
 test-nightly: setup
 	@$(PYTHON) tests/nightly.py $(PART)
@@ -102,7 +114,7 @@ test-tgi: setup
 
 # What to run before every commit: under four minutes once .venv is there, without a compiler, a
 # browser, a real model or another environment.
-QUICK := not (slow or native or apps or browser or peers or lens)
+QUICK := not (slow or native or apps or browser or peers or lens or vllm)
 check: setup
 	@start=$$(date +%s) && $(MAKE) --silent lint >&2 && $(PYTHON) -m pytest -q -m "$(QUICK)" >&2 && \
 	  echo "{\"check\": \"passed\", \"seconds\": $$(($$(date +%s) - start))}"
@@ -158,4 +170,4 @@ bench-overhead: OPTIONS += --parts $(PARTS)
 bench-overhead: $(if $(filter llama_server,$(PARTS)),setup-apps)
 
 clean:
-	rm -rf $(VENV) .venv-peers .venv-lens .venv-clients .cache
+	rm -rf $(VENV) .venv-peers .venv-lens .venv-vllm .venv-clients .cache

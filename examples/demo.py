@@ -25,7 +25,7 @@ from steerbridge import Evaluation, Example, TrainSettings, calibration
 from steerbridge.datasets.forms import material, rendered
 from steerbridge.datasets.groups import folds
 from steerbridge_demo import gguf_files
-from steerbridge_demo.guard import guard_examples
+from steerbridge_demo.guard import demo_examples, guard_examples
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache"
 NEW = 40  # tokens of an answer
@@ -81,8 +81,8 @@ def watched(path: Path, models: dict[str, Any]) -> list[Example]:
 def images() -> dict[str, Any]:
     """Second act: a guard for text and pictures."""
     hf = steerbridge_demo.open_hf()
-    examples = guard_examples(CACHE / "demo-drawings", "train", per_kind=100)
-    # Four in a hundred harmless prompts may fire, three channels together: with so few examples
+    examples = demo_examples(CACHE / "demo-drawings")
+    # Four in a hundred ordinary prompts may fire, three channels together: with so few examples
     # a single odd one decides where a threshold is.
     path = trained(hf, examples, "demo-vlm", target_fpr=0.04)
     files = gguf_files.kept(CACHE / "models")

@@ -21,7 +21,10 @@ _ALONE: Final = 1.0  # log-odds above the highest score, where there is none abo
 
 
 def allowed(
-    counts: Mapping[str, int], target: Mapping[str, float], confidence: float | None = None
+    counts: Mapping[str, int],
+    target: Mapping[str, float],
+    confidence: float | None = None,
+    chosen: int = 1,
 ) -> dict[str, int]:
     """How many harmless prompts of each kind may fire.
 
@@ -29,11 +32,14 @@ def allowed(
     rate, it is above the target with a probability of at most 1 - confidence over the choice of the
     prompts. For k of n that is the binomial tail P(at most k of n at the target) (Vovk 2012,
     "Conditional validity of inductive conformal predictors", proposition 2a); for 1 % with 95 %
-    confidence it takes 299 prompts of which none fires.
+    confidence it takes 299 prompts of which none fires. Several thresholds that are chosen on the
+    same prompts take more of them (Campi and Garatti 2011, "A sampling-and-discarding approach to
+    chance-constrained optimization", theorem 2.1).
 
     Args:
         counts: kind -> prompts. They must be drawn as those that will come are, and independent.
         target: kind -> largest rate; `*` is that of kinds that are not named.
+        chosen: so many thresholds; a prompt fires by any.
 
     Raises:
         DataError: too few prompts of a kind for this confidence; names how many it takes.
@@ -44,33 +50,47 @@ def allowed(
         if confidence is None:
             result[kind] = int(rate * count)
             continue
-        most = _most(count, rate, 1 - confidence)
+        most = _most(count, rate, 1 - confidence, chosen)
         if most is None:
-            want = f"{needed(rate, confidence)} or more harmless prompts for a false-positive rate"
-            want += f" of {rate:g} with a confidence of {confidence:g}"
+            want = f"{needed(rate, confidence, chosen)} or more harmless prompts for a "
+            want += f"false-positive rate of {rate:g} with a confidence of {confidence:g}"
             raise DataError(Problem(f"prompts of kind {kind}", want, str(count)))
         result[kind] = most
     return result
 
 
-def needed(rate: float, confidence: float) -> int:
+def needed(rate: float, confidence: float, chosen: int = 1) -> int:
     """The fewest harmless prompts of which none may fire, so that the rate holds."""
     if rate <= 0:
         raise DataError(Problem("false-positive rate", "above 0 with a confidence", f"{rate:g}"))
-    return math.ceil(math.log1p(-confidence) / math.log1p(-rate))
+    count = math.ceil(math.log1p(-confidence) / math.log1p(-rate))
+    while _tail(count, rate, chosen - 1) > 1 - confidence:
+        count += 1
+    return count
 
 
-def _most(count: int, rate: float, error: float) -> int | None:
-    """The largest k with P(Binomial(count, rate) <= k) <= error; None if not even 0."""
-    if not 0 < rate < 1 or count < needed(rate, 1 - error):
+def _most(count: int, rate: float, error: float, chosen: int) -> int | None:
+    """The largest k with P(Binomial(count, rate) <= k) <= error; None if not even 0. Of several
+    thresholds the tail is longer, and counts as often as k prompts may be left out."""
+    if not 0 < rate < 1 or count < needed(rate, 1 - error, chosen):
         return None
-    tail, k = 0.0, 0
-    while True:
-        log_choose = math.lgamma(count + 1) - math.lgamma(k + 1) - math.lgamma(count - k + 1)
-        tail += math.exp(log_choose + k * math.log(rate) + (count - k) * math.log1p(-rate))
-        if tail > error:
-            return k - 1
+    k, more = 0, chosen - 1
+    while math.comb(k + 1 + more, more) * _tail(count, rate, k + 1 + more) <= error:
         k += 1
+    return k
+
+
+def _tail(count: int, rate: float, k: int) -> float:
+    """P(Binomial(count, rate) <= k)."""
+
+    def log_choose(i: int) -> float:
+        return math.lgamma(count + 1) - math.lgamma(i + 1) - math.lgamma(count - i + 1)
+
+    terms = (
+        log_choose(i) + i * math.log(rate) + (count - i) * math.log1p(-rate)
+        for i in range(min(k, count) + 1)
+    )
+    return math.fsum(map(math.exp, terms))
 
 
 def choose(

@@ -41,6 +41,7 @@ PARTS: Final = {
     "soak": Part(("make", "soak"), 60),
     "fuzz": Part(("make", "fuzz"), 120),
     "lens": Part(("make", "test-lens"), 20),
+    "vllm": Part(("make", "test-vllm"), 120),
     "models": Part(("make", "conformance-models"), 45),
     "parity-models": Part(("make", "parity-models"), 20),
 }

@@ -27,7 +27,7 @@ def ground(tmp_path_factory):
 @pytest.mark.parametrize("name", runtimes.IN_PROCESS)
 def test_a_runtime_does_what_is_pinned(name, ground):
     pytest.importorskip("torch" if name == "transformers" else "llama_cpp")
-    results = check_runtime(runtimes.DRIVERS[name](ground), ground)
+    results = check_runtime(runtimes.RUNTIMES[name].driver(ground), ground)
     pins = pinned.read(runtimes.PINS)[name]
     assert pins.differences(results) == []
     assert pins.counts()["right"] >= 50

@@ -198,6 +198,18 @@ def test_a_shard_that_listens_without_its_package_ends_the_run(tmp_path, name, k
     assert events[-1]["event"] == ("stopped" if code else "active")
 
 
+def test_a_second_server_is_not_covered_by_the_first(tmp_path):
+    """Two servers of vLLM in one `run`, of which one has attached the package."""
+    pytest.importorskip("elftools", reason="needs the extra `run`")
+    guard = standard(TinyModel())["head"].package.save(tmp_path / "guard.gguf")
+    server = tmp_path / "vllm"
+    server.write_text(SHARD.replace("0.12", "1"))
+    script = '"$0" "$1" attached & sleep 1; "$0" "$1" -'
+    run = [*CLI, "run", "--package", str(guard), "--", "sh", "-c", script, sys.executable, server]
+    done = subprocess.run([*map(str, run)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (78, "served\n"), done.stderr
+
+
 def test_what_a_program_leaves_behind_ends_with_it_if_nothing_was_guarded(tmp_path):
     """A shard that was still loading when its launcher ended."""
     pytest.importorskip("elftools", reason="needs the extra `run`")

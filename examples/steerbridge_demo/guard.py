@@ -105,6 +105,17 @@ def guard_examples(directory: Path, split: str, **options: Any) -> list[Example]
     return [p.example for p in guard_prompts(directory, split, **options)]
 
 
+def demo_examples(directory: Path) -> list[Example]:
+    """What `make demo` trains on: more texts than pictures, for harm in a text takes more examples;
+    and ordinary questions enough to tell how many fire."""
+    counts = {"text": 300, "image": 100, "both": 100, "general": 250}
+    return [
+        example
+        for kind, count in counts.items()
+        for example in guard_examples(directory / kind, "train", per_kind=count, kinds=(kind,))
+    ]
+
+
 def write_jsonl(directory: Path, split: str, *, per_kind: int = 100, seed: int = 0) -> Path:
     """Write `directory/split.jsonl` with its pictures beside it, for `--data` of the CLI."""
     path = directory / f"{split}.jsonl"

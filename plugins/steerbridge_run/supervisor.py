@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
@@ -145,9 +145,9 @@ class Supervisor:
         """Whether the preload of a process has said that it is there."""
         return pid in self._answered
 
-    def attached(self, pid: int | None) -> bool:
-        """Whether a process of TGI or vLLM has said that the package is attached; None: any has."""
-        return bool(self._attached) if pid is None else pid in self._attached
+    def attached(self) -> Set[int]:
+        """The processes of TGI and vLLM that have said that the package is attached."""
+        return frozenset(self._attached)
 
     def stop(self, reason: str) -> None:
         """Tell that the processes are ended from outside."""

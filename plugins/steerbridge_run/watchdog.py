@@ -18,7 +18,7 @@ import signal
 import stat
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -70,12 +70,12 @@ class Watchdog:
 
     Args:
         answered: whether the preload of a process has said that it is there.
-        attached: whether a process has said that the package is attached; without one: any has.
+        attached: the processes that have said that the package is attached.
         stop: called with a reason, once; then the processes are killed.
     """
 
     answered: Callable[[int], bool]
-    attached: Callable[[int | None], bool]
+    attached: Callable[[], Set[int]]
     stop: Callable[[str], None]
     _kinds: dict[tuple[int, int, int], str] = field(default_factory=dict)
     _seen: dict[int, frozenset[str]] = field(default_factory=dict)
@@ -124,10 +124,9 @@ class Watchdog:
 
     def _shard_fault(self, pid: int) -> str:
         """Why a server of TGI or vLLM must end; empty if it need not, or is none."""
-        command = _command(pid)
-        kind = "TGI" if _SHARD.search(command) else "vLLM" if _VLLM.search(command) else ""
-        # Workers of vLLM attach the package; another process takes the connections.
-        if self.attached(pid if kind != "vLLM" else None):
+        kind = "TGI" if _SHARD.search(_command(pid)) else "vLLM" if _is_vllm(pid) else ""
+        # Workers of vLLM attach the package; another of its processes takes the connections.
+        if not self.attached().isdisjoint(_vllm_with(pid) if kind == "vLLM" else {pid}):
             self._go_on(pid)
             return ""
         if not kind or not (_listens if kind == "TGI" else _listens_at_port)(pid):
@@ -194,6 +193,27 @@ def _command(pid: int) -> bytes:
     with contextlib.suppress(OSError):
         return (_PROC / str(pid) / "cmdline").read_bytes()
     return b""
+
+
+def _vllm_with(pid: int) -> set[int]:
+    """The processes of the server of vLLM that a process belongs to."""
+    while (parent := _parent(pid)) and _is_vllm(parent):
+        pid = parent
+    return {pid, *descendants(pid)}
+
+
+def _is_vllm(pid: int) -> bool:
+    """Whether a process runs vLLM, and does not only name it to others."""
+    words = _command(pid).split(b"\0")
+    program = words[: 3 if words[1:2] == [b"-m"] else 2]
+    return _VLLM.search(b"\0".join([*program, b""])) is not None
+
+
+def _parent(pid: int) -> int:
+    with contextlib.suppress(OSError):
+        behind_name = (_PROC / str(pid) / "stat").read_text().rpartition(")")[2]
+        return int(behind_name.split()[1])
+    return 0
 
 
 def _listens(pid: int) -> bool:

@@ -22,6 +22,7 @@ from steerbridge.runtime import LoadedModel
 
 Part = Literal["train", "search", "calibrate"]
 
+IN_PICTURES: Final = ("image", "both")  # kinds of pairs that share their text
 FOLDS: Final = 10
 _OFTENER: Final = 3  # an ordinary prompt stands in other forms: there it is taken for harm first
 _CALIBRATED: Final = 2  # folds
@@ -55,7 +56,8 @@ class Parts:
 
 def is_traffic(e: Example) -> bool:
     """Harmless and ordinary: neither a mirror of a harmful text nor one that only sounds so."""
-    return not e.harmful and e.kind != "borderline" and (e.pair is None or bool(e.images))
+    mirrors_text = e.pair is not None and e.kind not in IN_PICTURES
+    return not e.harmful and e.kind != "borderline" and not mirrors_text
 
 
 def divide(

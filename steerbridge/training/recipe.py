@@ -95,11 +95,11 @@ def _written(guard: Guard) -> tuple[tuple[Any, ...], dict[str, Tensor]]:
     """The probes as spec and tensors."""
     specs: list[Any] = []
     tensors: dict[str, Tensor] = {}
-    for member in guard.members:
+    for member, threshold in zip(guard.members, guard.thresholds, strict=True):
         best = member.result.best
         fitted = best.fitted.rescaled(member.slope, member.shift)
         write: Any = tokens.to_spec if isinstance(best.design, TokenDesign) else probes.to_spec
-        spec, parts_of_it = write(fitted, best.design, guard.threshold, member.probe)
+        spec, parts_of_it = write(fitted, best.design, threshold, member.probe)
         specs.append(spec)
         tensors |= parts_of_it
     return tuple(specs), tensors

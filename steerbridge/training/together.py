@@ -1,8 +1,11 @@
-"""Several probes as one guard: their scores on one scale, so that one threshold holds one promise.
+"""Several probes as one guard that holds one promise.
 
-A guard fires if any of its probes does, so a false positive of one is one of the guard. Each
-probe's log-odds are shifted and stretched until ordinary prompts reach as high with one as with
-another; the largest of them is then one score, whose threshold is chosen once.
+A guard fires if any of its probes does, so a false positive of one is one of the guard. Of probes
+that are to catch the same prompts, each one's log-odds are shifted and stretched until ordinary
+prompts reach as high with one as with another; the largest of them is then one score, a channel,
+whose threshold is chosen once. Probes for different prompts (harm in a text, in a picture) are
+channels of their own: one that tells its prompts badly apart does not raise the threshold of the
+others.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from steerbridge.errors import DataError
 from steerbridge.training import probes
 from steerbridge.training.parts import Parts
 from steerbridge.training.search import Scores, SearchResult, Task, calm_of, quantile
+from steerbridge.training.settings import TrainSettings
 
 TAIL: Final = (0.8, 0.98)  # quantiles of ordinary prompts that are laid over one another
 STRICTER: Final = (0.0, 0.5, 1.0, 2.0)  # how much higher a second probe's scores must be
@@ -50,14 +54,14 @@ class Guard:
     """The probes of a package before they are written.
 
     Attributes:
-        threshold: in log-odds, of every probe.
+        thresholds: in log-odds, of each probe.
         fired: whether each prompt to calibrate on fires [N], by a threshold that was chosen on four
             fifths of them without it; in the order of `Parts.of("calibrate")`.
         promise: what the threshold promises, and on what.
     """
 
     members: tuple[Member, ...]
-    threshold: float
+    thresholds: tuple[float, ...]
     fired: NDArray[np.bool_]
     promise: dict[str, Any]
 
@@ -67,6 +71,44 @@ def guard(parts: Parts, found: Mapping[str, tuple[Task, SearchResult]]) -> Guard
 
     Of a probe that reads rows and one that reads whole prompts, the second stays if it helps.
     """
+    channels = [_channel(parts, {name: found[name] for name in c}) for c in _channels(parts, found)]
+    calibrated = parts.of("calibrate")
+    scores = np.stack([_largest(members, calibrated) for members in channels])
+    meant = np.stack([_meant(parts, members[0].task, calibrated) for members in channels])
+    settings = channels[0][0].task.settings
+    limits, promise = _limits(parts, calibrated, scores, meant, settings)
+    fired = _honest(parts, calibrated, scores, meant, settings)
+    members: list[Member] = []
+    written: list[float] = []
+    for channel, limit in zip(channels, limits, strict=True):
+        less = min(1.0, MOST_ODDS / abs(limit))
+        members += [_moved(m, less, 0.0) for m in channel]
+        written += [less * limit] * len(channel)
+    return Guard(tuple(members), tuple(written), fired, promise)
+
+
+def _channels(
+    parts: Parts, found: Mapping[str, tuple[Task, SearchResult]]
+) -> list[tuple[str, ...]]:
+    """The names of probes, those together that are to catch the same prompts."""
+    everything = np.arange(len(parts.examples))
+    channels: list[tuple[tuple[str, ...], NDArray[np.bool_]]] = []
+    for name, (task, _) in found.items():
+        mine = _meant(parts, task, everything)
+        shared = [c for c in channels if (c[1] & mine).any()]
+        names = (*(other for c in shared for other in c[0]), name)
+        caught = np.any([mine, *(c[1] for c in shared)], axis=0)
+        channels = [c for c in channels if c not in shared] + [(names, caught)]
+    return [names for names, _ in channels]
+
+
+def _meant(parts: Parts, task: Task, index: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which of the prompts a probe is to catch."""
+    return np.asarray(parts.harmful[index] & (task.weights[index] > 0))
+
+
+def _channel(parts: Parts, found: Mapping[str, tuple[Task, SearchResult]]) -> tuple[Member, ...]:
+    """The probes of a channel, the largest of whose scores is log-odds."""
     index = parts.of("search")
     on_scale = {name: _on_scale(task, result, parts) for name, (task, result) in found.items()}
     shift = dict.fromkeys(found, 0.0)
@@ -76,13 +118,7 @@ def guard(parts: Parts, found: Mapping[str, tuple[Task, SearchResult]]) -> Guard
         on_scale = {name: on_scale[name] for name in shift}
     raised = [_moved(m, 1.0, shift[m.probe]) for m in on_scale.values()]
     slope, base = _odds(parts, index, raised)
-    members = tuple(_moved(m, slope, base) for m in raised)
-    calibrated = parts.of("calibrate")
-    scores = _largest(members, calibrated)
-    threshold, promise = _threshold(parts, calibrated, scores, members[0].task)
-    fired = _honest(parts, calibrated, scores, members[0].task)
-    less = min(1.0, MOST_ODDS / abs(threshold))
-    return Guard(tuple(_moved(m, less, 0.0) for m in members), less * threshold, fired, promise)
+    return tuple(_moved(m, slope, base) for m in raised)
 
 
 def _on_scale(task: Task, result: SearchResult, parts: Parts) -> Member:
@@ -127,48 +163,90 @@ def _largest(members: Sequence[Member], index: NDArray[np.int64]) -> Scores:
 
 def _odds(parts: Parts, index: NDArray[np.int64], members: Sequence[Member]) -> tuple[float, float]:
     """Slope and shift that make the largest score log-odds, both labels as likely."""
-    chosen = index[parts.harmful[index] | calm_of(parts, index)]
+    chosen = index[_meant(parts, members[0].task, index) | calm_of(parts, index)]
     harmful = parts.harmful[chosen]
     return probes.platt(_largest(members, chosen), harmful, np.ones(len(chosen)))
 
 
-def _threshold(
-    parts: Parts, index: NDArray[np.int64], scores: Scores, task: Task
-) -> tuple[float, dict[str, Any]]:
-    """The threshold for all probes, and what it promises.
+def _limits(
+    parts: Parts,
+    index: NDArray[np.int64],
+    scores_CN: Scores,
+    meant_CN: NDArray[np.bool_],
+    settings: TrainSettings,
+) -> tuple[list[float], dict[str, Any]]:
+    """The threshold of each channel, and what they promise together.
 
     With too few prompts for the confidence, the rate is that of these prompts alone.
     """
     calm = calm_of(parts, index)
-    settings = task.settings
-    rate, count = {"*": settings.target_fpr}, {"traffic": int(calm.sum())}
+    rate, count, chosen = {"*": settings.target_fpr}, {"traffic": int(calm.sum())}, len(scores_CN)
     confidence: float | None = settings.confidence
     try:
-        fire = thresholds.allowed(count, rate, confidence)
+        fire = thresholds.allowed(count, rate, confidence, chosen)
     except DataError:
         confidence, fire = None, thresholds.allowed(count, rate)
-    harm = scores[parts.harmful[index]]
-    threshold = thresholds.choose({"traffic": scores[calm]}, fire, [harm])
+    limits = shared_out(scores_CN, meant_CN, calm, fire["traffic"])
     promise = {
         "rate": settings.target_fpr,
         "confidence": confidence,
         "prompts": count["traffic"],
         "may_fire": fire["traffic"],
-        "needed": thresholds.needed(settings.target_fpr, settings.confidence),
+        "needed": thresholds.needed(settings.target_fpr, settings.confidence, chosen),
     }
-    return threshold, promise
+    return limits, promise
+
+
+def shared_out(
+    scores_CN: Scores, meant_CN: NDArray[np.bool_], calm: NDArray[np.bool_], fire: int
+) -> list[float]:
+    """Thresholds by which so many ordinary prompts fire at most: each more goes to the channel that
+    detects most with it."""
+
+    def limit(c: int, level: int) -> float:
+        harm = [scores_CN[c][meant_CN[c]]]
+        return thresholds.choose({"traffic": scores_CN[c][calm]}, {"traffic": level}, harm)
+
+    def gain(c: int, level: int) -> float:
+        caught = [(scores_CN[c][meant_CN[c]] > at).mean() for at in (limits[c], limit(c, level))]
+        return float(caught[1] - caught[0]) if meant_CN[c].any() else 0.0
+
+    def fires(c: int, level: int) -> int:
+        at = [limit(c, level) if k == c else limits[k] for k in range(len(limits))]
+        return int((scores_CN[:, calm] > np.array(at)[:, None]).any(axis=0).sum())
+
+    if len(scores_CN) == 1:
+        return [limit(0, fire)]
+    levels = [0] * len(scores_CN)
+    limits = [limit(c, 0) for c in range(len(scores_CN))]
+    while True:
+        steps = [
+            (gain(c, level), c, level)
+            for c, old in enumerate(levels)
+            for level in range(old + 1, fire + 1)
+            if fires(c, level) <= fire
+        ]
+        best, c, level = max(steps, default=(0.0, 0, 0))
+        if best <= 0:
+            return limits
+        levels[c], limits[c] = level, limit(c, level)
 
 
 def _honest(
-    parts: Parts, index: NDArray[np.int64], scores: Scores, task: Task
+    parts: Parts,
+    index: NDArray[np.int64],
+    scores_CN: Scores,
+    meant_CN: NDArray[np.bool_],
+    settings: TrainSettings,
 ) -> NDArray[np.bool_]:
-    """Whether each prompt fires by a threshold that was chosen without it, or one that is like it
+    """Whether each prompt fires by thresholds that were chosen without it, or one that is like it
     in another form."""
     fifth = parts.prompt[index] % 5
     fired = np.zeros(len(index), np.bool_)
     for k in range(5):
         mine, others = fifth == k, fifth != k
         if mine.any() and calm_of(parts, index[others]).any():
-            limit, _ = _threshold(parts, index[others], scores[others], task)
-            fired[mine] = scores[mine] > limit
+            own = scores_CN[:, others], meant_CN[:, others]
+            limits, _ = _limits(parts, index[others], *own, settings)
+            fired[mine] = (scores_CN[:, mine] > np.array(limits)[:, None]).any(axis=0)
     return fired

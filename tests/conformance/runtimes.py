@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from steerbridge.testing import Driver, Files, Ground, TinyModel
 from steerbridge.testing import pins as pinned
+from steerbridge.testing.model import HEADS, WIDTH
 
 ROOT: Final = Path(__file__).resolve().parent.parent.parent
 PINS: Final = Path(__file__).with_name("pins.json")
@@ -61,14 +63,42 @@ def _tgi(_ground: Ground) -> Driver:
     return TgiDriver()
 
 
-DRIVERS: Final[dict[str, Callable[[Ground], Driver]]] = {  # those that take longest first
-    "node-llama-cpp": _node,
-    "serve": _serve,
-    "llama-server": _llama_server,
-    "python-script": _python_script,
-    "tgi": _tgi,
-    "transformers": _transformers,
-    "llama.cpp": _llama_cpp,
+def _vllm(ground: Ground, name: str, **options: bool) -> Driver:
+    from vllm_driver import VllmDriver
+
+    return VllmDriver(ground.folder / name, **options)
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """How the kit comes to a runtime.
+
+    Attributes:
+        driver: makes its driver.
+        head: width of the heads of its models, where it does not take the usual ones.
+        apart: it is only tried where its name is given; its environment is a large one.
+    """
+
+    driver: Callable[[Ground], Driver]
+    head: int = WIDTH // HEADS
+    apart: bool = False
+
+
+def _of_vllm(name: str, **options: bool) -> Runtime:
+    return Runtime(lambda ground: _vllm(ground, name, **options), head=32, apart=True)
+
+
+RUNTIMES: Final[dict[str, Runtime]] = {  # those that take longest first
+    "vllm": _of_vllm("vllm"),
+    "vllm-compiled": _of_vllm("vllm-compiled", compiled=True),
+    "vllm-v2": _of_vllm("vllm-v2", second=True),
+    "node-llama-cpp": Runtime(_node),
+    "serve": Runtime(_serve),
+    "llama-server": Runtime(_llama_server),
+    "python-script": Runtime(_python_script),
+    "tgi": Runtime(_tgi),
+    "transformers": Runtime(_transformers),
+    "llama.cpp": Runtime(_llama_cpp),
 }
 INTRODUCTION: Final = """\
 # What each runtime does

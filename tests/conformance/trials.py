@@ -12,22 +12,25 @@ from pathlib import Path
 import runtimes
 from numpy_driver import MUTANTS, NumpyDriver
 from steerbridge.testing import SHAPES, Ground, check_runtime
+from steerbridge.testing.model import HEADS, WIDTH
 from steerbridge.testing.pins import Pins
 
 
 @cache
-def _ground() -> Ground:
-    """What the runtimes that one worker tries share."""
+def _ground(head: int = WIDTH // HEADS) -> Ground:
+    """What the runtimes that one worker tries share, for models with heads of one width."""
     folder = tempfile.mkdtemp(prefix="steerbridge-conformance-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return Ground(Path(folder))
+    return Ground(Path(folder), head=head)
 
 
 def tried(name: str) -> tuple[Pins, float]:
     """Results of one runtime, and the seconds they took."""
     begun = time.monotonic()
-    driver = runtimes.DRIVERS[name](_ground())
-    pins = Pins(driver.against, check_runtime(driver, _ground()))
+    runtime = runtimes.RUNTIMES[name]
+    ground = _ground(runtime.head)
+    driver = runtime.driver(ground)
+    pins = Pins(driver.against, check_runtime(driver, ground))
     return pins, time.monotonic() - begun
 
 

@@ -1,7 +1,10 @@
-"""The kit's driver for the vLLM plugin: the real engine on a CPU, in an environment of its own."""
+"""The kit's driver for the vLLM plugin: the real engine on a CPU, in an environment of its own
+(`make setup-vllm`).
+"""
 
 from __future__ import annotations
 
+import atexit
 import json
 import math
 import os
@@ -24,7 +27,9 @@ from steerbridge.testing.driver import Ability, Files, How, Reply
 from steerbridge.testing.model import TinyModel
 
 ROOT: Final = Path(__file__).resolve().parent.parent.parent
-PYTHON: Final = ROOT / ".venv-vllm" / "bin" / "python"
+ENVIRONMENT: Final = ROOT / ".venv-vllm"
+PYTHON: Final = ENVIRONMENT / "bin" / "python"
+HEAD: Final = 32  # width of heads; vLLM has no code for narrower ones on a CPU
 ROWS: Final = 64  # of one pass
 BLOCK: Final = 32
 DRAFTS: Final = 2
@@ -35,6 +40,11 @@ SETTINGS: Final = {
     "VLLM_LOGGING_LEVEL": "WARNING",
     "HF_HUB_OFFLINE": "1",
 }
+# The second model runner's kernels are Triton's.
+SECOND: Final = {
+    "VLLM_USE_V2_MODEL_RUNNER": "1",
+    "PYTHONPATH": f"{ROOT / 'tests' / 'vllm' / 'interpreted'}:{ENVIRONMENT / 'triton'}",
+}
 
 
 class Zygote:
@@ -42,11 +52,12 @@ class Zygote:
 
     Args:
         guarded: whether Steerbridge waits for its modules.
+        second: with the second model runner.
     """
 
-    def __init__(self, folder: Path, guarded: bool) -> None:
+    def __init__(self, folder: Path, guarded: bool, second: bool) -> None:
         self._path = folder / f"zygote-{int(guarded)}"
-        environment = {**os.environ, **SETTINGS}
+        environment = {**os.environ, **SETTINGS, **(SECOND if second else {})}
         environment.pop("STEERBRIDGE_PACKAGE", None)
         if guarded:
             environment["STEERBRIDGE_PACKAGE"] = "set for each model"
@@ -140,9 +151,13 @@ def _reply(told: Any) -> Reply:
 
 
 class VllmDriver:
-    """vLLM's first model runner without compilation: blocks of 32 rows, passes of 64."""
+    """vLLM with blocks of 32 rows and passes of 64.
 
-    name = "vllm"
+    Args:
+        compiled: captured as graphs, divided where the package is called.
+        second: by the second model runner, whose kernels are interpreted.
+    """
+
     against = "real"
     abilities = frozenset(
         {
@@ -164,9 +179,12 @@ class VllmDriver:
     tells_the_end = True
     kept_open = 4
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, compiled: bool = False, second: bool = False) -> None:
+        self.name = "vllm-v2" if second else "vllm-compiled" if compiled else "vllm"
+        self._compiled = compiled
         folder.mkdir(exist_ok=True)
-        self._zygotes = {guarded: Zygote(folder, guarded) for guarded in (False, True)}
+        self._zygotes = {on: Zygote(folder, on, second) for on in (False, True)}
+        atexit.register(self.close)
 
     def close(self) -> None:
         """End vLLM."""
@@ -192,7 +210,7 @@ class VllmDriver:
                     max_num_batched_tokens=ROWS,
                     max_num_seqs=8,
                     block_size=BLOCK,
-                    enforce_eager=True,
+                    enforce_eager=not self._compiled,
                     enable_prefix_caching=not _on_layers(package),
                 )
 

@@ -32,6 +32,17 @@ def _longer(case: Case, prompt: str, more: Sequence[str], fired: bool) -> str:
     return first(texts, lambda p: sound(case, p, fired), f"an extension of {prompt!r}")
 
 
+def with_one_beginning(case: Case) -> tuple[str, str]:
+    """A prompt that fires and one that does not, whose beginnings are the same."""
+    ends = cases.prompts_of(10)
+    for stem in case.quiet:
+        texts = [stem + end for end in ends]
+        one, other = (next((p for p in texts if sound(case, p, f)), None) for f in (True, False))
+        if one is not None and other is not None:
+            return one, other
+    raise AssertionError("the tiny model has no such prompts")
+
+
 @TABLE.each("a prompt that extends the last by one token", Ability.CONVERSATION)
 def _(guard: Guarded) -> None:
     case, pairs = guard.case, 0
@@ -90,9 +101,7 @@ def _(guard: Guarded) -> None:
 
 @TABLE.each("prompts that share their beginning", Ability.CONVERSATION)
 def _(guard: Guarded) -> None:
-    case, stem = guard.case, guard.case.quiet[0]
-    ends = cases.prompts_of(10)
-    a, b = (_longer(case, stem, ends, fired) for fired in (True, False))
+    a, b = with_one_beginning(guard.case)
     _in_turn(guard, [a, b, a, b])
 
 

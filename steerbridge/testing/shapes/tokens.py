@@ -10,6 +10,7 @@ from steerbridge.testing.cases import NEW, Case, at_layers, head, linear, mlp, o
 from steerbridge.testing.driver import Ability
 from steerbridge.testing.kit import Guarded, Trial
 from steerbridge.testing.model import END, MARK
+from steerbridge.testing.shapes.conversations import with_one_beginning
 from steerbridge.testing.shapes.packages import package_shape
 from steerbridge.testing.shapes.table import Table, first, sound
 
@@ -290,12 +291,7 @@ def _(guard: Guarded) -> None:
 
 @_answers("two that share their beginning", Ability.CONVERSATION, kinds=("the prompt", "a head"))
 def _(guard: Guarded) -> None:
-    case, stem = guard.case, guard.case.quiet[0]
-    ends = cases.prompts_of(10)
-    a, b = (
-        first((stem + e for e in ends), lambda p, f=f: sound(case, p, f), "an end")  # type: ignore[misc]
-        for f in (True, False)
-    )
+    a, b = with_one_beginning(guard.case)
     guard_each(guard, [a, b, a, b], keep=True)
 
 
