@@ -40,9 +40,9 @@ def wrap_app(module: Any) -> None:
     @functools.wraps(original)
     def build_app(args: Any, *more: Any, **kwargs: Any) -> Any:
         check_template(getattr(args, "chat_template", None))
-        app = original(args, *more, **kwargs)
-        app.add_middleware(Verdicts)
-        return app
+        # By its name, as users give theirs: what `build_app` returns takes no more.
+        args.middleware = [*args.middleware, f"{Verdicts.__module__}.{Verdicts.__name__}"]
+        return original(args, *more, **kwargs)
 
     module.build_app = build_app
 
