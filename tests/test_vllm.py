@@ -6,6 +6,7 @@ Verdicts and answers must be those of the adapter for transformers, whatever the
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -31,6 +32,8 @@ pytest.importorskip("transformers")
 sys.path.append(str(Path(__file__).with_name("conformance")))
 import vllm_driver
 from steerbridge.package import load
+from steerbridge.testing import TinyModel
+from steerbridge.testing.cases import standard
 from steerbridge_hf import open_model
 from steerbridge_run.watchdog import descendants
 
@@ -217,14 +220,28 @@ def ended(case: Case, folder: Path, *before: object, **more: Any) -> str:
     return (folder / "server.txt").read_text()
 
 
-def test_a_package_of_another_model_ends_the_server(case, tmp_path, tiny_llama):
-    other = helpers.package(tiny_llama.facts).save(tmp_path / "other.gguf")
+def test_a_package_of_another_model_ends_the_server(case, tmp_path):
+    other = standard(TinyModel())["head"].package.save(tmp_path / "other.gguf")
     assert "ModelMismatch" in ended(case, tmp_path, guard=other)
 
 
 def test_a_server_without_the_plugin_is_ended(case, tmp_path):
-    printed = ended(case, tmp_path, "env", "-u", "STEERBRIDGE_PACKAGE")
-    assert "without the package" in printed
+    """Nothing is attached, as where Steerbridge was not installed."""
+    empty = tmp_path / "steerbridge_vllm"
+    empty.mkdir()
+    (empty / "__init__.py").touch()
+    (empty / "hook.py").write_text("def install() -> None: ...\n")
+    # It may still say that it lives before it is stopped.
+    with contextlib.suppress(RuntimeError, requests.ConnectionError):
+        with served(case, tmp_path, PYTHONPATH=str(tmp_path)) as one:
+            one.complete(case.ids[0])
+        raise AssertionError("it answered")
+    assert "without the package" in (tmp_path / "server.txt").read_text()
+
+
+def test_an_emptied_environment_is_filled_again(case, tmp_path):
+    with served(case, tmp_path, "env", "-u", "STEERBRIDGE_PACKAGE", "-u", "LD_PRELOAD") as one:
+        assert one.complete(case.ids[0])["steering"]["fired"] == case.prompts[0].harmful
 
 
 def test_a_plugin_that_cannot_be_imported_ends_the_server(case, tmp_path):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import os
 import re
 import signal
@@ -33,6 +34,7 @@ _PR_SET_CHILD_SUBREAPER: Final = 36
 _SHARD: Final = re.compile(rb"text[-_]generation[-_]server|steerbridge_tgi")
 # Engines and workers of vLLM listen before they load a model, for one another.
 _VLLM: Final = re.compile(rb"(^|/)vllm\0|vllm\.entrypoints|VLLM::APIServer")
+_SHELL: Final = re.compile(rb"([^\0]*/)?(sh|ash|bash|dash|fish|ksh|zsh)\0")
 _ACCEPTS: Final = "00010000"  # a flag in /proc/net/unix: listen() was called
 _LISTENS: Final = "0A"  # a state in /proc/net/tcp
 SECONDS: Final = 0.02  # between two looks
@@ -95,11 +97,13 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._closed.wait(SECONDS):
-            for pid in descendants(os.getpid()):
-                if reason := self._fault(pid) or self._shard_fault(pid):
-                    self.stop(reason)
-                    kill_all()
-                    return
+            pids = descendants(os.getpid())
+            # Servers first: one that listens may answer while the files of others are looked at.
+            reasons = itertools.chain(map(self._shard_fault, pids), map(self._fault, pids))
+            if reason := next(filter(None, reasons), ""):
+                self.stop(reason)
+                kill_all()
+                return
 
     def _fault(self, pid: int) -> str:
         """Why a process must end; empty if it need not."""
@@ -197,16 +201,15 @@ def _command(pid: int) -> bytes:
 
 def _vllm_with(pid: int) -> set[int]:
     """The processes of the server of vLLM that a process belongs to."""
-    while (parent := _parent(pid)) and _is_vllm(parent):
+    while (parent := _parent(pid)) not in (0, os.getpid()) and _is_vllm(parent):
         pid = parent
     return {pid, *descendants(pid)}
 
 
 def _is_vllm(pid: int) -> bool:
-    """Whether a process runs vLLM, and does not only name it to others."""
-    words = _command(pid).split(b"\0")
-    program = words[: 3 if words[1:2] == [b"-m"] else 2]
-    return _VLLM.search(b"\0".join([*program, b""])) is not None
+    """Whether a process runs vLLM, and is no shell that starts it."""
+    command = _command(pid)
+    return _VLLM.search(command) is not None and _SHELL.match(command) is None
 
 
 def _parent(pid: int) -> int:
