@@ -19,7 +19,7 @@ LIBRARIES: Final = ("steerbridge_llama_cpp/libsteerhook", "steerbridge_run/libst
 URLS: Final = {"Documentation", "Source", "Changelog", "Issues"}
 # The header of libsteerhook is for C programs that use it; no other C source belongs in a wheel.
 HEADER: Final = "steerbridge_llama_cpp/native/steerhook.h"
-START: Final = "steerbridge_tgi.pth"  # read by Python at its start
+STARTS: Final = ("steerbridge_tgi.pth", "steerbridge_vllm.pth")  # read by Python at its start
 _SOURCES: Final = (".c", ".h", ".map", ".cmake", "CMakeLists.txt")
 _FOREIGN: Final = ("tests/", "benchmarks/", "examples/", "docs/", "requirements/")
 
@@ -63,10 +63,10 @@ def _check_contents(names: set[str], info: str) -> None:
     packages = [Path(p).name for p in project()["tool"]["scikit-build"]["wheel"]["packages"]]
     needed = {f"{package}/{file}" for package in packages for file in ("__init__.py", "py.typed")}
     needed |= {library + LIBRARY_SUFFIX for library in LIBRARIES}
-    needed |= {HEADER, START, f"{info}/licenses/LICENSE"}
+    needed |= {HEADER, *STARTS, f"{info}/licenses/LICENSE"}
     assert needed <= names, f"the wheel misses {sorted(needed - names)}"
     strangers = {n for n in names if n.startswith(_FOREIGN) or n.endswith(_SOURCES)} - {HEADER}
-    strangers |= {n for n in names if n.split("/")[0] not in {*packages, info, START}}
+    strangers |= {n for n in names if n.split("/")[0] not in {*packages, info, *STARTS}}
     assert not strangers, f"the wheel holds {sorted(strangers)}"
 
 
