@@ -6,8 +6,9 @@ and it would fire again. It stands in the middle of a gap between two scores, in
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Final
 
 import numpy as np
@@ -64,7 +65,7 @@ def needed(rate: float, confidence: float, chosen: int = 1) -> int:
     if rate <= 0:
         raise DataError(Problem("false-positive rate", "above 0 with a confidence", f"{rate:g}"))
     count = math.ceil(math.log1p(-confidence) / math.log1p(-rate))
-    while _tail(count, rate, chosen - 1) > 1 - confidence:
+    while chosen > 1 and sum(itertools.islice(_terms(count, rate), chosen)) > 1 - confidence:
         count += 1
     return count
 
@@ -74,23 +75,20 @@ def _most(count: int, rate: float, error: float, chosen: int) -> int | None:
     thresholds the tail is longer, and counts as often as k prompts may be left out."""
     if not 0 < rate < 1 or count < needed(rate, 1 - error, chosen):
         return None
-    k, more = 0, chosen - 1
-    while math.comb(k + 1 + more, more) * _tail(count, rate, k + 1 + more) <= error:
-        k += 1
-    return k
+    most, more = 0, chosen - 1
+    tails = itertools.accumulate(_terms(count, rate))
+    for k, tail in enumerate(itertools.islice(tails, more + 1, None), 1):
+        if math.comb(k + more, more) * tail > error:
+            break
+        most = k
+    return most
 
 
-def _tail(count: int, rate: float, k: int) -> float:
-    """P(Binomial(count, rate) <= k)."""
-
-    def log_choose(i: int) -> float:
-        return math.lgamma(count + 1) - math.lgamma(i + 1) - math.lgamma(count - i + 1)
-
-    terms = (
-        log_choose(i) + i * math.log(rate) + (count - i) * math.log1p(-rate)
-        for i in range(min(k, count) + 1)
-    )
-    return math.fsum(map(math.exp, terms))
+def _terms(count: int, rate: float) -> Iterator[float]:
+    """P(Binomial(count, rate) = k) for k from 0 on."""
+    for k in range(count + 1):
+        log_choose = math.lgamma(count + 1) - math.lgamma(k + 1) - math.lgamma(count - k + 1)
+        yield math.exp(log_choose + k * math.log(rate) + (count - k) * math.log1p(-rate))
 
 
 def choose(

@@ -128,7 +128,8 @@ class Watchdog:
 
     def _shard_fault(self, pid: int) -> str:
         """Why a server of TGI or vLLM must end; empty if it need not, or is none."""
-        kind = "TGI" if _SHARD.search(_command(pid)) else "vLLM" if _is_vllm(pid) else ""
+        command = _command(pid)
+        kind = "TGI" if _SHARD.search(command) else "vLLM" if _is_vllm(command) else ""
         # Workers of vLLM attach the package; another of its processes takes the connections.
         if not self.attached().isdisjoint(_vllm_with(pid) if kind == "vLLM" else {pid}):
             self._go_on(pid)
@@ -201,14 +202,13 @@ def _command(pid: int) -> bytes:
 
 def _vllm_with(pid: int) -> set[int]:
     """The processes of the server of vLLM that a process belongs to."""
-    while (parent := _parent(pid)) not in (0, os.getpid()) and _is_vllm(parent):
+    while (parent := _parent(pid)) not in (0, os.getpid()) and _is_vllm(_command(parent)):
         pid = parent
     return {pid, *descendants(pid)}
 
 
-def _is_vllm(pid: int) -> bool:
-    """Whether a process runs vLLM, and is no shell that starts it."""
-    command = _command(pid)
+def _is_vllm(command: bytes) -> bool:
+    """Whether a process with this command runs vLLM, and is no shell that starts it."""
     return _VLLM.search(command) is not None and _SHELL.match(command) is None
 
 

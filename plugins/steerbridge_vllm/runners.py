@@ -44,7 +44,8 @@ class Announced:
 
     def _block_size(self, groups: Sequence[Any]) -> int:
         """Rows of a block, as the numbers of a part's blocks count them."""
-        raise NotImplementedError
+        size: int = groups[self._group].kv_cache_spec.block_size
+        return size
 
     def _accepted(self, output: Any) -> Mapping[str, int]:
         """Guesses that were taken, by request."""
@@ -127,7 +128,7 @@ class First(Announced):
             _say(sampled, self._said)
             return output
         drafts = guesses.draft_token_ids.split(list(guesses.num_draft_tokens))
-        for request, line in _lines(sampled, [d.tolist() for d in drafts], self._said):
+        for request, line in _lines(sampled.tolist(), [d.tolist() for d in drafts], self._said):
             line += [transport.NOTHING] * (sampled.shape[1] - len(line))
             sampled[request] = torch.tensor(line, dtype=sampled.dtype, device=sampled.device)
         return output
@@ -152,11 +153,11 @@ class Second(Announced):
         self._blocks = rows.Blocks()
         self._taken: list[int] = []
 
-    def _block_size(self, groups: Sequence[Any]) -> int:
-        if getattr(self._runner, "adaptive_verification", None) is not None:
+    def _initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any) -> Any:
+        result = super()._initialize_kv_cache(kv_cache_config, *args, **kwargs)
+        if self._runner.adaptive_verification is not None:
             raise UnsupportedFeature(RUNTIME, "guesses whose number is chosen on the device")
-        size: int = groups[self._group].kv_cache_spec.block_size
-        return size
+        return result
 
     def _execute_model(
         self,

@@ -66,7 +66,7 @@ def _tgi(_ground: Ground) -> Driver:
 def _vllm(ground: Ground, name: str, **options: bool) -> Driver:
     from vllm_driver import VllmDriver
 
-    return VllmDriver(ground.folder / name, **options)
+    return VllmDriver(name, ground.folder / name, **options)
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,7 @@ class Runtime:
 
 
 def _of_vllm(name: str, **options: bool) -> Runtime:
+    """vLLM has no code for heads narrower than 32 on a CPU."""
     return Runtime(lambda ground: _vllm(ground, name, **options), head=32, apart=True)
 
 

@@ -12,12 +12,11 @@ from pathlib import Path
 import runtimes
 from numpy_driver import MUTANTS, NumpyDriver
 from steerbridge.testing import SHAPES, Ground, check_runtime
-from steerbridge.testing.model import HEADS, WIDTH
 from steerbridge.testing.pins import Pins
 
 
 @cache
-def _ground(head: int = WIDTH // HEADS) -> Ground:
+def _ground(head: int = runtimes.Runtime.head) -> Ground:
     """What the runtimes that one worker tries share, for models with heads of one width."""
     folder = tempfile.mkdtemp(prefix="steerbridge-conformance-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)

@@ -29,7 +29,6 @@ from steerbridge.testing.model import TinyModel
 ROOT: Final = Path(__file__).resolve().parent.parent.parent
 ENVIRONMENT: Final = ROOT / ".venv-vllm"
 PYTHON: Final = ENVIRONMENT / "bin" / "python"
-HEAD: Final = 32  # width of heads; vLLM has no code for narrower ones on a CPU
 ROWS: Final = 64  # of one pass
 BLOCK: Final = 32
 DRAFTS: Final = 2
@@ -179,9 +178,10 @@ class VllmDriver:
     tells_the_end = True
     kept_open = 4
 
-    def __init__(self, folder: Path, *, compiled: bool = False, second: bool = False) -> None:
-        self.name = "vllm-v2" if second else "vllm-compiled" if compiled else "vllm"
-        self._compiled = compiled
+    def __init__(
+        self, name: str, folder: Path, *, compiled: bool = False, second: bool = False
+    ) -> None:
+        self.name, self._compiled = name, compiled
         folder.mkdir(exist_ok=True)
         self._zygotes = {on: Zygote(folder, on, second) for on in (False, True)}
         atexit.register(self.close)
