@@ -47,6 +47,9 @@ MEMORIES = {
     "mamba2": "recurrent alone",
     "qwen3_next": "attention and gated delta nets",
 }
+# llama-server's own answers behind sliding windows change after it brings back a saved prompt,
+# without us too: in 13 of 60 runs of this test's requests, in 0 of 300 without saved prompts.
+SAVED_NOTHING = {"cohere2": ("--cache-ram", 0)}
 OPTIONS = ("-fa", "off", "-ctk", "f32", "-ctv", "f32", "-t", 2, "-c", 2048, "-np", 4, "--no-webui")
 TIMES = 4
 # Contents may be texts or lists of parts, as in the templates of Qwen-VL.
@@ -154,7 +157,8 @@ def test_memories_in_slots(name, tmp_path, tried):
         want = judged(package, plain.states([*start, *end]))
         tokens = plain.greedy([*start, *end], acting(package, want), package, picture_models.NEW)
         wanted.append(Wanted([*start, *end], want.score, want.fired, tokens))
-    wrong, apart = answered(tmp_path, path, package, wanted, "-b", 20, "-ub", 7)
+    options = ("-b", 20, "-ub", 7, *SAVED_NOTHING.get(name, ()))
+    wrong, apart = answered(tmp_path, path, package, wanted, *options)
     assert wrong == []
     assert max(apart) < 10 * TOLERANCE
     tried(SERVER, f"four slots, {MEMORIES[name]}")

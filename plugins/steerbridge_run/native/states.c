@@ -10,16 +10,18 @@
 #include "sha256.h"
 #include "watch.h"
 
-/* ---- the layout: a frame, a record for each sequence, an end ---- */
+/* ---- the layout: a frame, a record for each sequence, an end ----
+ *
+ * Frames and records are zeroed before they are filled: their padding is written too. */
 
 typedef struct {
     char magic[8];
     char package[SB_SHA256_TEXT];
     int32_t n_sequences;
-} frame; /* zeroed before it is filled: its padding is written too */
+} frame;
 
 typedef struct {
-    int32_t n_rows, partial, used, told, told_rules, held, at_end, n_prompt;
+    int32_t n_rows, partial, used, told, told_rules, held, at_end, strange, n_prompt;
     int32_t first, ended, n_tokens, n_choices; /* of its answer */
     uint64_t n_hook; /* bytes of libsteerhook */
 } record;
@@ -100,20 +102,21 @@ static void put(writer *w, const void *bytes, size_t count, size_t size) {
 static bool write_record(writer *w, const sb_watch *watch, int32_t seq, bool partial) {
     const sb_sequence *q = &watch->sequences[seq];
     const sb_cells *cells = &q->cells;
-    record r = {
-        .n_rows = cells->count,
-        .partial = partial,
-        .used = q->used,
-        .told = q->told,
-        .told_rules = q->told_rules,
-        .held = q->held,
-        .at_end = q->at_end,
-        .first = q->answer.first,
-        .ended = q->answer.ended,
-        .n_tokens = q->answer.n_tokens,
-        .n_choices = q->answer.n_choices,
-        .n_hook = steerhook_saved_size(watch->session, seq, !partial),
-    };
+    record r;
+    memset(&r, 0, sizeof r);
+    r.n_rows = cells->count;
+    r.partial = partial;
+    r.used = q->used;
+    r.told = q->told;
+    r.told_rules = q->told_rules;
+    r.held = q->held;
+    r.at_end = q->at_end;
+    r.strange = q->strange;
+    r.first = q->answer.first;
+    r.ended = q->answer.ended;
+    r.n_tokens = q->answer.n_tokens;
+    r.n_choices = q->answer.n_choices;
+    r.n_hook = steerhook_saved_size(watch->session, seq, !partial);
     steerhook_request_rows(watch->session, seq, &r.n_prompt);
     put(w, &r, 1, sizeof r);
     put(w, cells->positions, (size_t)cells->count, sizeof *cells->positions);
@@ -307,7 +310,7 @@ static bool restore(sb_watch *watch, int32_t seq, const read_record *r) {
     q->told_rules = r->is.told_rules;
     q->held = r->is.held != 0;
     q->at_end = r->is.at_end != 0;
-    q->strange = -1;
+    q->strange = r->is.strange;
     q->batch = 0;
     q->origin = seq;
     q->first = r->is.n_rows;
