@@ -292,7 +292,8 @@ class TrainableModel(LoadedModel, Protocol):
         answer: str,
         progress: Progress | None = None,
     ) -> tuple[Float32, NDArray[np.int64]]:
-        """`head_input` [N, T, D] that predicts each token of `answer`, and the tokens [T].
+        """`head_input` [N, T, D] that predicts each token of `answer`, and the tokens [T]; rounded
+        as in `states` with exact=False.
 
         The last token is the end of the turn, so a head trained on them also learns to stop.
         """

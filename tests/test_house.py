@@ -68,7 +68,12 @@ ARROWS = {
         "steerbridge.evaluation",
         "steerbridge.training",
     },
-    "steerbridge.training": {"steerbridge", "steerbridge.datasets", "steerbridge.evaluation"},
+    "steerbridge.training": {
+        "steerbridge",
+        "steerbridge.datasets",
+        "steerbridge.evaluation",
+        "steerbridge_torch",
+    },
     "steerbridge.evaluation": {"steerbridge", "steerbridge.datasets"},
     "steerbridge": {"steerbridge.corpus", "steerbridge.datasets"},
     "steerbridge.datasets": {"steerbridge", "steerbridge.corpus"},

@@ -44,7 +44,7 @@ from steerbridge.spec import (
 from steerbridge.tensors import Float32
 from steerbridge_hf.adapter import steer
 from steerbridge_hf.sites import RUNTIME, facts, has_vision, image_rows, locate, ordinary_tokens
-from steerbridge_torch import quantisation, weights_sha256
+from steerbridge_torch import quantisation, rounded, weights_sha256
 
 TOKENS_PER_BATCH = 2048
 ROWS_PER_BATCH = 32
@@ -382,13 +382,6 @@ class HfModel:
                 mine = [h[b][real].numpy() for h in rows]
                 yield Captured(i, self._stacked([x[b] for x in taken], 0), self._stacked(mine, 1))
 
-    def _products(self, exact: bool) -> Any:
-        """A context in which matrices are multiplied as the model does it, or in bfloat16 where the
-        device is quicker at that: twice as quick on a CPU with AVX-512 BF16."""
-        device = self.model.device
-        quick = not exact and _quick_in_bfloat16(device)
-        return torch.autocast(device.type, torch.bfloat16) if quick else nullcontext()
-
     def _stacked(self, parts: Sequence[Float32], axis: int) -> Float32:
         """Arrays along a new axis, which is of size 0 if there are none."""
         width = locate(self.model).config.hidden_size
@@ -424,7 +417,7 @@ class HfModel:
             for depth in depths:
                 handle = sites.watch(depth, partial(_keep, states, depth, max(depths)))
                 hooks.callback(handle.remove)
-            with torch.inference_mode(), suppress(_Enough), self._products(exact):
+            with torch.inference_mode(), suppress(_Enough), rounded(self.model.device, not exact):
                 self.model(**self._positioned(batch), use_cache=False, logits_to_keep=keep)
         yield states
 
@@ -452,7 +445,7 @@ class HfModel:
         )
         done = 0
         for index, batch in self._batches(prompts, behind=target[:-1]):
-            with self._states(batch, [reading], keep=len(target)) as captured:
+            with self._states(batch, [reading], keep=len(target), exact=False) as captured:
                 (h,) = captured.values()
                 states[index] = h.float().cpu().numpy()
             done += len(index)
@@ -528,14 +521,6 @@ def _keep(states: dict[int, Tensor], depth: int, deepest: int, module: Any, h: T
     states[depth] = h
     if depth == deepest:
         raise _Enough
-
-
-def _quick_in_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 by itself. An older torch does not tell of a CPU."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    able: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return device.type == "cpu" and any(able.get(kind) for kind in ("avx512_bf16", "amx_bf16"))
 
 
 def _take(reading: Reading, states: dict[int, Tensor], mask: Tensor, images: Tensor) -> Tensor:

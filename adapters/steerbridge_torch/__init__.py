@@ -8,6 +8,7 @@ from steerbridge_torch.blocks import decoder
 from steerbridge_torch.decisions import Judged, begins, strengths
 from steerbridge_torch.kernels import Weights, quantisation, weights_sha256
 from steerbridge_torch.ledger import Ledger
+from steerbridge_torch.products import rounded
 from steerbridge_torch.tokens import NEVER, RowLogits, RowScores, wide
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "begins",
     "decoder",
     "quantisation",
+    "rounded",
     "strengths",
     "weights_sha256",
     "wide",

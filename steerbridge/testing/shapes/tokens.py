@@ -127,7 +127,7 @@ def _with_mark(case: Case, length: int, at: int, mark: str) -> str:
     fired = bool(mark)
     texts = (
         text[:at] + mark + text[at + len(mark) : length]
-        for text in ("".join(cases.prompts_of(seed, length)) for seed in range(20, 40))
+        for text in ("".join(cases.prompts_of(seed, length)) for seed in range(20, 220))
     )
     return first(texts, lambda p: sound(case, p, fired), f"{mark!r} at row {at} of {length}")
 
