@@ -110,7 +110,8 @@ class RuntimeMissing(SteerbridgeError, ImportError):
     def __init__(
         self, name: str, extra: str, distribution: str = "steerbridge", reason: str = ""
     ) -> None:
-        target = f"{distribution}[{extra}]" if extra else distribution
+        ours = name if distribution == "steerbridge" else distribution  # no extra has it
+        target = f"{distribution}[{extra}]" if extra else ours
         self.command = f"pip install '{target}'"
         what = f"{name} cannot be used ({reason})" if reason else f"{name} is not installed"
         super().__init__(f"{what}; run: {self.command}")

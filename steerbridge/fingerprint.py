@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -110,13 +110,21 @@ def weights_sha256(
 
 def file_sha256(path: Path) -> str:
     """The same of a file that holds all weights."""
-    with path.open("rb") as file:
+    return files_sha256([path])
 
-        def read(_name: str, at: int, count: int) -> bytes:
+
+def files_sha256(paths: Sequence[Path]) -> str:
+    """The same of files that hold all weights together, in this order, whatever their names."""
+    names = ["", *map(str, range(1, len(paths)))]
+    files = dict(zip(names, paths, strict=True))
+
+    def read(name: str, at: int, count: int) -> bytes:
+        with files[name].open("rb") as file:
             file.seek(at)
             return file.read(count)
 
-        return weights_sha256({"": path.stat().st_size}, read, blocks=1024)
+    sizes = {name: path.stat().st_size for name, path in files.items()}
+    return weights_sha256(sizes, read, blocks=1024)
 
 
 def text_sha256(text: str) -> str:

@@ -312,8 +312,11 @@ def test_a_malformed_file_is_a_typed_error(toy, tmp_path, content):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("serve", "--runtime", "abacus"), "unknown runtime 'abacus'; known: hf, llama.cpp, toy"),
-        (("generate", "GUARD", "Hi", "--runtime", "abacus"), "known: hf, llama.cpp, toy"),
+        (
+            ("serve", "--runtime", "abacus"),
+            "unknown runtime 'abacus'; known: hf, llama.cpp, toy, vllm",
+        ),
+        (("generate", "GUARD", "Hi", "--runtime", "abacus"), "known: hf, llama.cpp, toy, vllm"),
         (("generate", "GUARD", "Hi", "--runtime", "toy", "--mmproj", "x"), "toy: option mmproj"),
         (
             ("serve", "--package", "GUARD", "--runtime", "toy", "--mmproj", "x"),

@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import requests
 
@@ -31,8 +33,10 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 sys.path.append(str(Path(__file__).with_name("conformance")))
 import vllm_driver
+from steerbridge import calibration
 from steerbridge.package import load
-from steerbridge.testing import TinyModel
+from steerbridge.spec import Reading
+from steerbridge.testing import SHAPES, Ground, TinyModel, check_runtime
 from steerbridge.testing.cases import standard
 from steerbridge_hf import open_model
 from steerbridge_run.watchdog import descendants
@@ -208,6 +212,81 @@ def test_clients_that_leave(case, server):
             next(r.iter_lines())
     for i, prompt in enumerate(case.prompts):
         assert server.complete(case.ids[i])["steering"]["fired"] == prompt.harmful
+
+
+# ---------------------------------------------------------------- the engine in a program
+
+
+def test_the_runtime_answers_and_reads_as_transformers(case, tmp_path, smollm2_path):
+    """Generation, capture, rows and calibration; a server takes the thresholds fitted here."""
+    hf, rate = open_model(smollm2_path), 0.2
+    readings = [reading("layer_input[18]"), reading("layer_input[8]", MEAN)]
+    calibrated = tmp_path / "calibrated.gguf"
+    rows = vllm_driver.ROOT / "examples" / "smollm2-guard.gguf"
+    more = helpers.corpus_prompts(20)
+    asked = {
+        "model": str(case.model),
+        "prompts": [(e.text, e.harmful) for e in case.prompts],
+        "readings": readings,
+        "guard": str(case.guard),
+        "rows": str(rows),
+        "new": NEW,
+        "more": [(e.text, e.harmful) for e in more],
+        "rate": rate,
+        "calibrated": str(calibrated),
+    }
+    told = in_vllm("opened.py", asked, tmp_path)
+    states = np.empty((len(case.prompts), len(readings), hf.facts.hidden_size), np.float32)
+    hf.capture(case.prompts, [Reading.model_validate(r) for r in readings], states)
+    np.testing.assert_allclose(told["states"], states, rtol=1e-3, atol=1e-3)
+    guard = load(case.guard)
+    for name, package in (("plain", None), ("steered", guard), ("again", None)):
+        answers = hf.generate(case.prompts, package, max_new_tokens=NEW)
+        want = [[a.text, [*a.tokens], a.finish, a.outcome and a.outcome.fired] for a in answers]
+        assert told[name] == want
+    for prompt, logits in zip(case.prompts, told["logits"], strict=True):
+        for id, found in hf.trace(prompt, load(rows)).logits.items():
+            np.testing.assert_allclose(logits[id], found, rtol=1e-3, atol=1e-3)
+    fitted = calibration.fit(hf, guard, more, {"*": rate})
+    assert told["thresholds"] == pytest.approx(dict(fitted.thresholds), abs=1e-4)
+    with served(case, tmp_path, guard=calibrated) as one:
+        assert [e["calibrated"] for e in one.events("active")] == [True]
+
+
+def in_vllm(script: str, asked: Any, folder: Path) -> Any:
+    """What a program says in vLLM's environment."""
+    files = folder / "asked.json", folder / "answered.json"
+    files[0].write_text(json.dumps(asked))
+    command = [vllm_driver.PYTHON, Path(__file__).parent / "vllm" / script, *files]
+    environment = {**os.environ, **vllm_driver.SETTINGS}
+    subprocess.run([*map(str, command)], check=True, env=environment)
+    return json.loads(files[1].read_text())
+
+
+# ---------------------------------------------------------------- several ranks
+
+RANKED = {
+    "a batch of prompts that fire and quiet ones, steering a layer",
+    "a state that is not a number",
+    "intervention: a projection",
+    "prompts of two batches and a token, reading a mean",
+    "several answers to one prompt",
+    "token readings, in a batch, a head",
+    "token readings, in a batch, a sentence",
+    "token readings, with drafts from n-grams, a head",
+}
+
+
+def test_two_ranks_are_right(tmp_path):
+    """Each holds a half of every matrix; they talk over gloo, and rank 0 decides."""
+    ground = Ground(tmp_path, head=32)
+    driver = vllm_driver.VllmDriver("two ranks", tmp_path / "vllm", ranks=2)
+    try:
+        found = check_runtime(driver, ground, [s for s in SHAPES if s.name in RANKED])
+    finally:
+        driver.close()
+    assert found.keys() == RANKED
+    assert {name: r for name, r in found.items() if r.status != "right"} == {}
 
 
 # ---------------------------------------------------------------- no answers without the guard

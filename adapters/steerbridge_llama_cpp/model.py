@@ -4,32 +4,30 @@ from __future__ import annotations
 
 import ctypes
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import llama_cpp
 import numpy as np
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter, MTMDChatHandler
 from numpy.typing import NDArray
 
+from steerbridge import capture
 from steerbridge.data import Example
 from steerbridge.errors import DataError, Problem, UnsupportedFeature
 from steerbridge.fingerprint import ModelFacts, file_sha256
 from steerbridge.package import SteeringPackage
 from steerbridge.runtime import Generation, Progress, Trace
 from steerbridge.serving import Question, chat_messages, template_errors
-from steerbridge.spec import SPEC_VERSION, ImageMean, LinearProbe, Reading, SteeringSpec
+from steerbridge.spec import ImageMean, Reading
 from steerbridge.stats import log_probability
-from steerbridge.tensors import Tensor
 from steerbridge_llama_cpp.cores import physical_cores
 from steerbridge_llama_cpp.facts import facts, quantisation
 from steerbridge_llama_cpp.llama import steer
 from steerbridge_llama_cpp.media import MediaPrompts, is_media_handler
 from steerbridge_llama_cpp.native import RUNTIME
-
-READINGS_PER_PROBE: Final = 64  # the format's limit
 
 
 def open_model(
@@ -291,7 +289,7 @@ class LlamaCppModel:
         The readings are those of a package without rules, so the same code takes them as when
         steering.
         """
-        package = _reader(self.facts, readings)
+        package = capture.of_readings(self.facts, readings)
         of_image = [isinstance(r.position, ImageMean) for r in readings]
         with steer(self.llama, package):
             native = self.llama._ctx.native
@@ -310,59 +308,17 @@ class LlamaCppModel:
         """See `LoadedModel`. The logits are those that the native hook computes."""
         if prompt.images:
             raise UnsupportedFeature(RUNTIME, "rows of a prompt with images")
-        everywhere = {"scope": "both", "rows": "all", "skip": 0}
-        probes = tuple(
-            probe.replace(token_reading=probe.token_reading.replace(**everywhere))
-            for probe in package.spec.probes
-            if probe.token_reading is not None
-        )
-        reader = package.replace(probes=probes, interventions=(), rules=(), calibrations=())
+        reader = capture.of_rows(package)
         tokens = self._evaluated(prompt)
         self._check_room(tokens, 0)
         pieces = tuple(self.piece(id, special=True).decode(errors="replace") for id in tokens)
-        if not probes:
+        if not reader.spec.probes:
             return Trace(pieces, {})
         with steer(self.llama, reader):
             self.llama.eval(tokens)
             native = self.llama._ctx.native
-            return Trace(pieces, {p.id: native.row_logits(0, p.id, len(tokens)) for p in probes})
-
-
-def _reader(known: ModelFacts, readings: Sequence[Reading]) -> SteeringPackage:
-    """A package that only reads: probes with zero weights, and no rules."""
-    groups = list(_groups(readings, READINGS_PER_PROBE))
-    zeros = np.zeros(READINGS_PER_PROBE * known.hidden_size, np.float32)
-    probes = tuple(
-        LinearProbe(
-            id=f"p{i}",
-            type="linear",
-            readings=group,
-            weight=f"w{i}",
-            bias=0.0,
-            link="identity",
-            comparator=">",
-            threshold=0.0,
-        )
-        for i, group in enumerate(groups)
-    )
-    spec = SteeringSpec(
-        spec_version=SPEC_VERSION,
-        name="capture",
-        base_model=known.info(),
-        probes=probes,
-        interventions=(),
-        rules=(),
-    )
-    tensors = {
-        f"w{i}": Tensor.of(zeros[: len(group) * known.hidden_size])
-        for i, group in enumerate(groups)
-    }
-    return SteeringPackage(spec, tensors)
-
-
-def _groups(readings: Sequence[Reading], size: int) -> Iterator[tuple[Reading, ...]]:
-    for start in range(0, len(readings), size):
-        yield tuple(readings[start : start + size])
+            names = [probe.id for probe in reader.spec.probes]
+            return Trace(pieces, {id: native.row_logits(0, id, len(tokens)) for id in names})
 
 
 def _chat_formatter(llama: Any) -> Any:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import logging
-from typing import Any, Final
+from collections.abc import Callable
+from typing import Any, Final, TypeVar
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from steerbridge import imports
 from steerbridge.errors import UnsupportedFeature
@@ -17,9 +19,11 @@ from steerbridge.spec import HeadMatrix, ImageMean, Say
 from steerbridge_torch import quantisation
 from steerbridge_vllm import given, ops, rows, runners, sites, versions
 from steerbridge_vllm.gates import Gates, Share
+from steerbridge_vllm.runners import Told
 from steerbridge_vllm.sites import RUNTIME, Stream
 
 LOG: Final = logging.getLogger("vllm.steerbridge")
+_Gates = TypeVar("_Gates", bound=Gates)
 
 
 def before_loading(worker: Any) -> SteeringPackage:
@@ -30,12 +34,20 @@ def before_loading(worker: Any) -> SteeringPackage:
         UnsupportedFeature: with the setting to change, if there is one; or the version of vLLM.
     """
     package = given.package()
-    config = worker.vllm_config
+    check(package, worker.vllm_config)
+    _divide(worker.vllm_config, package)
+    return package
+
+
+def check(package: SteeringPackage, config: Any) -> None:
+    """Refuse settings under which a package could not act on every request.
+
+    Raises:
+        UnsupportedFeature: with the setting to change, if there is one; or the version of vLLM.
+    """
     versions.check(bool(config.use_v2_model_runner))
     _check_settings(config)
     _check_package(package, config)
-    _divide(config, package)
-    return package
 
 
 def after_loading(worker: Any, package: SteeringPackage) -> Gates:
@@ -45,24 +57,48 @@ def after_loading(worker: Any, package: SteeringPackage) -> Gates:
         ModelMismatch: the package was made for another model.
         UnsupportedFeature: the model's class, or the kind of worker.
     """
-    runner, config = worker.model_runner, worker.vllm_config
-    known = sites.facts(config.model_config)
+    config = worker.model_runner.model_config
+    known = sites.facts(config)
     package.check(known, imports.ignored())
-    kind = quantisation(config.model_config.dtype, config.model_config.hf_config)
-    gates = Gates(
-        package.calibrated(RUNTIME, kind),
+    events, weights = Events(LOG.error), functools.partial(sites.weights_sha256, config)
+    kind = quantisation(config.dtype, config.hf_config)
+    gates = gates_of(worker, package.calibrated(RUNTIME, kind, weights), Gates)
+    attach(worker, gates, events if worker.rank == 0 else None)
+    events.active(known, package.spec.is_calibrated(RUNTIME, kind, weights))
+    LOG.info("Steerbridge steers %s (%s, rank %d)", known.name, kind, worker.rank)
+    return gates
+
+
+def gates_of(worker: Any, package: SteeringPackage, make: Callable[..., _Gates]) -> _Gates:
+    """The gates of a package on a worker."""
+    runner, config = worker.model_runner, worker.vllm_config
+    return make(
+        package,
         torch.device(runner.device),
         _share(config),
         functools.partial(rows.images_of, runner),
         cached=bool(config.cache_config.enable_prefix_caching),
     )
-    _hook(gates, runner.get_model(), known.num_layers)
-    events = Events(LOG.error)
-    kind_of_runner = runners.Second if config.use_v2_model_runner else runners.First
-    kind_of_runner(gates, runner, events if worker.rank == 0 else None).install()
-    events.active(known, package.spec.is_calibrated(RUNTIME, kind))
-    LOG.info("Steerbridge steers %s (%s, rank %d)", known.name, kind, worker.rank)
-    return gates
+
+
+def attach(worker: Any, gates: Gates, told: Told | None) -> Callable[[], None]:
+    """Hook the gates into a worker's model and runner; returns what takes them away again.
+
+    Args:
+        told: where verdicts are written; None: another rank writes them.
+    """
+    runner, config = worker.model_runner, worker.vllm_config
+    kind = runners.Second if config.use_v2_model_runner else runners.First
+    hooks = _hook(gates, runner.get_model(), config.model_config.hf_text_config.num_hidden_layers)
+    announced = kind(gates, runner, told)
+    announced.install()
+
+    def detach() -> None:
+        announced.remove()
+        for hook in hooks:
+            hook.remove()
+
+    return detach
 
 
 # ---------------------------------------------------------------- checks
@@ -166,13 +202,16 @@ def _share(config: Any) -> Share:
 # ---------------------------------------------------------------- hooks
 
 
-def _hook(gates: Gates, model: nn.Module, layers: int) -> None:
+def _hook(gates: Gates, model: nn.Module, layers: int) -> list[RemovableHandle]:
     modules = sites.at_depths(model, layers)
-    for depth in gates.depths:
-        module = modules[depth]
-        module.register_forward_pre_hook(
-            functools.partial(_at_site, depth, Stream(module)), prepend=True, with_kwargs=True
+    return [
+        modules[depth].register_forward_pre_hook(
+            functools.partial(_at_site, depth, Stream(modules[depth])),
+            prepend=True,
+            with_kwargs=True,
         )
+        for depth in gates.depths
+    ]
 
 
 def _at_site(

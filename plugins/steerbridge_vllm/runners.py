@@ -7,30 +7,38 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from steerbridge import reference
 from steerbridge.errors import UnsupportedFeature
-from steerbridge.events import Events
+from steerbridge.runtime import Outcome
 from steerbridge_vllm import ops, rows, transport
 from steerbridge_vllm.gates import Gates
 from steerbridge_vllm.sites import RUNTIME
+
+
+class Told(Protocol):
+    """Where verdicts are written."""
+
+    def verdict(self, request: str, outcome: Outcome) -> None:
+        """A request was decided, or its verdict changed."""
+        ...
 
 
 class Announced:
     """What both generations have in common.
 
     Args:
-        events: where verdicts are written; None: another rank writes them.
+        told: where verdicts are written; None: another rank writes them.
     """
 
     wrapped: ClassVar[tuple[str, ...]] = ("initialize_kv_cache", "execute_model", "sample_tokens")
 
-    def __init__(self, gates: Gates, runner: Any, events: Events | None) -> None:
-        self._gates, self._runner, self._events = gates, runner, events
+    def __init__(self, gates: Gates, runner: Any, told: Told | None) -> None:
+        self._gates, self._runner, self._told = gates, runner, told
         self._group = 0
         self._said: dict[int, int] = {}  # tokens that must be said, by row that is sampled from
         self._real: dict[str, Any] = {name: getattr(runner, name) for name in self.wrapped}
@@ -41,6 +49,14 @@ class Announced:
         for name in self.wrapped:
             setattr(self._runner, name, getattr(self, "_" + name.lstrip("_")))
         self._runner.get_model().compute_logits = self._compute_logits
+        if (caches := getattr(self._runner, "kv_cache_config", None)) is not None:
+            self._allocate(caches)
+
+    def remove(self) -> None:
+        """Take the wrappers away."""
+        for name in self.wrapped:
+            delattr(self._runner, name)
+        del self._runner.get_model().compute_logits
 
     def _block_size(self, groups: Sequence[Any]) -> int:
         """Rows of a block, as the numbers of a part's blocks count them."""
@@ -53,13 +69,18 @@ class Announced:
 
     def _initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any) -> Any:
         result = self._real["initialize_kv_cache"](kv_cache_config, *args, **kwargs)
-        if self._gates.keeps_rows:
-            groups = kv_cache_config.kv_cache_groups
-            self._group = _full_attention(groups)
-            size = self._block_size(groups)
-            rows_ = kv_cache_config.num_blocks * groups[self._group].kv_cache_spec.block_size
-            self._gates.allocate(rows_ // size, size)
+        self._allocate(kv_cache_config)
         return result
+
+    def _allocate(self, caches: Any) -> None:
+        """Make room for what is kept of every row in the KV caches."""
+        if not self._gates.keeps_rows:
+            return
+        groups = caches.kv_cache_groups
+        self._group = _full_attention(groups)
+        size = self._block_size(groups)
+        rows_ = caches.num_blocks * groups[self._group].kv_cache_spec.block_size
+        self._gates.allocate(rows_ // size, size)
 
     def _compute_logits(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         sampled = self._gates.samples
@@ -93,9 +114,9 @@ class Announced:
         if not sampled:
             return output
         told = self._gates.end(self._accepted(output) if self._runner.speculative_config else {})
-        if self._events is not None:
+        if self._told is not None:
             for request, outcome in told.items():
-                self._events.verdict(request, outcome)
+                self._told.verdict(request, outcome)
         return transport.attached(output, told)
 
 
@@ -144,8 +165,8 @@ class Second(Announced):
 
     wrapped = (*Announced.wrapped, "prepare_inputs", "sample")
 
-    def __init__(self, gates: Gates, runner: Any, events: Events | None) -> None:
-        super().__init__(gates, runner, events)
+    def __init__(self, gates: Gates, runner: Any, told: Told | None) -> None:
+        super().__init__(gates, runner, told)
         if runner.batch_sharder is not None:
             raise UnsupportedFeature(RUNTIME, "sampling that is divided over the ranks")
         if runner.model_state.num_new_sampled_tokens_per_step != 1:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 from typing import Any, Final
 
 from torch import Tensor, nn
 
 from steerbridge.errors import UnsupportedFeature
-from steerbridge.fingerprint import ModelFacts, tokenizer_facts
+from steerbridge.fingerprint import ModelFacts, files_sha256, tokenizer_facts
 from steerbridge_torch import decoder
 
 RUNTIME: Final = "vllm"
@@ -65,3 +66,27 @@ def facts(model_config: Any) -> ModelFacts:
         name=str(model_config.model),
         **tokenizer_facts(cached_tokenizer_from_config(model_config)),
     )
+
+
+def weights_sha256(model_config: Any) -> str:
+    """Hash of samples of the checkpoint's files, which every rank sees alike; empty where they are
+    not on this machine."""
+    files = _weights(model_config)
+    return files_sha256(files) if files else ""
+
+
+def _weights(model_config: Any) -> list[Path]:
+    path = Path(model_config.model)
+    if not path.exists():
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        try:
+            revision = model_config.revision
+            found = snapshot_download(str(path), revision=revision, local_files_only=True)
+        except (LocalEntryNotFoundError, ValueError):
+            return []
+        path = Path(found)
+    if path.is_file():
+        return [path]
+    return sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -39,6 +39,8 @@ SETTINGS: Final = {
     "VLLM_LOGGING_LEVEL": "WARNING",
     "HF_HUB_OFFLINE": "1",
 }
+# Several ranks have a thread each, wherever it runs.
+RANKS: Final = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 # The second model runner's kernels are Triton's.
 SECOND: Final = {
     "VLLM_USE_V2_MODEL_RUNNER": "1",
@@ -51,12 +53,12 @@ class Zygote:
 
     Args:
         guarded: whether Steerbridge waits for its modules.
-        second: with the second model runner.
+        more: variables of its environment.
     """
 
-    def __init__(self, folder: Path, guarded: bool, second: bool) -> None:
+    def __init__(self, folder: Path, guarded: bool, more: Mapping[str, str]) -> None:
         self._path = folder / f"zygote-{int(guarded)}"
-        environment = {**os.environ, **SETTINGS, **(SECOND if second else {})}
+        environment = {**os.environ, **SETTINGS, **more}
         environment.pop("STEERBRIDGE_PACKAGE", None)
         if guarded:
             environment["STEERBRIDGE_PACKAGE"] = "set for each model"
@@ -155,6 +157,7 @@ class VllmDriver:
     Args:
         compiled: captured as graphs, divided where the package is called.
         second: by the second model runner, whose kernels are interpreted.
+        ranks: processes that each hold a part of every matrix.
     """
 
     against = "real"
@@ -179,11 +182,21 @@ class VllmDriver:
     kept_open = 4
 
     def __init__(
-        self, name: str, folder: Path, *, compiled: bool = False, second: bool = False
+        self,
+        name: str,
+        folder: Path,
+        *,
+        compiled: bool = False,
+        second: bool = False,
+        ranks: int = 1,
     ) -> None:
-        self.name, self._compiled = name, compiled
+        self.name, self._compiled, self._ranks = name, compiled, ranks
+        if ranks > 1:  # each has a cache; hooks are broken in one process
+            self.kept_open = 2
+            self.abilities -= {Ability.BREAK}
         folder.mkdir(exist_ok=True)
-        self._zygotes = {on: Zygote(folder, on, second) for on in (False, True)}
+        more = {**(SECOND if second else {}), **(RANKS if ranks > 1 else {})}
+        self._zygotes = {on: Zygote(folder, on, more) for on in (False, True)}
         atexit.register(self.close)
 
     def close(self) -> None:
@@ -211,6 +224,7 @@ class VllmDriver:
                     max_num_seqs=8,
                     block_size=BLOCK,
                     enforce_eager=not self._compiled,
+                    tensor_parallel_size=self._ranks,
                     enable_prefix_caching=not _on_layers(package),
                 )
 

@@ -2,9 +2,9 @@
 
     PYTHON tests/vllm/environment.py .venv-vllm
 
-`PYTHON` is the environment's own. Steerbridge is put into it as a path, with the file by which
-Python attaches it at its start. Triton lies in a folder beside: only the second model runner takes
-it, in its interpreter.
+`PYTHON` is the environment's own. Steerbridge is put into it as a path, with its entry points and
+the file by which Python attaches it at its start. Triton lies in a folder beside: only the second
+model runner takes it, in its interpreter.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tomllib
 from pathlib import Path
 from typing import Final
 
@@ -42,11 +43,23 @@ def main() -> None:
     (packages / "steerbridge-rooms.pth").write_text("".join(f"{room}\n" for room in ROOMS))
     shutil.copy(START, packages)
     # `vllm serve` asks for the version of a distribution with this name.
-    information = packages / f"vllm-{VERSION}.dist-info"
+    distribution(packages, "vllm", VERSION)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = [
+        f"[{group}]\n" + "".join(f"{name} = {target}\n" for name, target in names.items())
+        for group, names in project["entry-points"].items()
+    ]
+    (distribution(packages, "steerbridge", "0") / "entry_points.txt").write_text("\n".join(lines))
+
+
+def distribution(packages: Path, name: str, version: str) -> Path:
+    """The folder that says that a distribution is installed."""
+    information = packages / f"{name}-{version}.dist-info"
     information.mkdir(exist_ok=True)
     (information / "METADATA").write_text(
-        f"Metadata-Version: 2.1\nName: vllm\nVersion: {VERSION}\n"
+        f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
     )
+    return information
 
 
 def pip(*words: object) -> None:

@@ -74,6 +74,10 @@ class Model:
                 engine.abort_request([request])
         return _told(last, 0)
 
+    def close(self) -> None:
+        """End the processes of its ranks."""
+        self._llm.llm_engine.engine_core.shutdown()
+
     def break_hook(self) -> None:
         """Clear every hook of the model."""
         worker = self._llm.llm_engine.model_executor.driver_worker
@@ -108,6 +112,8 @@ def serve(lines: Any) -> None:
             told = {"error": f"{error}", "kinds": names}
         lines.write(json.dumps(told) + "\n")
         lines.flush()
+    if model is not None:
+        model.close()
 
 
 def main() -> None:
@@ -120,6 +126,7 @@ def main() -> None:
         connection, _ = listener.accept()
         if os.fork() == 0:
             listener.close()
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             serve(connection.makefile("rw", encoding="utf-8"))
             os._exit(0)
         connection.close()
