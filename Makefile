@@ -7,7 +7,7 @@ export NO_MKDOCS_2_WARNING := 1
 
 .PHONY: setup setup-peers setup-lens setup-vllm setup-clients setup-apps setup-browser demo check conformance \
   conformance-models parity-models test test-apps test-tgi test-lens test-vllm lint schema docs report \
-  parity fuzz soak bench-safety bench-safety-multimodal bench-calibration bench-train bench-overhead bench-kernels \
+  parity fuzz soak soak-vllm bench-safety bench-safety-multimodal bench-calibration bench-train bench-overhead bench-kernels \
   bench-convert bench-serve test-install test-minimal test-nightly clean
 .DEFAULT_GOAL := setup
 
@@ -130,8 +130,8 @@ lint: setup
 	@$(VENV)/bin/mkdocs build --strict --quiet >&2
 	@echo '{"lint": "ok"}'
 
-parity: setup
-	@$(PYTHON) benchmarks/parity.py
+parity: setup setup-vllm
+	@$(PYTHON) benchmarks/parity.py $(PARITY_OPTIONS)
 
 fuzz: setup
 	@$(PYTHON) tests/native/fuzz.py
@@ -142,6 +142,9 @@ GUARD_OPTION = $(if $(GUARD),--guard $(GUARD))
 
 soak: setup setup-apps
 	@$(PYTHON) benchmarks/soak.py $(GUARD_OPTION)
+
+soak-vllm: setup-vllm
+	@.venv-vllm/bin/python benchmarks/soak_vllm.py
 
 report: setup
 	@$(PYTHON) benchmarks/report.py $(GUARD_OPTION)
@@ -165,9 +168,9 @@ bench-safety bench-safety-multimodal bench-calibration bench-train bench-overhea
 bench-calibration bench-overhead bench-serve: OPTIONS = $(GUARD_OPTION)
 
 # PARTS=hf: that part alone.
-PARTS := hf tgi llama_cpp llama_server tokens
+PARTS := hf tgi llama_cpp llama_server tokens vllm
 bench-overhead: OPTIONS += --parts $(PARTS)
-bench-overhead: $(if $(filter llama_server,$(PARTS)),setup-apps)
+bench-overhead: $(if $(filter llama_server,$(PARTS)),setup-apps) $(if $(filter vllm,$(PARTS)),setup-vllm)
 
 clean:
 	rm -rf $(VENV) .venv-peers .venv-lens .venv-vllm .venv-clients .cache

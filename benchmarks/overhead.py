@@ -26,13 +26,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 import guards
 import overhead_tgi
 import overhead_tokens
+import overhead_vllm
 import ratios
 from common import ROOT, arguments, finish, generation_times, open_smollm2, say
 from steerbridge import Example, corpus_examples
 from steerbridge_hf import steer
 
 NEW, BATCH, NEW_IN_BATCH = 48, 8, 8
-PARTS = ("hf", "tgi", "llama_cpp", "llama_server", "tokens")
+PARTS = ("hf", "tgi", "llama_cpp", "llama_server", "tokens", "vllm")
 
 
 def main() -> None:
@@ -57,7 +58,7 @@ def main() -> None:
 def measure(guard: guards.Guard, prompts: Any, options: argparse.Namespace) -> dict[str, Any]:
     """The figures of each part asked for."""
     parts: dict[str, Any] = {}
-    model = open_smollm2() if {"hf", "tgi", "tokens"} & set(options.parts) else None
+    model = open_smollm2() if {"hf", "tgi", "tokens", "vllm"} & set(options.parts) else None
     if "hf" in options.parts:
         parts["hf"] = hf(model, guard.package, prompts)
         peaks = {side: peak(guard.path, side) for side in ("plain", "steered")}
@@ -69,6 +70,8 @@ def measure(guard: guards.Guard, prompts: Any, options: argparse.Namespace) -> d
         if find_spec("llama_cpp"):
             measured = overhead_tokens.measure_llama_cpp(model, options.rounds)
             parts["llama_cpp_tokens"] = measured
+    if "vllm" in options.parts:
+        parts["vllm"] = overhead_vllm.measure(model, guard.package, options.rounds)
     if find_spec("llama_cpp"):
         import overhead_llama_cpp
         import overhead_server

@@ -7,7 +7,8 @@ transformers on the same F32 weights, scores with the numpy reference too. Q4_1 
 shipped: transformers computes with the dequantised weights, llama.cpp with quantised activations;
 `calibration` shows how far that moves the scores, and false positives and detection on prompts of
 the test split before and after `calibrate`. `multimodal` is the same with pictures (see
-parity_multimodal.py); `tokens` is about token readings, with llama-server too (parity_tokens.py).
+parity_multimodal.py); `tokens` is about token readings, with llama-server too (parity_tokens.py);
+`vllm` is vLLM on a CPU (parity_vllm.py).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent))
 import parity_multimodal
 import parity_tokens
+import parity_vllm
 from common import arguments, finish, open_smollm2, say, share, smollm2_f32
 from compare import at_median, compared, variants
 from guards import parity_guard
@@ -36,6 +38,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=104)
     parser.add_argument("--multimodal", action="store_true", help="only the part with pictures")
     parser.add_argument("--tokens", action="store_true", help="only the part about token readings")
+    parser.add_argument("--vllm", action="store_true", help="only the part with vLLM")
     options = parser.parse_args()
     if options.multimodal:
         finish({"multimodal": parity_multimodal.measure(options.prompts)})
@@ -59,6 +62,10 @@ def main() -> None:
     result["reference"] = {
         "score_max_diff": against_reference(packages["dense"], hf, prompts, want["dense"])
     }
+    result["vllm"] = parity_vllm.measure(hf, prompts, packages, want, NEW)
+    if options.vllm:
+        finish(result)
+        return
     result["llama_cpp"] = {}
     for quantisation, model in (
         ("f32", lambda: open_model(smollm2_f32(), n_ctx=512, type_k=0, type_v=0)),

@@ -42,6 +42,7 @@ PARTS: Final = {
     "fuzz": Part(("make", "fuzz"), 120),
     "lens": Part(("make", "test-lens"), 20),
     "vllm": Part(("make", "test-vllm"), 120),
+    "soak-vllm": Part(("make", "soak-vllm"), 15),
     "models": Part(("make", "conformance-models"), 45),
     "parity-models": Part(("make", "parity-models"), 20),
 }

@@ -141,7 +141,7 @@ class VllmModel:
         package.check(self.facts, ignore)
         weights = functools.partial(sites.weights_sha256, self._config.model_config)
         package = package.calibrated(RUNTIME, self.quantisation, weights)
-        with self._attached(package, Gates) as (_, outcomes):
+        with self.attached(package) as outcomes:
             answered = self._answered(prompts, max_new_tokens, "generate", progress)
             return [self._generation(o, outcomes[o.request_id]) for o in answered]
 
@@ -167,6 +167,16 @@ class VllmModel:
         kept = list(tokens[:-1] if finish == "stop" else tokens)
         text = self._tokenizer.decode(kept, skip_special_tokens=True)
         return Generation(text, tokens, finish, outcome)
+
+    @contextmanager
+    def attached(self, package: SteeringPackage) -> Iterator[dict[str, Outcome]]:
+        """Steer what `llm` generates; outcomes by the name of the request.
+
+        Raises:
+            UnsupportedFeature: the package, or the settings of the engine.
+        """
+        with self._attached(package, Gates) as (_, outcomes):
+            yield outcomes
 
     @contextmanager
     def _attached(

@@ -24,6 +24,7 @@ START: Final = ROOT / "plugins" / "steerbridge_vllm.pth"
 UNFIT: Final = ("torchvision", "torchaudio", "torchcodec", "triton")
 MORE: Final = ("gguf==0.19.0", "accelerate==1.15.0")
 TRITON: Final = "triton==3.9.0"
+PEER: Final = "hotwire-vllm==0.1.2"  # beside which the overhead is measured
 VERSION: Final = "0.32.0+cpu"
 
 
@@ -36,9 +37,10 @@ def main() -> None:
     pip("install", "-r", requirements)
     pip("uninstall", "--yes", *UNFIT)
     pip("install", "--no-deps", *MORE)
-    place = environment / "triton"
-    shutil.rmtree(place, ignore_errors=True)
-    pip("install", "--no-deps", "--target", place, TRITON)
+    for name, package in (("triton", TRITON), ("hotwire", PEER)):
+        place = environment / name
+        shutil.rmtree(place, ignore_errors=True)
+        pip("install", "--no-deps", "--target", place, package)
     packages = Path(sysconfig.get_path("purelib"))
     (packages / "steerbridge-rooms.pth").write_text("".join(f"{room}\n" for room in ROOMS))
     shutil.copy(START, packages)
