@@ -112,7 +112,7 @@ class Engine:
             raise SteeringFailed(reply["error"])
         if "SteerbridgeError" in reply["kinds"]:
             raise SteerbridgeError(reply["error"])
-        if "ValueError" in reply["kinds"]:
+        if {"ValueError", "VLLMClientError"} & {*reply["kinds"]}:
             raise DataError(Problem("request", "one that vLLM takes", reply["error"]))
         raise RuntimeError(reply["error"])
 

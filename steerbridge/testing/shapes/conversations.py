@@ -13,6 +13,7 @@ from steerbridge.testing.model import END
 from steerbridge.testing.shapes.table import ONE, Table, first, sound
 
 TABLE: Final = Table()
+MORE: Final = 400  # texts to go on with, where those that are tried first do not do
 
 
 def _in_turn(guard: Guarded, prompts: Sequence[str]) -> None:
@@ -28,7 +29,7 @@ def _(guard: Guarded) -> None:
 
 
 def _longer(case: Case, prompt: str, more: Sequence[str], fired: bool) -> str:
-    texts = (prompt + text for text in more)
+    texts = (prompt + text for text in (*more, *cases.prompts_of(11, MORE)))
     return first(texts, lambda p: sound(case, p, fired), f"an extension of {prompt!r}")
 
 
