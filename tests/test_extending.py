@@ -187,7 +187,7 @@ def test_it_is_listed_with_its_name(environment):
         text=True,
         check=True,
     )
-    assert eval(shown.stdout) == {name: name for name in ("hf", "llama.cpp", "toy")}
+    assert eval(shown.stdout) == {name: name for name in ("hf", "llama.cpp", "toy", "vllm")}
 
 
 def test_generate_answers_in_it(cli, model, guarded):

@@ -73,7 +73,7 @@ def _extras(command: Command) -> str:
     """The extras that a command needs, for its line in the help."""
     needs = [command.extra] if command.extra else []
     if command.opens_model:
-        needs.append(" or ".join(r.extra for r in registry.runtimes().values()))
+        needs.append(" or ".join(r.extra for r in registry.runtimes().values() if r.extra))
     return f" (extra: {', and '.join(needs)})" if needs else ""
 
 
