@@ -18,6 +18,7 @@ from steerbridge.runtime import Outcome
 from steerbridge.testing.model import EOS, LAYERS, WIDTH, Cache, TinyModel
 from steerbridge_vllm.gates import Gates
 from steerbridge_vllm.rows import Part
+from steerbridge_vllm.several import Several
 
 BLOCK = 4
 BLOCKS = 4096
@@ -35,6 +36,7 @@ class Request:
     blocks: list[int] = field(default_factory=list)
     cache: Cache = field(default_factory=Cache)
     outcome: Outcome | None = None
+    package: int = 0
 
     @property
     def ids(self) -> list[int]:
@@ -49,21 +51,27 @@ class Engine:
     """A batch of requests.
 
     Args:
+        packages: of which each request has one, by its place.
         cached: whether prefixes are shared.
         back: how many rows in front of a prompt's last one are never taken from the cache.
     """
 
     def __init__(
-        self, model: TinyModel, package: SteeringPackage, *, cached: bool, back: int = 0
+        self, model: TinyModel, *packages: SteeringPackage, cached: bool, back: int = 0
     ) -> None:
         self._model, self._cached, self._back = model, cached, back
-        self.gates = Gates(
-            package,
-            torch.device("cpu"),
-            lambda values: values,
-            lambda _, prompt: np.zeros(prompt, np.bool_),
-            cached=cached,
-        )
+
+        def gates(package: SteeringPackage) -> Any:
+            return lambda mine: Gates(
+                package,
+                torch.device("cpu"),
+                lambda values: values,
+                lambda _, prompt: np.zeros(prompt, np.bool_),
+                cached=cached,
+                mine=mine,
+            )
+
+        self.gates = Several({str(i): gates(package) for i, package in enumerate(packages)})
         if self.gates.keeps_rows:
             self.gates.allocate(BLOCKS, BLOCK)
         self._free = iter(range(1, BLOCKS))
@@ -72,6 +80,7 @@ class Engine:
     def place(self, request: Request) -> None:
         """Begin a request, or begin it again: blocks that are known, then new ones."""
         request.blocks, request.cache, request.rows = [], Cache(), 0
+        self.gates.choose(request.name, str(request.package))
         ids = request.ids
         while self._cached and request.rows + BLOCK <= len(ids) - 1 - self._back:
             known = self._known.get(tuple(ids[: request.rows + BLOCK]))

@@ -187,6 +187,28 @@ def test_a_request_may_name_the_package_and_no_other(case, server):
     assert "vllm_xargs.steerbridge" in told.text
 
 
+def test_a_request_may_ask_for_another_package(case, tmp_path):
+    """Side by side, with the same prompts: their cached beginnings are shared."""
+    guard = load(case.guard)
+    [probe] = guard.spec.probes
+    other = guard.replace(name="the others", probes=(probe.replace(comparator="<"),))
+    offered = other.save(tmp_path / "other.gguf")
+    with served(case, tmp_path, STEERBRIDGE_OFFER=str(offered)) as one:
+
+        def ask(job: tuple[int, bool]) -> Any:
+            named = {"vllm_xargs": {"steerbridge": "the others"}} if job[1] else {}
+            return one.complete(case.ids[job[0]], **named)["steering"]
+
+        jobs = [(i, named) for i in range(len(case.ids)) for named in (False, True)] * 2
+        with ThreadPoolExecutor(8) as pool:
+            told = list(pool.map(ask, jobs))
+        for (i, named), steering in zip(jobs, told, strict=True):
+            assert steering["fired"] == (case.prompts[i].harmful != named)
+            assert steering["package"] == ("the others" if named else guard.spec.name)
+        asked = {"prompt": case.ids[0], **GREEDY, "vllm_xargs": {"steerbridge": "none"}}
+        assert "'the others'" in one.post("/v1/completions", 400, **asked).text
+
+
 def test_verdicts_are_counted_and_logged(case, server):
     before = len(server.events("verdict"))
     for ids in case.ids:

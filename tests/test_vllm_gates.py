@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("torch")
 
 from paged import Engine, Request, run
+from steerbridge.errors import HookLost
 from steerbridge.testing.cases import (
     NEW,
     at_layers,
@@ -100,8 +101,47 @@ def test_every_schedule_gives_the_oracles_answers(name, cached):
     requests = [Request(f"r{i}", MODEL.encode(prompt), NEW) for i, prompt in enumerate(prompts)]
     run(engine, requests, draw, together=1 if name in LAYERED else 5)
     for prompt, request in zip(prompts, requests, strict=True):
-        want = guard.expected(prompt, NEW)
-        tokens = want.certain(0.005)
-        assert tuple(request.answer)[: len(tokens)] == tokens, prompt
-        compare_outcomes(prompt, request.outcome, want.outcome, 1e-4)
+        compare(guard, prompt, request)
     assert engine.gates.live == 0
+
+
+def compare(guard, prompt, request):
+    """An answer with the oracle's."""
+    want = guard.expected(prompt, NEW)
+    tokens = want.certain(0.005)
+    assert tuple(request.answer)[: len(tokens)] == tokens, prompt
+    compare_outcomes(prompt, request.outcome, want.outcome, 1e-4)
+
+
+@pytest.mark.parametrize(
+    "names", [("mean", "rows"), ("head", "says later", "mean"), ("earlier", "answers")]
+)
+def test_each_request_has_its_package(names):
+    """Prompts of all, each asked with every package: prefixes are shared between them."""
+    guards = [CASES[name]() for name in names]
+    draw = random.Random(" ".join(names))
+    back = max(reaches_back(guard.package.spec) for guard in guards)
+    engine = Engine(MODEL, *(guard.package for guard in guards), cached=True, back=back)
+    asked = [
+        (guard, k, prompt)
+        for k, guard in enumerate(guards)
+        for other in guards
+        for prompt in other.prompts[:12]
+        if guard.sound(prompt, NEW)
+    ]
+    draw.shuffle(asked)
+    requests = [
+        Request(f"r{i}", MODEL.encode(prompt), NEW, package=k)
+        for i, (_, k, prompt) in enumerate(asked)
+    ]
+    run(engine, requests, draw, together=6)
+    for (guard, _, prompt), request in zip(asked, requests, strict=True):
+        compare(guard, prompt, request)
+    assert {request.package for request in requests} == set(range(len(guards)))
+    assert engine.gates.live == 0
+
+
+def test_a_package_that_is_not_there_ends_it():
+    engine = Engine(MODEL, CASES["head"]().package, cached=True)
+    with pytest.raises(HookLost, match="no package '1'"):
+        engine.place(Request("r", MODEL.encode("Hello"), NEW, package=1))

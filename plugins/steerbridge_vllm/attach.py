@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
-from typing import Any, Final, TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -18,25 +18,26 @@ from steerbridge.package import SteeringPackage
 from steerbridge.spec import HeadMatrix, ImageMean, Say
 from steerbridge_torch import quantisation
 from steerbridge_vllm import given, ops, rows, runners, sites, versions
-from steerbridge_vllm.gates import Gates, Share
+from steerbridge_vllm.gates import Gates, Mine, Share
 from steerbridge_vllm.runners import Told
+from steerbridge_vllm.several import Several
 from steerbridge_vllm.sites import RUNTIME, Stream
 
 LOG: Final = logging.getLogger("vllm.steerbridge")
-_Gates = TypeVar("_Gates", bound=Gates)
 
 
-def before_loading(worker: Any) -> SteeringPackage:
-    """Load the package, refuse settings under which it could not act on every request, and change
+def before_loading(worker: Any) -> Mapping[str, SteeringPackage]:
+    """Load the packages, refuse settings under which one could not act on every request, and change
     those of the compiler.
 
     Raises:
         UnsupportedFeature: with the setting to change, if there is one; or the version of vLLM.
     """
-    package = given.package()
-    check(package, worker.vllm_config)
-    _divide(worker.vllm_config, package)
-    return package
+    packages = given.packages()
+    for package in packages.values():
+        check(package, worker.vllm_config)
+    _divide(worker.vllm_config, packages.values())
+    return packages
 
 
 def check(package: SteeringPackage, config: Any) -> None:
@@ -50,38 +51,49 @@ def check(package: SteeringPackage, config: Any) -> None:
     _check_package(package, config)
 
 
-def after_loading(worker: Any, package: SteeringPackage) -> Gates:
-    """Attach the package to a worker whose weights were loaded; nothing was compiled yet.
+def after_loading(worker: Any, packages: Mapping[str, SteeringPackage]) -> Several:
+    """Attach packages to a worker whose weights were loaded; nothing was compiled yet.
 
     Raises:
-        ModelMismatch: the package was made for another model.
+        ModelMismatch: a package was made for another model.
         UnsupportedFeature: the model's class, or the kind of worker.
     """
     config = worker.model_runner.model_config
     known = sites.facts(config)
-    package.check(known, imports.ignored())
     events, weights = Events(LOG.error), functools.partial(sites.weights_sha256, config)
     kind = quantisation(config.dtype, config.hf_config)
-    gates = gates_of(worker, package.calibrated(RUNTIME, kind, weights), Gates)
+    fitting = {}
+    for name, package in packages.items():
+        package.check(known, imports.ignored())
+        fitting[name] = package.calibrated(RUNTIME, kind, weights)
+    gates = gates_of(worker, fitting, Gates)
     attach(worker, gates, events if worker.rank == 0 else None)
-    events.active(known, package.spec.is_calibrated(RUNTIME, kind, weights))
+    calibrated = [p.spec.is_calibrated(RUNTIME, kind, weights) for p in packages.values()]
+    events.active(known, all(calibrated))
     LOG.info("Steerbridge steers %s (%s, rank %d)", known.name, kind, worker.rank)
     return gates
 
 
-def gates_of(worker: Any, package: SteeringPackage, make: Callable[..., _Gates]) -> _Gates:
-    """The gates of a package on a worker."""
+def gates_of(
+    worker: Any, packages: Mapping[str, SteeringPackage], make: Callable[..., Gates]
+) -> Several:
+    """The gates of packages on a worker."""
     runner, config = worker.model_runner, worker.vllm_config
-    return make(
-        package,
-        torch.device(runner.device),
-        _share(config),
-        functools.partial(rows.images_of, runner),
-        cached=bool(config.cache_config.enable_prefix_caching),
-    )
+
+    def made(package: SteeringPackage) -> Callable[[Mine], Gates]:
+        return lambda mine: make(
+            package,
+            torch.device(runner.device),
+            _share(config),
+            functools.partial(rows.images_of, runner),
+            cached=bool(config.cache_config.enable_prefix_caching),
+            mine=mine,
+        )
+
+    return Several({name: made(package) for name, package in packages.items()})
 
 
-def attach(worker: Any, gates: Gates, told: Told | None) -> Callable[[], None]:
+def attach(worker: Any, gates: Several, told: Told | None) -> Callable[[], None]:
     """Hook the gates into a worker's model and runner; returns what takes them away again.
 
     Args:
@@ -176,7 +188,7 @@ def _check_package(package: SteeringPackage, config: Any) -> None:
         raise UnsupportedFeature(RUNTIME, what, "no --enable-prompt-embeds")
 
 
-def _divide(config: Any, package: SteeringPackage) -> None:
+def _divide(config: Any, packages: Iterable[SteeringPackage]) -> None:
     """Let graphs end where the package is called, and give compiled code a name of its own."""
     from vllm.config import CUDAGraphMode
 
@@ -187,7 +199,7 @@ def _divide(config: Any, package: SteeringPackage) -> None:
         whole = not compilation.splitting_ops
         compilation.cudagraph_mode = CUDAGraphMode.NONE if whole else CUDAGraphMode.PIECEWISE
         LOG.info("Steerbridge: CUDA graphs are %s", compilation.cudagraph_mode.name)
-    config.additional_config["steerbridge"] = package.sha256
+    config.additional_config["steerbridge"] = " ".join(package.sha256 for package in packages)
 
 
 def _share(config: Any) -> Share:
@@ -202,7 +214,7 @@ def _share(config: Any) -> Share:
 # ---------------------------------------------------------------- hooks
 
 
-def _hook(gates: Gates, model: nn.Module, layers: int) -> list[RemovableHandle]:
+def _hook(gates: Several, model: nn.Module, layers: int) -> list[RemovableHandle]:
     modules = sites.at_depths(model, layers)
     return [
         modules[depth].register_forward_pre_hook(

@@ -36,6 +36,7 @@ from steerbridge_vllm.tables import Mean, Places, Tables
 
 Share = Callable[[Tensor], Tensor]  # rank 0's values, on every rank
 Images = Callable[[str, int], NDArray[np.bool_]]  # rows [P] of a request's prompt
+Mine = Callable[[str], bool]  # whether a request has the package
 Key = tuple[int, int]  # (probe, reading)
 
 
@@ -45,6 +46,7 @@ class State:
 
     Attributes:
         images: which rows [P] of its prompt are an image's.
+        mine: it has the package; what is read of the rows of others serves whoever shares them.
         seen: the position up to which its rows were taken.
         pending: states of guesses, which count once they are accepted: from which position on.
         begins: the first row that a rule changes, by rule.
@@ -52,6 +54,7 @@ class State:
 
     prompt: int
     images: NDArray[np.bool_]
+    mine: bool
     seen: int = 0
     read: dict[Key, Tensor] = field(default_factory=dict)
     pending: dict[Mean, tuple[int, Tensor]] = field(default_factory=dict)
@@ -82,7 +85,7 @@ class Pass:
     def ending(self) -> list[tuple[Part, State]]:
         """The requests whose prompts end in it."""
         each = zip(self.parts, self.states, strict=True)
-        return [(p, s) for p, s in each if not s.decided and p.stop >= p.prompt]
+        return [(p, s) for p, s in each if s.mine and not s.decided and p.stop >= p.prompt]
 
     @cached_property
     def steered(self) -> bool:
@@ -99,6 +102,7 @@ class Gates:
         share: gives every rank of a sharded model the values of rank 0.
         images: rows of a request's images.
         cached: whether prompts may begin with what other requests have computed.
+        mine: of several packages, which requests have this one; None: all of them.
     """
 
     def __init__(
@@ -109,11 +113,13 @@ class Gates:
         images: Images,
         *,
         cached: bool,
+        mine: Mine | None = None,
     ) -> None:
         spec = package.spec
         self.plan = plan(spec)
         self._package, self._device = package, device
         self._share, self._images, self._cached = share, images, cached
+        self._mine: Mine = mine or (lambda _: True)
         self._weights = Weights(package, device)
         self._logits = {
             i: RowLogits(probe, self._weights)
@@ -173,8 +179,10 @@ class Gates:
     def _entered(self, part: Part) -> State:
         state = self._requests.get(part.request)
         if state is None:
-            state = State(part.prompt, self._images(part.request, part.prompt))
-            state.begins = dict.fromkeys(self.plan.unconditional, part.prompt - 1)
+            mine = self._mine(part.request)
+            state = State(part.prompt, self._images(part.request, part.prompt), mine)
+            if mine:
+                state.begins = dict.fromkeys(self.plan.unconditional, part.prompt - 1)
             self._strengthen(state)
             self._requests[part.request] = state
         size = self.tables.size if self.tables else 1
@@ -185,7 +193,7 @@ class Gates:
                 f"request {part.request}: expected row {state.seen} of its sequence, "
                 f"found {part.position}"
             )
-        if not state.decided and part.position >= part.prompt:
+        if state.mine and not state.decided and part.position >= part.prompt:
             raise RowMappingLost(f"request {part.request}: an answer without a verdict")
         state.seen = part.stop
         return state

@@ -8,6 +8,7 @@ the process: this version of vLLM is not known.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -41,9 +42,9 @@ def _worker(module: Any) -> None:
         # Imported late because it imports torch.
         from steerbridge_vllm import attach
 
-        package = attach.before_loading(self)
+        packages = attach.before_loading(self)
         result = original(self, *args, **kwargs)
-        self.steerbridge = attach.after_loading(self, package)
+        self.steerbridge = attach.after_loading(self, packages)
         return result
 
     worker.load_model = load_model
@@ -60,7 +61,7 @@ def _caches(module: Any) -> None:
         from steerbridge_vllm import given
 
         original(self, *args, **kwargs)
-        back = given.reaches_back(given.package().spec)
+        back = max(given.reaches_back(one.spec) for one in given.packages().values())
         find = self.coordinator.find_longest_cache_hit
 
         def find_longest_cache_hit(hashes: Any, longest: int) -> Any:
@@ -70,6 +71,25 @@ def _caches(module: Any) -> None:
             self.coordinator.find_longest_cache_hit = find_longest_cache_hit
 
     manager.__init__ = init
+
+
+def _inputs(module: Any) -> None:
+    """Refuse requests that ask for a package that is not there."""
+    processor = module.InputProcessor
+    original = processor.process_inputs
+    signature = inspect.signature(original)
+    if "params" not in signature.parameters:
+        raise AttributeError("process_inputs takes no params")
+
+    @functools.wraps(original)
+    def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # Imported late because it imports numpy.
+        from steerbridge_vllm import given
+
+        given.name_in(signature.bind(self, *args, **kwargs).arguments["params"])
+        return original(self, *args, **kwargs)
+
+    processor.process_inputs = process_inputs
 
 
 def _engine(module: Any) -> None:
@@ -92,6 +112,7 @@ _WRAPS: Final[dict[str, Callable[[Any], None]]] = {
     "vllm.v1.core.sched.scheduler": transport.wrap_scheduler,
     "vllm.v1.engine.output_processor": transport.wrap_outputs,
     "vllm.outputs": transport.wrap_merging,
+    "vllm.v1.engine.input_processor": _inputs,
     "vllm.v1.engine.async_llm": _engine,
     "vllm.entrypoints.launchers.app": _app,
 }

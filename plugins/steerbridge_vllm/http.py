@@ -25,7 +25,6 @@ Send = Callable[[Message], Awaitable[None]]
 Known = dict[tuple[str, int], Any]  # what was told of each answer: by request and index
 
 HEADER: Final = b"x-steerbridge-fired"
-ASKED: Final = "steerbridge"  # in `vllm_xargs`: the package that a request wants
 _known: ContextVar[Known | None] = ContextVar("steerbridge", default=None)
 # The event of a stream with which an answer ends, in the dialects of the server.
 _LAST: Final = re.compile(
@@ -57,20 +56,20 @@ def check_template(given_template: str | None) -> None:
         return
     from vllm.entrypoints.chat_utils import load_chat_template
 
-    expected = given.package().spec.base_model.chat_template_sha256
-    fingerprint.check_template(expected, load_chat_template(given_template))
+    text = load_chat_template(given_template)
+    for package in given.packages().values():
+        fingerprint.check_template(package.spec.base_model.chat_template_sha256, text)
 
 
 def wrap_engine(module: Any) -> None:
-    """Note what outputs say, and refuse requests that want another package."""
+    """Note what outputs say."""
     engine = module.AsyncLLM
     original = engine.generate
 
     @functools.wraps(original)
-    async def generate(self: Any, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
-        _check_asked(params)
+    async def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
         known = _known.get()
-        async for output in original(self, prompt, params, *args, **kwargs):
+        async for output in original(self, *args, **kwargs):
             for index, verdict in output.steering.items():
                 if known is not None:
                     known[output.request_id, index] = verdict
@@ -79,13 +78,6 @@ def wrap_engine(module: Any) -> None:
             yield output
 
     engine.generate = generate
-
-
-def _check_asked(params: Any) -> None:
-    extra = getattr(params, "extra_args", None) or {}
-    asked, name = extra.get(ASKED), given.package().spec.name
-    if asked is not None and asked != name:
-        raise ValueError(f"vllm_xargs.{ASKED}: expected {name!r}, found {asked!r}")
 
 
 @functools.cache
@@ -107,7 +99,10 @@ def count(verdict: Any) -> None:
 def told(known: Known) -> Any:
     """What a response says: of one answer its verdict; of several whether any fired, and each."""
     shown = os.environ.get("STEERBRIDGE_SHOW_SCORES") == "1"
-    each = [Outcome.from_json(known[key]).to_json(scores=shown) for key in sorted(known)]
+    each = [
+        {**Outcome.from_json(known[key]).to_json(scores=shown), "package": known[key]["package"]}
+        for key in sorted(known)
+    ]
     if len(each) == 1:
         return each[0]
     rules = dict.fromkeys(rule for one in each for rule in one["rules"])

@@ -184,10 +184,11 @@ class VllmModel:
     ) -> Iterator[tuple[Any, dict[str, Outcome]]]:
         """The gates of a package, for as long as they are attached, and outcomes by request."""
         attach.check(package, self._config)
-        gates, told = attach.gates_of(self._worker, package, make), _Told()
+        name, told = package.spec.name, _Told()
+        gates = attach.gates_of(self._worker, {name: package}, make)
         detach = attach.attach(self._worker, gates, told)
         try:
-            yield gates, told.outcomes
+            yield gates.gates[name], told.outcomes
         finally:
             detach()
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from steerbridge import reference
 from steerbridge.errors import UnsupportedFeature
 from steerbridge.runtime import Outcome
-from steerbridge_vllm import ops, rows, transport
-from steerbridge_vllm.gates import Gates
+from steerbridge_vllm import given, ops, rows, transport
+from steerbridge_vllm.several import Several
 from steerbridge_vllm.sites import RUNTIME
 
 
@@ -37,7 +37,7 @@ class Announced:
 
     wrapped: ClassVar[tuple[str, ...]] = ("initialize_kv_cache", "execute_model", "sample_tokens")
 
-    def __init__(self, gates: Gates, runner: Any, told: Told | None) -> None:
+    def __init__(self, gates: Several, runner: Any, told: Told | None) -> None:
         self._gates, self._runner, self._told = gates, runner, told
         self._group = 0
         self._said: dict[int, int] = {}  # tokens that must be said, by row that is sampled from
@@ -102,6 +102,8 @@ class Announced:
     def _pass(self, scheduled: Any) -> Iterator[None]:
         """A pass that is forgotten if it fails."""
         self._gates.forget(scheduled.finished_req_ids)
+        for new in scheduled.scheduled_new_reqs:
+            self._gates.choose(new.req_id, given.name_in(new.sampling_params))
         try:
             yield
         except BaseException:
@@ -117,7 +119,11 @@ class Announced:
         if self._told is not None:
             for request, outcome in told.items():
                 self._told.verdict(request, outcome)
-        return transport.attached(output, told)
+        content = {
+            request: {**outcome.to_json(), "package": self._gates.name_of(request)}
+            for request, outcome in told.items()
+        }
+        return transport.attached(output, content)
 
 
 class First(Announced):
@@ -165,7 +171,7 @@ class Second(Announced):
 
     wrapped = (*Announced.wrapped, "prepare_inputs", "sample")
 
-    def __init__(self, gates: Gates, runner: Any, told: Told | None) -> None:
+    def __init__(self, gates: Several, runner: Any, told: Told | None) -> None:
         super().__init__(gates, runner, told)
         if runner.batch_sharder is not None:
             raise UnsupportedFeature(RUNTIME, "sampling that is divided over the ranks")

@@ -10,20 +10,16 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from steerbridge.errors import HookLost
-
-if TYPE_CHECKING:  # in processes that need no numpy
-    from steerbridge.runtime import Outcome
 
 FIELD: Final = "steering"
 NOTHING: Final = -1  # in place of a token that was not sampled
 
 
-def attached(output: Any, told: Mapping[str, Outcome]) -> Any:
-    """What a model runner returns, with the verdicts of its pass."""
-    content = {request: outcome.to_json() for request, outcome in told.items()}
+def attached(output: Any, content: Mapping[str, Any]) -> Any:
+    """What a model runner returns, with the verdicts of its pass, by request, as JSON has them."""
     if hasattr(output, "get_output"):  # its tokens are still on their way from the device
         original = output.get_output
 
