@@ -131,7 +131,7 @@ lint: setup
 	@echo '{"lint": "ok"}'
 
 parity: setup setup-vllm
-	@$(PYTHON) benchmarks/parity.py $(PARITY_OPTIONS)
+	@$(PYTHON) benchmarks/parity.py
 
 fuzz: setup
 	@$(PYTHON) tests/native/fuzz.py

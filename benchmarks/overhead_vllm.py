@@ -40,7 +40,7 @@ LAYER = 16  # of the peer's vector
 OPTIONS = (
     *("--dtype", "float32", "--max-model-len", 1024, "--max-num-seqs", LOAD),
     *("--block-size", 32, "--served-model-name", "m", "--gpu-memory-utilization", 0.2),
-    *("--no-enable-prefix-caching", "--no-async-scheduling"),
+    "--no-enable-prefix-caching",
 )
 
 
@@ -121,7 +121,7 @@ def _server(
     asked: dict[str, Any] | None = None,
 ) -> Iterator[Server]:
     command = [*before, vllm_driver.ENVIRONMENT / "bin" / "vllm", "serve", model, *OPTIONS]
-    settings = {k: v for k, v in vllm_driver.SETTINGS.items() if "MULTIPROCESSING" not in k}
     output = folder / f"{name}.txt"
-    with servers.running(command, output, environment={**settings, **(more or {})}) as running:
+    environment = {**vllm_driver.SERVED, **(more or {})}
+    with servers.running(command, output, environment=environment) as running:
         yield Server(running.url, asked or {})

@@ -25,17 +25,13 @@ from steerbridge.testing import Ground, TinyModel
 from steerbridge.testing import cases as kit
 from steerbridge.testing.cases import Case
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "conformance"))
+import vllm_driver
+
 HEAD: Final = 32  # vLLM has no code for narrower ones on a CPU
-BLOCK, BLOCKS, AT_ONCE = 32, 16, 12
+BLOCKS, AT_ONCE = 16, 12
 LONGEST: Final = 120  # tokens of a prompt
 NEW: Final = (1, 4, 40)  # of an answer
-SETTINGS: Final = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_CI_ENV": "1",
-    "VLLM_LOGGING_LEVEL": "WARNING",
-    "HF_HUB_OFFLINE": "1",
-}
 COUNTED: Final = ("right", "wrong", "fired", "given up", "preempted")
 Options = dict[str, Any]
 NGRAM: Final = {
@@ -71,7 +67,7 @@ def main() -> int:
             command = [sys.executable, __file__, "--part", name]
             done = subprocess.run(
                 [*command, "--requests", str(options.requests)],
-                env={**os.environ, **SETTINGS, "STEERBRIDGE_PACKAGE": str(guard)},
+                env={**os.environ, **vllm_driver.SETTINGS, "STEERBRIDGE_PACKAGE": str(guard)},
                 check=True,
                 stdout=subprocess.PIPE,
                 text=True,
@@ -162,9 +158,9 @@ def soaked(name: str, count: int) -> dict[str, Any]:
             disable_log_stats=True,
             enforce_eager=True,
             max_model_len=256,
-            max_num_batched_tokens=64,
+            max_num_batched_tokens=vllm_driver.ROWS,
             max_num_seqs=AT_ONCE,
-            block_size=BLOCK,
+            block_size=vllm_driver.BLOCK,
             num_gpu_blocks_override=BLOCKS,
             **more,
         )

@@ -16,6 +16,7 @@ from typing import Any, Final, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from steerbridge.data import Example
 from steerbridge.errors import DataError, Problem, SteerbridgeError, UnsupportedFeature
 from steerbridge.package import SteeringPackage
 from steerbridge.runtime import Attachment, Outcome
@@ -284,6 +285,39 @@ def template_errors() -> Iterator[None]:
     except Exception as error:  # of Jinja, or of what the template calls
         want = "what the chat template of this model takes"
         raise DataError(Problem("messages", want, str(error) or repr(error))) from error
+
+
+def templated(templates: Any, prompt: Example, content: Any) -> str:
+    """The text that the template of a Hugging Face tokenizer or processor makes of a prompt, and
+    the answer's beginning.
+
+    Args:
+        content: of the prompt's last message.
+
+    Raises:
+        DataError: the template does not take these messages.
+    """
+    with template_errors():
+        text: str = templates.apply_chat_template(
+            prompt.messages(content), tokenize=False, add_generation_prompt=True
+        )
+    return text + prompt.prefill
+
+
+def token_ids(tokenizer: Any, prompt: Example, runtime: str) -> list[int]:
+    """Token ids of a prompt without images: the template with its generation prompt, if there is
+    one.
+
+    Raises:
+        DataError: the template does not take these messages.
+        UnsupportedFeature: a system message or earlier turns without a template.
+    """
+    if prompt.raw or tokenizer.chat_template is None:
+        if prompt.is_chat:
+            raise UnsupportedFeature(runtime, "a system message or turns without a template")
+        return list(tokenizer(prompt.text + prompt.prefill)["input_ids"])
+    text = templated(tokenizer, prompt, prompt.text)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def likeliest(

@@ -13,7 +13,7 @@ from steerbridge.running import Window, running_scores
 
 torch = pytest.importorskip("torch")
 
-from steerbridge_torch import NEVER, RowLogits, RowScores, Weights  # noqa: E402
+from steerbridge_torch import NEVER, RowLogits, RowScores, Weights, rounded  # noqa: E402
 
 SITES = [helpers.site("layer_input[1]"), helpers.site("layer_input[3]")]
 
@@ -146,3 +146,11 @@ def test_rows_change_places():
     assert scores.fired().tolist() == [NEVER, NEVER]
     scores.add(1, torch.tensor([[-9.0], [9.0]]), yes, yes, ~yes)
     assert scores.fired().tolist() == [NEVER, 1]
+
+
+def test_what_is_not_to_be_rounded_keeps_the_callers_autocast():
+    a = torch.ones(2, 2)
+    with torch.autocast("cpu", torch.bfloat16), rounded(a.device, wanted=False):
+        assert (a @ a).dtype == torch.bfloat16
+    with rounded(a.device, wanted=False):
+        assert (a @ a).dtype == torch.float32

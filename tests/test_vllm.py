@@ -53,7 +53,6 @@ OPTIONS = (
     *("--max-num-batched-tokens", 256, "--block-size", 32, "--served-model-name", "m"),
     *("--gpu-memory-utilization", 0.3),
 )
-SETTINGS = {k: v for k, v in vllm_driver.SETTINGS.items() if "MULTIPROCESSING" not in k}
 
 
 @dataclass
@@ -109,7 +108,7 @@ def served(case: Case, folder: Path, *before: object, guard: Path | None = None,
     log = folder / "log.jsonl"
     run = [*CLI, "run", "--package", guard or case.guard, "--log", log, "--"]
     command = [*run, *before, VLLM, "serve", case.model, *OPTIONS]
-    environment = {**SETTINGS, **settings}
+    environment = {**vllm_driver.SERVED, **settings}
     with servers.running(command, folder / "server.txt", environment=environment) as server:
         yield Served(server.url, log, server.pid)
 

@@ -31,7 +31,7 @@ from steerbridge.fingerprint import ModelFacts
 from steerbridge.package import SteeringPackage
 from steerbridge.reference import AnySite
 from steerbridge.runtime import Captured, Generation, Outcome, OutputHead, Progress, Trace
-from steerbridge.serving import template_errors
+from steerbridge.serving import templated, token_ids
 from steerbridge.spec import (
     HeadInput,
     ImageMean,
@@ -147,22 +147,7 @@ class HfModel:
         if prompt.images:
             ids: list[int] = self._processed([prompt])["input_ids"][0].tolist()
             return ids
-        if prompt.raw or self.tokenizer.chat_template is None:
-            if prompt.is_chat:
-                raise UnsupportedFeature(RUNTIME, "a system message or turns without a template")
-            unformatted: list[int] = self.tokenizer(prompt.text + prompt.prefill)["input_ids"]
-            return unformatted
-        text = self._templated(prompt, self.tokenizer, prompt.text)
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    def _templated(self, prompt: Example, templates: Any, content: Any) -> str:
-        """The text that a tokenizer's or processor's template makes, and the answer's beginning."""
-        chat = prompt.messages(content)
-        with template_errors():
-            text: str = templates.apply_chat_template(
-                chat, tokenize=False, add_generation_prompt=True
-            )
-        return text + prompt.prefill
+        return token_ids(self.tokenizer, prompt, RUNTIME)
 
     def _processed(self, prompts: Sequence[Example]) -> dict[str, Tensor]:
         """Left-padded model inputs of prompts that all have images, by the model's processor."""
@@ -176,7 +161,7 @@ class HfModel:
                 *[{"type": "image"}] * len(prompt.images),
                 {"type": "text", "text": prompt.text},
             ]
-            texts.append(self._templated(prompt, self.processor, parts))
+            texts.append(templated(self.processor, prompt, parts))
             pictures.append([_picture(path) for path in prompt.images])
         inputs = self.processor(
             text=texts,
@@ -337,7 +322,7 @@ class HfModel:
             whole = self.tokenizer.apply_chat_template(
                 [*asked.messages("?"), {"role": "assistant", "content": answer}], tokenize=False
             )
-            before = self._templated(asked, self.tokenizer, "?")
+            before = templated(self.tokenizer, asked, "?")
             if not whole.startswith(before + answer):
                 what = "a sentence where the chat template answers otherwise than it asks"
                 raise UnsupportedFeature(RUNTIME, what)

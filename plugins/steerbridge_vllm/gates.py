@@ -102,7 +102,7 @@ class Gates:
         share: gives every rank of a sharded model the values of rank 0.
         images: rows of a request's images.
         cached: whether prompts may begin with what other requests have computed.
-        mine: of several packages, which requests have this one; None: all of them.
+        mine: which requests have this package.
     """
 
     def __init__(
@@ -113,13 +113,12 @@ class Gates:
         images: Images,
         *,
         cached: bool,
-        mine: Mine | None = None,
+        mine: Mine,
     ) -> None:
         spec = package.spec
         self.plan = plan(spec)
         self._package, self._device = package, device
-        self._share, self._images, self._cached = share, images, cached
-        self._mine: Mine = mine or (lambda _: True)
+        self._share, self._images, self._cached, self._mine = share, images, cached, mine
         self._weights = Weights(package, device)
         self._logits = {
             i: RowLogits(probe, self._weights)

@@ -21,7 +21,7 @@ from steerbridge.errors import DataError, Problem, UnsupportedFeature
 from steerbridge.fingerprint import ModelFacts
 from steerbridge.package import SteeringPackage
 from steerbridge.runtime import Generation, Outcome, Progress, Trace
-from steerbridge.serving import template_errors
+from steerbridge.serving import token_ids
 from steerbridge.spec import ImageMean, Reading
 from steerbridge.tensors import Float32
 from steerbridge_torch import quantisation
@@ -106,16 +106,7 @@ class VllmModel:
         """
         if prompt.images:
             raise UnsupportedFeature(RUNTIME, "prompts with images")
-        if prompt.raw or self._tokenizer.chat_template is None:
-            if prompt.is_chat:
-                raise UnsupportedFeature(RUNTIME, "a system message or turns without a template")
-            return list(self._tokenizer(prompt.text + prompt.prefill)["input_ids"])
-        with template_errors():
-            text = self._tokenizer.apply_chat_template(
-                prompt.messages(prompt.text), tokenize=False, add_generation_prompt=True
-            )
-        text += prompt.prefill
-        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        return token_ids(self._tokenizer, prompt, RUNTIME)
 
     # -------------------------------------------------------- answers
 

@@ -28,6 +28,10 @@ class Several:
         self._named: dict[str, str] = {}
         self._first = next(iter(made))
         self.gates = {name: make(self._has(name)) for name, make in made.items()}
+        self._at: dict[int, list[Gates]] = {}  # by depth
+        for gates in self._all:
+            for depth in gates.depths:
+                self._at.setdefault(depth, []).append(gates)
 
     def _has(self, name: str) -> Mine:
         return lambda request: self.name_of(request) == name
@@ -55,7 +59,7 @@ class Several:
     @property
     def depths(self) -> list[int]:
         """See `Gates`."""
-        return sorted({depth for gates in self._all for depth in gates.depths})
+        return sorted(self._at)
 
     @property
     def keeps_rows(self) -> bool:
@@ -80,9 +84,8 @@ class Several:
 
     def visit(self, depth: int, hidden: Tensor, residual: Tensor | None) -> None:
         """See `ops.Visitor`."""
-        for gates in self._all:
-            if depth in gates.depths:
-                gates.visit(depth, hidden, residual)
+        for gates in self._at[depth]:
+            gates.visit(depth, hidden, residual)
 
     def finish(self, hidden: Tensor) -> None:
         """See `Gates`."""

@@ -39,6 +39,7 @@ SETTINGS: Final = {
     "VLLM_LOGGING_LEVEL": "WARNING",
     "HF_HUB_OFFLINE": "1",
 }
+SERVED: Final = {k: v for k, v in SETTINGS.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
 # Several ranks have a thread each, wherever it runs.
 RANKS: Final = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 # The second model runner's kernels are Triton's.
