@@ -86,7 +86,10 @@ def _inputs(module: Any) -> None:
         # Imported late because it imports numpy.
         from steerbridge_vllm import given
 
-        given.name_in(signature.bind(self, *args, **kwargs).arguments["params"])
+        try:
+            given.name_in(signature.bind(self, *args, **kwargs).arguments["params"])
+        except ValueError as error:  # in vLLM's words, which its server answers with 400
+            raise module.VLLMValidationError(str(error), parameter="vllm_xargs") from error
         return original(self, *args, **kwargs)
 
     processor.process_inputs = process_inputs
