@@ -11,7 +11,6 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import cycle, islice
 from typing import Any
 
 import ratios
@@ -37,14 +36,9 @@ def measure(package: SteeringPackage, rounds: int) -> dict[str, Any]:
         judged = list(zip(prompts, judged_alone(steered, prompts), strict=True))
         fires, quiet = ([p for p, fired in judged if fired is side] for side in (True, False))
         say(f"llama-server: {len(fires)} prompts fire, {len(quiet)} do not")
-        calm, harm = cycle(quiet), cycle(fires)
-        sides = {"plain": plain, "control": control, "steered": steered}
-        times: dict[str, list[ratios.Times]] = {"harmless_ratio": [], "mixed_ratio": []}
-        for i in range(rounds):
-            for name, share in (("harmless_ratio", 0), ("mixed_ratio", LOAD // 4)):
-                load = [*islice(harm, share), *islice(calm, LOAD - share)]
-                runs = {s: partial(seconds, server, load) for s, server in sides.items()}
-                times[name].append(ratios.alternate(i, runs))
+        servers = {"plain": plain, "control": control, "steered": steered}
+        sides = {side: partial(seconds, server) for side, server in servers.items()}
+        times = ratios.of_loads(rounds, sides, quiet, fires, LOAD)
         assert not [e for e in steered.events() if e["event"] in ("refused", "failed")]
     figures = ratios.report({name: ratios.of_rounds(each) for name, each in times.items()})
     return {**figures, "slots": SLOTS, "requests": LOAD, "rank": RANK, "rounds": rounds}

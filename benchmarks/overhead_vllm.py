@@ -16,7 +16,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -94,21 +93,13 @@ def measure(model: Any, package: SteeringPackage, rounds: int) -> dict[str, Any]
         fired = [sides["steered"].complete(p, False, 1)["steering"]["fired"] for p in prompts]
         say(f"vLLM: {sum(fired)} of {len(fired)} prompts fire")
         judged = list(zip(prompts, fired, strict=True))
-        calm, harm = (cycle([one for one in judged if one[1] is side]) for side in (False, True))
-        times: dict[str, list[ratios.Times]] = {"harmless_ratio": [], "mixed_ratio": []}
-        for i in range(rounds):
-            for name, share in (("harmless_ratio", 0), ("mixed_ratio", LOAD // 4)):
-                load = [*islice(harm, share), *islice(calm, LOAD - share)]
-                runs = {side: partial(server.seconds, load) for side, server in sides.items()}
-                times[name].append(ratios.alternate(i, runs))
-    figures = ratios.report({name: ratios.of_rounds(each) for name, each in times.items()})
-    if PEER.is_dir():
-        others = {
-            f"peer_{name}": ratios.of_rounds([{**one, "steered": one["peer"]} for one in each])
-            for name, each in times.items()
-        }
-        figures |= ratios.report(others)
-    return {**figures, "requests": LOAD, "rank": RANK, "rounds": rounds}
+        quiet, fires = ([one for one in judged if one[1] is side] for side in (False, True))
+        runs = {side: server.seconds for side, server in sides.items()}
+        times = ratios.of_loads(rounds, runs, quiet, fires, LOAD)
+    figures = {name: ratios.of_rounds(each) for name, each in times.items()}
+    if "peer" in sides:
+        figures |= {f"peer_{name}": ratios.of_rounds(each, "peer") for name, each in times.items()}
+    return {**ratios.report(figures), "requests": LOAD, "rank": RANK, "rounds": rounds}
 
 
 @contextmanager

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import cycle, islice
 from typing import Any
 
 import numpy as np
@@ -95,6 +97,25 @@ def order(round: int, names: Sequence[str]) -> list[str]:
     rotation, turn = divmod(round, len(names))
     turned = [*names[turn:], *names[:turn]]
     return turned[::-1] if rotation % 2 else turned
+
+
+def of_loads(
+    rounds: int,
+    sides: Mapping[str, Callable[[Any], float]],
+    quiet: Sequence[Any],
+    fires: Sequence[Any],
+    size: int,
+) -> dict[str, list[Times]]:
+    """Seconds of each side on loads of so many requests, each round another: with requests that do
+    not fire (`harmless_ratio`), and with a quarter that do (`mixed_ratio`)."""
+    calm, harm = cycle(quiet), cycle(fires)
+    times: dict[str, list[Times]] = {"harmless_ratio": [], "mixed_ratio": []}
+    for i in range(rounds):
+        for name, share in (("harmless_ratio", 0), ("mixed_ratio", size // 4)):
+            load = [*islice(harm, share), *islice(calm, size - share)]
+            runs = {side: partial(seconds, load) for side, seconds in sides.items()}
+            times[name].append(alternate(i, runs))
+    return times
 
 
 def alternate(round: int, runs: Mapping[str, Callable[[], float]]) -> dict[str, float]:
